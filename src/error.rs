@@ -1,0 +1,117 @@
+//! Errors: one variant for each thing that the caller has to mend, with the data to mend it.
+
+use std::path::PathBuf;
+
+/// What went wrong, with the names and numbers needed to mend it.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// An error of candle itself: a shape, dtype or device that does not fit.
+    #[error(transparent)]
+    Candle(candle_core::Error),
+
+    /// A value of a configuration is out of its range.
+    #[error("config: `{field}` is {found}, expected {expected}")]
+    Config {
+        /// The field of the configuration.
+        field: &'static str,
+        /// The value that was found.
+        found: String,
+        /// The values that are allowed.
+        expected: String,
+    },
+
+    /// A pattern of targets, excludes or rules cannot be read.
+    #[error("config: the pattern `{pattern}` cannot be read: {reason}")]
+    Pattern {
+        /// The pattern as written.
+        pattern: String,
+        /// What its parser said.
+        reason: String,
+    },
+
+    /// A block size does not divide the width of a layer, and may not be adjusted.
+    #[error(
+        "layer `{layer}`: block size {asked} does not divide its width {width}; \
+         the nearest that does is {nearest}"
+    )]
+    BlockSize {
+        /// Path of the layer.
+        layer: String,
+        /// The block size of the configuration.
+        asked: usize,
+        /// Input width of the layer.
+        width: usize,
+        /// The divisor of `width` nearest to `asked`; ties go down.
+        nearest: usize,
+    },
+
+    /// The width of a layer leaves nothing to rotate: the nearest divisor is 1.
+    #[error(
+        "layer `{layer}`: the divisor of its width {width} nearest to block size {asked} is 1, \
+         which rotates nothing; choose another block size for it or exclude it"
+    )]
+    NothingToRotate {
+        /// Path of the layer.
+        layer: String,
+        /// The block size of the configuration.
+        asked: usize,
+        /// Input width of the layer.
+        width: usize,
+    },
+
+    /// A layer, or what it is fed, has a shape that it cannot have.
+    #[error("layer `{layer}`: {what} has shape {found:?}, expected {expected}")]
+    Shape {
+        /// Path of the layer.
+        layer: String,
+        /// The tensor that is off.
+        what: &'static str,
+        /// Its shape.
+        found: Vec<usize>,
+        /// What it should be.
+        expected: String,
+    },
+
+    /// A tensor has a dtype that the operation does not take.
+    #[error("layer `{layer}`: {what} has dtype {found:?}, expected {expected}")]
+    DType {
+        /// Path of the layer.
+        layer: String,
+        /// The tensor that is off.
+        what: &'static str,
+        /// Its dtype.
+        found: candle_core::DType,
+        /// What it should be.
+        expected: String,
+    },
+
+    /// A file or folder cannot be read or written.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+}
+
+/// The result type of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl From<candle_core::Error> for Error {
+    fn from(error: candle_core::Error) -> Self {
+        Self::Candle(error)
+    }
+}
+
+/// Lets `?` carry an error of this crate through a function that answers candle's result, such as
+/// [`candle_nn::Module::forward`].
+impl From<Error> for candle_core::Error {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Candle(error) => error,
+            other => Self::wrap(other),
+        }
+    }
+}
