@@ -75,6 +75,37 @@ pub enum Magnitude {
     None,
 }
 
+/// The kinds of layer that can be adapted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum LayerKind {
+    /// A linear layer, weight `(out, in)`.
+    Linear,
+    /// A one-dimensional convolution, weight `(out, in/groups, k)`.
+    Conv1d,
+    /// A two-dimensional convolution, weight `(out, in/groups, kh, kw)`.
+    Conv2d,
+    /// An embedding, table `(vocabulary, hidden)`.
+    Embedding,
+}
+
+impl LayerKind {
+    /// Number of axes of the layer's weight.
+    pub fn rank(self) -> usize {
+        match self {
+            Self::Linear | Self::Embedding => 2,
+            Self::Conv1d => 3,
+            Self::Conv2d => 4,
+        }
+    }
+
+    /// Whether the weight is the kernel of a convolution.
+    pub fn is_kernel(self) -> bool {
+        matches!(self, Self::Conv1d | Self::Conv2d)
+    }
+}
+
 /// What to do when the block size does not divide the width of a layer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

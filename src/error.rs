@@ -86,6 +86,56 @@ pub enum Error {
         expected: String,
     },
 
+    /// The layer has no adapter.
+    #[error("layer `{layer}` is not adapted: it is outside the targets, so it has no rotation")]
+    NotAdapted {
+        /// Path of the layer.
+        layer: String,
+    },
+
+    /// A layer with dropout was run without saying whether it trains.
+    #[error(
+        "layer `{layer}` has dropout: call `forward_t(x, train)`, or run it in inference; \
+         `Module::forward` cannot know whether it trains"
+    )]
+    DropoutMode {
+        /// Path of the layer.
+        layer: String,
+    },
+
+    /// A layer of this path exists in the adapter already.
+    #[error("layer `{layer}` is wrapped already; give each layer a path of its own")]
+    LayerExists {
+        /// Path of the layer.
+        layer: String,
+    },
+
+    /// A layer lives on another device than the adapter.
+    #[error("layer `{layer}` is on {found}, the adapter on {expected}; build both on one device")]
+    Device {
+        /// Path of the layer.
+        layer: String,
+        /// Device of the layer.
+        found: String,
+        /// Device of the adapter.
+        expected: String,
+    },
+
+    /// Patterns of the targets, excludes or rules match no layer.
+    #[error("config: {field} `{pattern}` matches no layer; {}", near(.nearest))]
+    NoMatch {
+        /// The field of the configuration.
+        field: &'static str,
+        /// The pattern.
+        pattern: String,
+        /// The layers whose paths are nearest.
+        nearest: Vec<String>,
+    },
+
+    /// Nothing was adapted.
+    #[error("the adapter has no layers; build the model through it before training or saving")]
+    NoLayers,
+
     /// A file or folder cannot be read or written.
     #[error("{path}: {source}")]
     Io {
@@ -113,5 +163,12 @@ impl From<Error> for candle_core::Error {
             Error::Candle(error) => error,
             other => Self::wrap(other),
         }
+    }
+}
+
+fn near(names: &[String]) -> String {
+    match names {
+        [] => "the adapter has no layers".to_string(),
+        names => format!("the nearest are `{}`", names.join("`, `")),
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod config;
 pub mod error;
+pub mod rng;
 
 pub use config::{DoftConfig, Magnitude, Map, Pattern, Targets};
 pub use error::{Error, Result};

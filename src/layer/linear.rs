@@ -1,0 +1,279 @@
+//! [`DoftLinear`]: a frozen linear layer with a rotated input side and scaled outputs.
+
+use super::Adaptation;
+use super::adaptation::Factors;
+use crate::config::{BlockLayout, DoftConfig, LayerKind};
+use crate::error::{Error, Result};
+use crate::frozen;
+use crate::ops;
+use crate::rotation;
+use candle_core::Tensor;
+use candle_nn::{Module, VarBuilder};
+use std::sync::Arc;
+
+/// A frozen linear layer, its input side rotated and its outputs scaled.
+///
+/// ```text
+/// y = (m / n0) * ((x . blockdiag(R)) . W^T) + bias
+/// ```
+///
+/// that is, a linear layer of weight `diag(m / n0) W blockdiag(R)^T`. `W` and the bias are frozen;
+/// `R` comes from the packed parameter (see [`rotation`](crate::rotation)), `m` from the magnitude
+/// (see [`Magnitude`](crate::Magnitude)). Because a rotation keeps norms, `n0 = ||W_row||` is taken
+/// once, when the layer is made. A new layer answers what its base answers, bit for bit on CPU.
+///
+/// Clones share parameters and switches. A layer outside the targets of an
+/// [`Adapter`](crate::Adapter) is the plain frozen layer: [`DoftLinear::is_adapted`] is false.
+///
+/// # Dropout
+///
+/// candle gives every [`Module`] a `ModuleT` that forgets whether it trains. So with dropout
+/// configured, call [`DoftLinear::forward_t`]; `Module::forward` then answers an error, except on an
+/// inference copy.
+///
+/// # Shapes
+///
+/// `x` is `(.., in)` of rank 2 or more, of the weight's dtype; the answer is `(.., out)`.
+///
+/// # Examples
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_doft::{DoftConfig, DoftLinear};
+/// use candle_nn::{Linear, Module, VarBuilder, VarMap};
+///
+/// let weight = Tensor::new(&[[1f32, 0.], [0., 1.], [3., 4.]], &Device::Cpu)?;
+/// let varmap = VarMap::new();
+/// let vb = VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu);
+/// let config = DoftConfig::default().with_block_size(2).with_scaled(false);
+/// let layer = DoftLinear::new(Linear::new(weight, None), &config, vb.pp("q_proj"))?;
+///
+/// // theta = 0.5 turns the plane by 2 atan(0.5).
+/// varmap.clone().set_one("q_proj.oft_R.weight", Tensor::new(&[[0.5f32]], &Device::Cpu)?)?;
+/// let y = layer.forward(&Tensor::new(&[[1f32, 0.]], &Device::Cpu)?)?.to_vec2::<f32>()?;
+/// assert!((y[0][0] - 0.6).abs() < 1e-6 && (y[0][1] - 0.8).abs() < 1e-6);
+/// assert_eq!(layer.magnitude()?.to_vec1::<f32>()?, [1., 1., 5.]);
+/// # Ok::<(), candle_doft::Error>(())
+/// ```
+///
+/// # References
+///
+/// Rotation: "Orthogonal Finetuning Made Scalable", arXiv:2506.19847. Magnitude: "DoRA:
+/// Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353, equation 5, without its norm.
+#[derive(Clone, Debug)]
+pub struct DoftLinear {
+    path: Arc<str>,
+    base: frozen::Linear,
+    adaptation: Option<Arc<Adaptation>>,
+}
+
+impl DoftLinear {
+    /// Wraps `base`. Parameters are taken from `vb` under the names of adapter files
+    /// (`oft_R.weight`, `dora_log_multiplier`, ..); the prefix of `vb` is the layer's path.
+    ///
+    /// # Errors
+    ///
+    /// When the weight is not a float matrix, the configuration does not fit its width (see
+    /// [`DoftConfig::layout`]), or `vb` holds a parameter of another shape.
+    pub fn new(base: candle_nn::Linear, config: &DoftConfig, vb: VarBuilder) -> Result<Self> {
+        Self::adapted(base.into(), config, vb)
+    }
+
+    pub(crate) fn adapted(
+        base: frozen::Linear,
+        config: &DoftConfig,
+        vb: VarBuilder,
+    ) -> Result<Self> {
+        let adaptation = Adaptation::new(LayerKind::Linear, base.weight(), config, vb)?;
+        Ok(Self {
+            path: adaptation.path().into(),
+            base,
+            adaptation: Some(Arc::new(adaptation)),
+        })
+    }
+
+    /// The plain frozen layer.
+    pub(crate) fn plain(path: &str, base: frozen::Linear) -> Self {
+        Self {
+            path: path.into(),
+            base,
+            adaptation: None,
+        }
+    }
+
+    pub(crate) fn adaptation(&self) -> Option<&Arc<Adaptation>> {
+        self.adaptation.as_ref()
+    }
+
+    /// Whether the layer has an adapter at all, enabled or not.
+    pub fn is_adapted(&self) -> bool {
+        self.adaptation.is_some()
+    }
+
+    /// The frozen layer.
+    pub fn base(&self) -> &frozen::Linear {
+        &self.base
+    }
+
+    /// How the input side is cut into blocks; none for a plain frozen layer.
+    pub fn layout(&self) -> Option<&BlockLayout> {
+        self.adaptation.as_deref().map(Adaptation::layout)
+    }
+
+    /// Switches the adapter on again.
+    pub fn enable(&self) {
+        self.switch(true);
+    }
+
+    /// Makes the layer answer what its base answers, for all its clones.
+    pub fn disable(&self) {
+        self.switch(false);
+    }
+
+    fn switch(&self, enabled: bool) {
+        if let Some(adaptation) = &self.adaptation {
+            adaptation.set_enabled(enabled);
+        }
+    }
+
+    /// The rotation blocks `R`, `(D, b, b)`, or `(1, b, b)` when shared.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotAdapted`] for a plain frozen layer.
+    pub fn rotation(&self) -> Result<Tensor> {
+        self.required()?.rotation()
+    }
+
+    /// The rotation angles of each block in radians, the largest first.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotAdapted`] for a plain frozen layer.
+    pub fn angles(&self) -> Result<Vec<Vec<f64>>> {
+        rotation::angles(&self.rotation()?)
+    }
+
+    /// The magnitude `m` of each output in units of norm, `(out)`, whatever its parametrisation.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotAdapted`] for a plain frozen layer.
+    pub fn magnitude(&self) -> Result<Tensor> {
+        self.required()?.params().magnitude()
+    }
+
+    /// The weight that acts, `diag(m / n0) W blockdiag(R)^T`, `(out, in)` in the dtype of the base.
+    /// It is computed in f32 or wider. The base's weight when disabled or not adapted.
+    ///
+    /// # Errors
+    ///
+    /// Those of candle's operations.
+    pub fn effective_weight(&self) -> Result<Tensor> {
+        let factors = match &self.adaptation {
+            Some(adaptation) => adaptation.factors(false)?,
+            None => None,
+        };
+        match factors {
+            Some(Factors { r, ratio }) => {
+                let weight = self.base.weight();
+                let ratio = ratio.map(|ratio| ratio.detach());
+                rotation::effective_weight(weight, &r.detach(), ratio.as_ref())
+            }
+            None => Ok(self.base.weight().clone()),
+        }
+    }
+
+    /// The same layer as a candle layer, for inference without this crate.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`DoftLinear::effective_weight`].
+    pub fn merge(&self) -> Result<candle_nn::Linear> {
+        let bias = self.base.bias().cloned();
+        Ok(candle_nn::Linear::new(self.effective_weight()?, bias))
+    }
+
+    /// A copy for inference: `R` and `m / n0` are constants, taken now. It builds no graph, costs no
+    /// rotation to rebuild for each token, and does not see later training.
+    ///
+    /// # Errors
+    ///
+    /// Those of candle's operations.
+    pub fn inference(&self) -> Result<Self> {
+        let adaptation = match &self.adaptation {
+            Some(adaptation) => Some(Arc::new(adaptation.inference()?)),
+            None => None,
+        };
+        Ok(Self {
+            path: self.path.clone(),
+            base: self.base.clone(),
+            adaptation,
+        })
+    }
+
+    /// Runs the layer, with dropout when `train` is true.
+    ///
+    /// # Errors
+    ///
+    /// When `x` is not `(.., in)` or not of the weight's dtype and device.
+    pub fn forward_t(&self, x: &Tensor, train: bool) -> candle_core::Result<Tensor> {
+        let factors = match &self.adaptation {
+            Some(adaptation) => adaptation.factors(train)?,
+            None => None,
+        };
+        self.run(x, factors)
+    }
+
+    fn run(&self, x: &Tensor, factors: Option<Factors>) -> candle_core::Result<Tensor> {
+        self.check_input(x)?;
+        match factors {
+            Some(Factors { r, ratio }) => ops::linear::doft(
+                x,
+                &r,
+                ratio.as_ref(),
+                self.base.frozen_weight(),
+                self.base.bias(),
+            ),
+            None => self.base.forward(x),
+        }
+    }
+
+    fn check_input(&self, x: &Tensor) -> Result<()> {
+        let layer = || self.path.to_string();
+        let width = self.base.in_dim();
+        if x.rank() < 2 || x.dims().last() != Some(&width) {
+            return Err(Error::Shape {
+                layer: layer(),
+                what: "the input",
+                found: x.dims().to_vec(),
+                expected: format!("(.., {width}) of rank 2 or more"),
+            });
+        }
+        if x.dtype() != self.base.dtype() {
+            return Err(Error::DType {
+                layer: layer(),
+                what: "the input",
+                found: x.dtype(),
+                expected: format!("{:?}, the dtype of the weight", self.base.dtype()),
+            });
+        }
+        Ok(())
+    }
+
+    fn required(&self) -> Result<&Adaptation> {
+        self.adaptation.as_deref().ok_or_else(|| Error::NotAdapted {
+            layer: self.path.to_string(),
+        })
+    }
+}
+
+impl Module for DoftLinear {
+    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        let factors = match &self.adaptation {
+            Some(adaptation) => adaptation.factors_of_forward()?,
+            None => None,
+        };
+        self.run(x, factors)
+    }
+}

@@ -1,0 +1,182 @@
+//! [`Params`]: the trainable state of one layer, packed rotation and magnitude, at the identity when
+//! new.
+
+use crate::config::{BlockLayout, Magnitude};
+use crate::error::{Error, Result};
+use candle_core::{DType, Device, Tensor};
+use candle_nn::{Init, VarBuilder};
+
+/// Elements of the weight that are looked at together when its row norms are taken.
+const NORM_CHUNK: usize = 1 << 18;
+
+/// Names of the trainable tensors under a layer's path, as in adapter files.
+pub mod names {
+    /// The packed rotation of linear layers and convolutions.
+    pub const ROTATION: &str = "oft_R.weight";
+    /// The packed rotation of embeddings.
+    pub const EMBEDDING_ROTATION: &str = "oft_embedding_R.weight";
+    /// The magnitude of kind [`Log`](crate::Magnitude::Log).
+    pub const LOG: &str = "dora_log_multiplier";
+    /// The magnitude of kind [`Factor`](crate::Magnitude::Factor).
+    pub const FACTOR: &str = "dora_multiplier";
+    /// The magnitude of kind [`Absolute`](crate::Magnitude::Absolute).
+    pub const ABSOLUTE: &str = "dora_scale";
+}
+
+/// The trainable state of one layer.
+///
+/// | tensor | shape | at the start |
+/// |---|---|---|
+/// | `rotation` | `(D, n)`, or `(1, n)` when shared | 0 |
+/// | magnitude, `Log` | `(out)` | 0 |
+/// | magnitude, `Factor` | `(out)` | 1 |
+/// | magnitude, `Absolute` | `(out)` | `n0` |
+///
+/// `n0` are the norms of the frozen rows. Since a rotation keeps them, they are taken once.
+#[derive(Clone, Debug)]
+pub struct Params {
+    rotation: Tensor,
+    kind: Magnitude,
+    magnitude: Option<Tensor>,
+    norms: Tensor,
+    alive: Option<Tensor>,
+}
+
+impl Params {
+    /// Gets or makes the tensors under `vb`. `norms` are the row norms `n0` of the frozen weight,
+    /// shape `(out)`; their dtype (f32 or f64) is that of the parameters.
+    ///
+    /// `rotation_name` is [`names::ROTATION`] or [`names::EMBEDDING_ROTATION`].
+    ///
+    /// # Errors
+    ///
+    /// When `vb` holds a tensor of another shape, or lacks one.
+    pub fn new(
+        layout: &BlockLayout,
+        kind: Magnitude,
+        norms: Tensor,
+        rotation_name: &str,
+        vb: VarBuilder,
+    ) -> Result<Self> {
+        let vb = vb.to_dtype(norms.dtype());
+        let shape = (layout.rows(), layout.entries());
+        let rotation = vb.get_with_hints(shape, rotation_name, Init::Const(0.))?;
+        let out = norms.elem_count();
+        let magnitude = match kind {
+            Magnitude::Log => Some(vb.get_with_hints(out, names::LOG, Init::Const(0.))?),
+            Magnitude::Factor => Some(vb.get_with_hints(out, names::FACTOR, Init::Const(1.))?),
+            Magnitude::Absolute => Some(absolute(&norms, &vb)?),
+            Magnitude::None => None,
+        };
+        let alive = norms.gt(0.)?;
+        let dead = alive.to_dtype(DType::U32)?.sum_all()?.to_scalar::<u32>()? < out as u32;
+        let alive = dead.then(|| alive.to_dtype(norms.dtype())).transpose()?;
+        Ok(Self {
+            rotation,
+            kind,
+            magnitude,
+            norms,
+            alive,
+        })
+    }
+
+    /// The packed rotation `theta`.
+    pub fn rotation(&self) -> &Tensor {
+        &self.rotation
+    }
+
+    /// The trained magnitude parameter, whose meaning depends on [`Params::kind`].
+    pub fn magnitude_parameter(&self) -> Option<&Tensor> {
+        self.magnitude.as_ref()
+    }
+
+    /// How the magnitude is parametrised.
+    pub fn kind(&self) -> Magnitude {
+        self.kind
+    }
+
+    /// The norms `n0` of the frozen rows, shape `(out)`.
+    pub fn norms(&self) -> &Tensor {
+        &self.norms
+    }
+
+    /// `m / n0` for each output channel, shape `(out)`; none for plain OFT.
+    ///
+    /// A dead row (`n0 = 0`) has ratio 1 and passes no gradient.
+    ///
+    /// # Errors
+    ///
+    /// Those of candle's elementwise operations.
+    pub fn ratio(&self) -> Result<Option<Tensor>> {
+        let Some(p) = &self.magnitude else {
+            return Ok(None);
+        };
+        // `keep` is 1 for live rows and 0 for dead ones.
+        let ratio = match (self.kind, &self.alive) {
+            (Magnitude::Log, None) => p.exp()?,
+            (Magnitude::Log, Some(keep)) => p.mul(keep)?.exp()?,
+            (Magnitude::Absolute, None) => p.div(&self.norms)?,
+            (Magnitude::Absolute, Some(keep)) => {
+                let dead = keep.affine(-1., 1.)?;
+                p.mul(keep)?.add(&dead)?.div(&self.norms.add(&dead)?)?
+            }
+            (_, None) => p.clone(),
+            (_, Some(keep)) => p.mul(keep)?.add(&keep.affine(-1., 1.)?)?,
+        };
+        Ok(Some(ratio))
+    }
+
+    /// `m` in units of norm, shape `(out)`, for every kind; `n0` for plain OFT.
+    ///
+    /// # Errors
+    ///
+    /// Those of candle's elementwise operations.
+    pub fn magnitude(&self) -> Result<Tensor> {
+        match self.ratio()? {
+            Some(ratio) => Ok(ratio.mul(&self.norms)?),
+            None => Ok(self.norms.clone()),
+        }
+    }
+}
+
+// `n0` is known only here, so an initial value cannot come from a hint.
+fn absolute(norms: &Tensor, vb: &VarBuilder) -> Result<Tensor> {
+    let fresh = !vb.contains_tensor(names::ABSOLUTE);
+    let value = vb.get_with_hints(norms.elem_count(), names::ABSOLUTE, Init::Const(0.))?;
+    if fresh {
+        if !value.is_variable() {
+            return Err(Error::Candle(candle_core::Error::CannotFindTensor {
+                path: format!("{}.{}", vb.prefix(), names::ABSOLUTE),
+            }));
+        }
+        candle_core::Var::from_tensor(&value)?.set(norms)?;
+    }
+    Ok(value)
+}
+
+/// The norm of each row of `weight` (its first axis), summed in f64 on CPU and in f32 elsewhere.
+/// The answer is f64 for an f64 weight and f32 for any other. Reads a few rows at a time, so that no
+/// copy of the weight is made.
+///
+/// # Errors
+///
+/// When `weight` is of rank 0 or not a float tensor.
+pub fn row_norms(weight: &Tensor) -> Result<Tensor> {
+    let dtype = match weight.dtype() {
+        DType::F64 => DType::F64,
+        _ => DType::F32,
+    };
+    let wide = match weight.device() {
+        Device::Cpu => DType::F64,
+        _ => dtype,
+    };
+    let rows = weight.dim(0)?;
+    let step = (NORM_CHUNK / (weight.elem_count() / rows.max(1)).max(1)).max(1);
+    let mut norms = Vec::new();
+    for start in (0..rows).step_by(step) {
+        let chunk = weight.narrow(0, start, step.min(rows - start))?;
+        let chunk = chunk.detach().flatten_from(1)?.to_dtype(wide)?;
+        norms.push(chunk.sqr()?.sum(1)?.sqrt()?.to_dtype(dtype)?);
+    }
+    Ok(Tensor::cat(&norms, 0)?)
+}
