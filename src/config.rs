@@ -350,7 +350,11 @@ impl DoftConfig {
                 return fail("map.terms", terms.to_string(), "at most 64");
             }
             if !(1..=2).contains(&last_coefficient) {
-                return fail("map.last_coefficient", last_coefficient.to_string(), "1 or 2");
+                return fail(
+                    "map.last_coefficient",
+                    last_coefficient.to_string(),
+                    "1 or 2",
+                );
             }
         }
         if let Some(norm) = self.max_norm
@@ -359,10 +363,18 @@ impl DoftConfig {
             return fail("max_norm", norm.to_string(), "a finite number above 0");
         }
         if !(0. ..1.).contains(&self.dropout) {
-            return fail("dropout", self.dropout.to_string(), "at least 0 and below 1");
+            return fail(
+                "dropout",
+                self.dropout.to_string(),
+                "at least 0 and below 1",
+            );
         }
         if self.dropout > 0. && self.block_share {
-            return fail("dropout", self.dropout.to_string(), "0 when one block is shared");
+            return fail(
+                "dropout",
+                self.dropout.to_string(),
+                "0 when one block is shared",
+            );
         }
         self.targets.validate()?;
         for pattern in &self.exclude {

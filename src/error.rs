@@ -136,6 +136,10 @@ pub enum Error {
     #[error("the adapter has no layers; build the model through it before training or saving")]
     NoLayers,
 
+    /// Adapter parameters got no gradient, or one that is not finite.
+    #[error("{0}")]
+    Gradients(Box<crate::adapter::GradientReport>),
+
     /// A file or folder cannot be read or written.
     #[error("{path}: {source}")]
     Io {
@@ -143,6 +147,28 @@ pub enum Error {
         path: PathBuf,
         /// What the operating system said.
         source: std::io::Error,
+    },
+
+    /// An argument of a function has a shape, dtype or value that it cannot have.
+    #[error("`{function}`: {what} is {found}, expected {expected}")]
+    Argument {
+        /// The function.
+        function: &'static str,
+        /// What is off.
+        what: &'static str,
+        /// What was found.
+        found: String,
+        /// What it should be.
+        expected: String,
+    },
+
+    /// A strength that the adapter cannot be applied with.
+    #[error("strength {strength}: {reason}")]
+    Strength {
+        /// The strength asked for.
+        strength: f64,
+        /// Why it is refused, and what to do instead.
+        reason: String,
     },
 }
 
@@ -161,7 +187,8 @@ impl From<Error> for candle_core::Error {
     fn from(error: Error) -> Self {
         match error {
             Error::Candle(error) => error,
-            other => Self::wrap(other),
+            // `Error::wrap` would print a backtrace into the text where one is enabled.
+            other => Self::Wrapped(Box::new(other)),
         }
     }
 }

@@ -1,8 +1,17 @@
 #![doc = include_str!("../README.md")]
 
+pub mod adapter;
 pub mod config;
 pub mod error;
+pub mod frozen;
+pub mod layer;
+mod nearest;
+mod ops;
+pub mod params;
 pub mod rng;
+pub mod rotation;
 
+pub use adapter::Adapter;
 pub use config::{DoftConfig, Magnitude, Map, Pattern, Targets};
 pub use error::{Error, Result};
+pub use layer::DoftLinear;

@@ -11,6 +11,8 @@ const NORM_CHUNK: usize = 1 << 18;
 
 /// Names of the trainable tensors under a layer's path, as in adapter files.
 pub mod names {
+    use crate::config::{LayerKind, Magnitude};
+
     /// The packed rotation of linear layers and convolutions.
     pub const ROTATION: &str = "oft_R.weight";
     /// The packed rotation of embeddings.
@@ -21,6 +23,24 @@ pub mod names {
     pub const FACTOR: &str = "dora_multiplier";
     /// The magnitude of kind [`Absolute`](crate::Magnitude::Absolute).
     pub const ABSOLUTE: &str = "dora_scale";
+
+    /// The name of the packed rotation of a kind of layer.
+    pub fn rotation(kind: LayerKind) -> &'static str {
+        match kind {
+            LayerKind::Embedding => EMBEDDING_ROTATION,
+            _ => ROTATION,
+        }
+    }
+
+    /// The name of the trained magnitude, if there is one.
+    pub fn magnitude(kind: Magnitude) -> Option<&'static str> {
+        match kind {
+            Magnitude::Log => Some(LOG),
+            Magnitude::Factor => Some(FACTOR),
+            Magnitude::Absolute => Some(ABSOLUTE),
+            Magnitude::None => None,
+        }
+    }
 }
 
 /// The trainable state of one layer.

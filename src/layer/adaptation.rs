@@ -61,10 +61,7 @@ impl Adaptation {
         let config = config.for_layer(&path)?;
         let width = shape.iter().skip(1).product();
         let layout = config.layout(&path, width)?;
-        let name = match kind {
-            LayerKind::Embedding => names::EMBEDDING_ROTATION,
-            _ => names::ROTATION,
-        };
+        let name = names::rotation(kind);
         let params = Params::new(&layout, config.magnitude, norms, name, vb)?;
         Ok(Self {
             path,
@@ -102,10 +99,6 @@ impl Adaptation {
     /// The block size that was asked for; the layout has the one in use.
     pub(crate) fn asked(&self) -> usize {
         self.asked
-    }
-
-    pub(crate) fn dropout(&self) -> f64 {
-        self.dropout
     }
 
     pub(crate) fn params(&self) -> &Params {
@@ -164,19 +157,20 @@ impl Adaptation {
         guard.clone()
     }
 
-    /// Fixes rotation and ratio at their present values, outside any graph; or lets them live again.
-    pub(crate) fn set_constant(&self, constant: bool) -> Result<()> {
-        let factors = if constant {
-            let factors = self.fresh()?;
-            Some(Factors {
-                r: factors.r.detach(),
-                ratio: factors.ratio.map(|ratio| ratio.detach()),
-            })
-        } else {
-            None
+    /// Fixes rotation and ratio at their present values, outside any graph.
+    pub(crate) fn set_constants(&self) -> Result<()> {
+        let Factors { r, ratio } = self.fresh()?;
+        let factors = Factors {
+            r: r.detach(),
+            ratio: ratio.map(|ratio| ratio.detach()),
         };
-        *self.constants.write().unwrap_or_else(|e| e.into_inner()) = factors;
+        *self.constants.write().unwrap_or_else(|e| e.into_inner()) = Some(factors);
         Ok(())
+    }
+
+    /// Lets rotation and ratio follow the parameters again.
+    pub(crate) fn clear_constants(&self) {
+        *self.constants.write().unwrap_or_else(|e| e.into_inner()) = None;
     }
 
     /// A copy of its own that answers constants only.
@@ -195,7 +189,7 @@ impl Adaptation {
             step: AtomicU64::new(0),
             passes: AtomicU64::new(0),
         };
-        copy.set_constant(true)?;
+        copy.set_constants()?;
         Ok(copy)
     }
 

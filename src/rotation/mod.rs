@@ -19,3 +19,118 @@
 //! `W R^T = [.6, -.8]`.
 //!
 //! Adapter files of other tools are translated to this convention in `file`, nowhere else.
+
+mod angles;
+mod cayley;
+mod clip;
+mod effective;
+mod exponential;
+mod geodesic;
+#[doc(hidden)]
+pub mod naive;
+mod neumann;
+mod skew;
+
+pub use angles::{angles, orthogonality_error};
+pub use cayley::cayley;
+pub use clip::clip;
+pub(crate) use effective::effective_weight;
+pub use exponential::exponential;
+pub use geodesic::geodesic;
+pub use neumann::cayley_neumann;
+pub use skew::skew;
+
+use crate::config::{BlockLayout, Map};
+use crate::error::{Error, Result};
+use candle_core::{DType, Tensor};
+
+/// From packed parameters to rotation blocks: `R = map(clip(skew(theta / c)))`.
+///
+/// The divisor `c`, the cap and the map are those of `layout`.
+///
+/// # Shapes
+///
+/// `theta` is `(D, n)`, or `(1, n)` when shared, f32 or f64; the answer is `(D, b, b)`, or
+/// `(1, b, b)`. `theta = 0` gives the identity to the last bit.
+///
+/// # Errors
+///
+/// [`Error::Argument`] when `theta` does not fit the layout or is neither f32 nor f64.
+///
+/// # Examples
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_doft::{DoftConfig, rotation::rotation};
+///
+/// let layout = DoftConfig::default().with_block_size(2).with_scaled(false).layout("head", 2)?;
+/// let theta = Tensor::new(&[[0.5f64]], &Device::Cpu)?;
+/// let r = rotation(&theta, &layout)?.squeeze(0)?.to_vec2::<f64>()?;
+/// assert!((r[0][0] - 0.6).abs() < 1e-12 && (r[0][1] - 0.8).abs() < 1e-12);
+/// # Ok::<(), candle_doft::Error>(())
+/// ```
+pub fn rotation(theta: &Tensor, layout: &BlockLayout) -> Result<Tensor> {
+    let q = generator("rotation", theta, layout)?;
+    match layout.map {
+        Map::Cayley => cayley(&q),
+        Map::CayleyNeumann {
+            terms,
+            last_coefficient,
+        } => cayley_neumann(&q, terms, last_coefficient),
+        Map::Exponential => exponential(&q),
+    }
+}
+
+/// `clip(skew(theta / c))`.
+fn generator(function: &'static str, theta: &Tensor, layout: &BlockLayout) -> Result<Tensor> {
+    if theta.dims() != [layout.rows(), layout.entries()] {
+        return Err(Error::Argument {
+            function,
+            what: "the shape of `theta`",
+            found: format!("{:?}", theta.dims()),
+            expected: format!("[{}, {}]", layout.rows(), layout.entries()),
+        });
+    }
+    let divisor = layout.divisor();
+    let q = if divisor == 1. {
+        skew(theta, layout.block_size)?
+    } else {
+        skew(&(theta / divisor)?, layout.block_size)?
+    };
+    match layout.max_norm {
+        Some(max_norm) => clip(&q, max_norm),
+        None => Ok(q),
+    }
+}
+
+/// Checks that `blocks` is `(D, b, b)` with `b` from 1, in f32 or f64.
+fn check_blocks(function: &'static str, what: &'static str, blocks: &Tensor) -> Result<()> {
+    match blocks.dims() {
+        [_, rows, columns] if rows == columns && *rows > 0 => check_dtype(function, blocks),
+        dims => Err(Error::Argument {
+            function,
+            what,
+            found: format!("{dims:?}"),
+            expected: "square blocks (D, b, b) with b from 1".into(),
+        }),
+    }
+}
+
+fn check_dtype(function: &'static str, x: &Tensor) -> Result<()> {
+    match x.dtype() {
+        DType::F32 | DType::F64 => Ok(()),
+        found => Err(Error::Argument {
+            function,
+            what: "the dtype",
+            found: format!("{found:?}"),
+            expected: "F32 or F64; convert it with `to_dtype`".into(),
+        }),
+    }
+}
+
+/// The blocks as f64 on the host, one after the other, and their size.
+fn host(x: &Tensor) -> Result<(Vec<f64>, usize)> {
+    let b = x.dim(1)?;
+    let x = x.detach().to_device(&candle_core::Device::Cpu)?;
+    Ok((x.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?, b))
+}

@@ -1,0 +1,158 @@
+//! A safe door to the `gemm` crate: products of strided views, their bounds checked.
+
+use super::real::Real;
+use gemm::Parallelism;
+
+/// A read-only matrix inside a slice.
+#[derive(Clone, Copy)]
+pub(crate) struct Mat<'a, T> {
+    data: &'a [T],
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    col_stride: usize,
+}
+
+/// A row-major matrix inside a slice, to be written; rows may lie apart.
+pub(crate) struct MatMut<'a, T> {
+    data: &'a mut [T],
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+}
+
+// Panics rather than read outside `len`: the products below rest on it.
+fn check(len: usize, (rows, cols): (usize, usize), (rs, cs): (usize, usize)) {
+    if rows > 0 && cols > 0 {
+        assert!(
+            (rows - 1) * rs + (cols - 1) * cs < len,
+            "a matrix outside its slice"
+        );
+    }
+}
+
+impl<'a, T: Real> Mat<'a, T> {
+    /// The matrix of the given shape and strides that starts at the slice's first element.
+    pub(crate) fn new(data: &'a [T], shape: (usize, usize), strides: (usize, usize)) -> Self {
+        check(data.len(), shape, strides);
+        Self {
+            data,
+            rows: shape.0,
+            cols: shape.1,
+            row_stride: strides.0,
+            col_stride: strides.1,
+        }
+    }
+
+    /// A contiguous row-major matrix.
+    pub(crate) fn row_major(data: &'a [T], rows: usize, cols: usize) -> Self {
+        Self::new(data, (rows, cols), (cols, 1))
+    }
+
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub(crate) fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// The transposed view.
+    pub(crate) fn t(self) -> Self {
+        Self {
+            rows: self.cols,
+            cols: self.rows,
+            row_stride: self.col_stride,
+            col_stride: self.row_stride,
+            ..self
+        }
+    }
+
+    /// The rows from `start` on, `rows` of them, and of those the columns from `col` on, `cols`.
+    pub(crate) fn part(self, (start, rows): (usize, usize), (col, cols): (usize, usize)) -> Self {
+        let offset = start * self.row_stride + col * self.col_stride;
+        let data = &self.data[offset.min(self.data.len())..];
+        Self::new(data, (rows, cols), (self.row_stride, self.col_stride))
+    }
+
+    /// One element.
+    pub(crate) fn at(&self, row: usize, col: usize) -> T {
+        self.data[row * self.row_stride + col * self.col_stride]
+    }
+}
+
+impl<'a, T: Real> MatMut<'a, T> {
+    /// The matrix whose rows start `row_stride` apart, at least `cols`.
+    pub(crate) fn new(data: &'a mut [T], shape: (usize, usize), row_stride: usize) -> Self {
+        assert!(row_stride >= shape.1, "rows that overlap");
+        check(data.len(), shape, (row_stride, 1));
+        Self {
+            data,
+            rows: shape.0,
+            cols: shape.1,
+            row_stride,
+        }
+    }
+}
+
+/// `dst = lhs rhs`, or `dst += lhs rhs`, on the calling thread.
+pub(crate) fn multiply<T: Real>(dst: MatMut<T>, lhs: Mat<T>, rhs: Mat<T>, accumulate: bool) {
+    assert!(
+        lhs.cols == rhs.rows && dst.rows == lhs.rows && dst.cols == rhs.cols,
+        "matrices that do not fit"
+    );
+    let alpha = if accumulate { T::one() } else { T::zero() };
+    #[allow(unsafe_code, reason = "gemm takes pointers")]
+    // SAFETY: `check` has seen that every element the shapes and strides reach lies inside its
+    // slice; `dst` is borrowed mutably, so nothing else aliases it, and its rows do not overlap.
+    unsafe {
+        gemm::gemm(
+            dst.rows,
+            dst.cols,
+            lhs.cols,
+            dst.data.as_mut_ptr(),
+            1,
+            dst.row_stride as isize,
+            accumulate,
+            lhs.data.as_ptr(),
+            lhs.col_stride as isize,
+            lhs.row_stride as isize,
+            rhs.data.as_ptr(),
+            rhs.col_stride as isize,
+            rhs.row_stride as isize,
+            alpha,
+            T::one(),
+            false,
+            false,
+            false,
+            Parallelism::None,
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn strided_products_are_those_of_the_definition() {
+        let a: Vec<f64> = (0..40).map(|v| f64::from(v) * 0.7 - 3.).collect();
+        let lhs = Mat::new(&a, (3, 4), (9, 2));
+        let rhs = Mat::new(&a[1..], (4, 2), (1, 7));
+        let mut dst = vec![1.; 12];
+        multiply(MatMut::new(&mut dst, (3, 2), 5), lhs, rhs, true);
+        for i in 0..3 {
+            for j in 0..2 {
+                let sum: f64 = (0..4).map(|k| lhs.at(i, k) * rhs.at(k, j)).sum();
+                assert!((dst[i * 5 + j] - 1. - sum).abs() < 1e-12);
+            }
+        }
+        assert_eq!(dst[2..5], [1.; 3], "between the rows nothing changes");
+    }
+
+    #[test]
+    #[should_panic(expected = "a matrix outside its slice")]
+    fn a_matrix_outside_its_slice_is_refused() {
+        Mat::new(&[0f32; 5], (2, 3), (3, 1));
+    }
+}

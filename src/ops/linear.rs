@@ -1,0 +1,444 @@
+//! The frozen product and the DOFT product.
+//!
+//! ```text
+//! y   = ratio * (x . blockdiag(R) . W^T) + bias
+//! h   = (dy * ratio) . W
+//! dx  = h . blockdiag(R)^T         dR_d = x_d^T h_d
+//! dratio_o = sum_t dy (y - bias) / ratio
+//! ```
+//!
+//! `W` and the bias live inside the op: they get no gradient, and no buffer of their size is made.
+//! The op keeps x and y and nothing else; the rotated input is made again where a gradient needs it.
+//!
+//! On CPU in f32 and f64 all of it is one op. The large products are candle's own, with its
+//! parameters, so that a rotation by the identity changes no bit, also where candle uses a vendor
+//! BLAS; the small ones are `gemm`'s. Everywhere else the [composed](super::composed) twin runs.
+
+use super::Weight;
+use super::blocks::{Blocks, gradient, rotate, rotate_back};
+use super::composed;
+use super::gemm::{Mat, MatMut, multiply};
+use super::real::{Real, has_kernel, slice, tensor, with_slice};
+use candle_core::backend::BackendStorage;
+use candle_core::{
+    CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor,
+};
+use rayon::prelude::*;
+
+/// `x . W^T + bias`, with a gradient to `x` alone. `x` is `(.., in)` of rank 2 or more.
+pub(crate) fn frozen(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tensor> {
+    if !has_kernel(x) {
+        return composed::frozen(x, weight, bias);
+    }
+    flattened(x, weight, |x| x.apply_op1(Product::new(weight, bias)))
+}
+
+/// `ratio * (x . blockdiag(r) . W^T) + bias`, with gradients to `x`, `r` and `ratio`.
+///
+/// `r` is `(D, b, b)`, or `(1, b, b)` when shared; `ratio` is `(out)`.
+pub(crate) fn doft(
+    x: &Tensor,
+    r: &Tensor,
+    ratio: Option<&Tensor>,
+    weight: &Weight,
+    bias: Option<&Tensor>,
+) -> Result<Tensor> {
+    if !has_kernel(x) {
+        return composed::doft(x, r, ratio, weight, bias);
+    }
+    flattened(x, weight, |x| {
+        let product = Product::new(weight, bias);
+        let r = r.contiguous()?;
+        match ratio {
+            Some(ratio) => x.apply_op3(&r, &ratio.contiguous()?, product),
+            None => x.apply_op2(&r, product),
+        }
+    })
+}
+
+/// Runs `f` on `x` as a matrix and gives the answer the leading axes of `x`.
+fn flattened(
+    x: &Tensor,
+    weight: &Weight,
+    f: impl FnOnce(&Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
+    if x.rank() == 2 {
+        return f(x);
+    }
+    let rows = x.dims()[..x.rank() - 1].iter().product::<usize>();
+    let mut shape = x.dims().to_vec();
+    if let Some(last) = shape.last_mut() {
+        *last = weight.out_dim();
+    }
+    f(&x.reshape((rows, weight.in_dim()))?)?.reshape(shape)
+}
+
+/// The op. Its arguments are x, then R, then the ratio.
+#[derive(Clone)]
+struct Product {
+    weight: Weight,
+    bias: Option<Tensor>,
+}
+
+/// What a backward pass found for x, R and the ratio.
+type Gradients = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
+
+impl Product {
+    fn new(weight: &Weight, bias: Option<&Tensor>) -> Self {
+        Self {
+            weight: weight.clone(),
+            bias: bias.map(Tensor::detach),
+        }
+    }
+
+    fn forward<T: Real>(
+        &self,
+        x: (&CpuStorage, &Layout),
+        r: Option<(&CpuStorage, &Layout)>,
+        ratio: Option<(&CpuStorage, &Layout)>,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (rows, width) = x.1.shape().dims2()?;
+        let out = self.weight.out_dim();
+        let shape = Shape::from((rows, out));
+        if rows == 0 {
+            return Ok((T::to_cpu_storage_owned(Vec::new()), shape));
+        }
+        let y = match r {
+            None => self.times_weight(x.0, x.1, true)?,
+            Some((r, layout)) => {
+                let (count, b, _) = layout.shape().dims3()?;
+                let x = matrix::<T>(slice(x.0, x.1)?, x.1)?;
+                let rotated = rotate(x, Blocks::new(slice(r, layout)?, count, b));
+                let rotated = T::to_cpu_storage_owned(rotated);
+                self.times_weight(&rotated, &Layout::contiguous((rows, width)), true)?
+            }
+        };
+        let mut y = T::cpu_storage_data(y)?;
+        let ratio = match ratio {
+            Some((ratio, layout)) => Some(slice::<T>(ratio, layout)?),
+            None => None,
+        };
+        let bias = self.bias::<T>()?;
+        if ratio.is_some() || bias.is_some() {
+            y.par_chunks_mut(out).for_each(|y| {
+                if let Some(ratio) = ratio {
+                    y.iter_mut().zip(ratio).for_each(|(y, s)| *y *= *s);
+                }
+                if let Some(bias) = &bias {
+                    y.iter_mut().zip(bias).for_each(|(y, b)| *y += *b);
+                }
+            });
+        }
+        Ok((T::to_cpu_storage_owned(y), shape))
+    }
+
+    /// `a W^T`, or `a W`, as candle computes it.
+    fn times_weight(
+        &self,
+        a: &CpuStorage,
+        layout: &Layout,
+        transposed: bool,
+    ) -> Result<CpuStorage> {
+        let (storage, weight) = self.weight.tensor().storage_and_layout();
+        let Storage::Cpu(storage) = &*storage else {
+            let message = "the input is on CPU, the frozen weight is not".to_string();
+            return Err(candle_core::Error::Msg(message));
+        };
+        let weight = match transposed {
+            true => weight.transpose(0, 1)?,
+            false => weight.clone(),
+        };
+        let (rows, inner) = layout.shape().dims2()?;
+        let (_, cols) = weight.shape().dims2()?;
+        a.matmul(storage, (1, rows, cols, inner), layout, &weight)
+    }
+
+    fn bias<T: Real>(&self) -> Result<Option<Vec<T>>> {
+        self.bias.as_ref().map(Tensor::to_vec1).transpose()
+    }
+
+    fn backward<T: Real>(
+        &self,
+        (x, r, ratio): (&Tensor, Option<&Tensor>, Option<&Tensor>),
+        y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<Gradients> {
+        let (rows, width) = x.dims2()?;
+        let dy = dy.contiguous()?;
+        let dratio = match (ratio, r) {
+            (Some(ratio), Some(r)) if ratio.track_op() => {
+                Some(self.ratio_gradient::<T>(x, r, ratio, y, &dy)?)
+            }
+            _ => None,
+        };
+        let (need_x, need_r) = (x.track_op(), r.is_some_and(Tensor::track_op));
+        if !(need_x || need_r) {
+            return Ok((None, None, dratio));
+        }
+        let mut h = match rows {
+            0 => Vec::new(),
+            _ => self.back_through_weight::<T>(&dy, ratio)?,
+        };
+        let Some(r) = r else {
+            return Ok((Some(tensor(h, (rows, width))?), None, dratio));
+        };
+        let (blocks, b, _) = r.dims3()?;
+        let dr = match need_r {
+            false => None,
+            true => Some(with_slice(x, |data, layout| {
+                let h = Mat::row_major(&h, rows, width);
+                let dr = gradient::<T>(matrix(data, layout)?, h, b, blocks == 1);
+                tensor(dr, r.shape())
+            })?),
+        };
+        let dx = match need_x {
+            false => None,
+            true => {
+                with_slice(r, |data, _| {
+                    rotate_back::<T>(&mut h, width, Blocks::new(data, blocks, b));
+                    Ok(())
+                })?;
+                Some(tensor(h, (rows, width))?)
+            }
+        };
+        Ok((dx, dr, dratio))
+    }
+
+    /// `h = (dy * ratio) W`.
+    fn back_through_weight<T: Real>(&self, dy: &Tensor, ratio: Option<&Tensor>) -> Result<Vec<T>> {
+        let layout = Layout::contiguous(dy.shape());
+        let h = with_slice::<T, _>(dy, |dy, _| {
+            let dy = &dy[..layout.shape().elem_count()];
+            let Some(ratio) = ratio else {
+                return Ok(dy.to_vec());
+            };
+            with_slice::<T, _>(ratio, |ratio, _| {
+                let out = self.weight.out_dim();
+                let mut scaled = vec![T::zero(); dy.len()];
+                let rows = scaled.par_chunks_mut(out).zip(dy.par_chunks(out));
+                rows.for_each(|(to, from)| {
+                    let products = from.iter().zip(ratio).map(|(dy, s)| *dy * *s);
+                    to.iter_mut().zip(products).for_each(|(to, v)| *to = v);
+                });
+                Ok(scaled)
+            })
+        })?;
+        let h = self.times_weight(&T::to_cpu_storage_owned(h), &layout, false)?;
+        T::cpu_storage_data(h)
+    }
+
+    /// `dratio`, from y where that is exact, else from the product itself.
+    fn ratio_gradient<T: Real>(
+        &self,
+        x: &Tensor,
+        r: &Tensor,
+        ratio: &Tensor,
+        y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<Tensor> {
+        let bias = self.bias::<T>()?;
+        let values = ratio.to_vec1::<T>()?;
+        let sums = with_slice::<T, _>(y, |y, _| {
+            with_slice::<T, _>(dy, |dy, _| {
+                Ok(column_sums(y, dy, bias.as_deref(), &values, x.dims()[0]))
+            })
+        })?;
+        let (mut grad, lost): (Vec<T>, Vec<bool>) = sums.into_iter().unzip();
+        if lost.contains(&true) {
+            self.recompute(x, r, dy, &lost, &mut grad)?;
+        }
+        tensor(grad, ratio.shape())
+    }
+
+    /// `sum_t dy (x . blockdiag(r) . W^T)` for the rows of the weight that are marked.
+    fn recompute<T: Real>(
+        &self,
+        x: &Tensor,
+        r: &Tensor,
+        dy: &Tensor,
+        marked: &[bool],
+        grad: &mut [T],
+    ) -> Result<()> {
+        let (rows, width) = x.dims2()?;
+        let (count, b, _) = r.dims3()?;
+        let rotated = with_slice::<T, _>(x, |x_data, layout| {
+            let x = matrix(x_data, layout)?;
+            with_slice(r, |r, _| Ok(rotate(x, Blocks::new(r, count, b))))
+        })?;
+        let rotated = Mat::row_major(&rotated, rows, width);
+        with_slice::<T, _>(dy, |dy, _| {
+            let dy = Mat::row_major(dy, rows, marked.len());
+            with_slice::<T, _>(self.weight.tensor(), |weight, layout| {
+                let weight = matrix(weight, layout)?;
+                for (start, count) in runs(marked) {
+                    // One row of the weight's gradient for each: thin, and gone after its run.
+                    let mut thin = vec![T::zero(); count * width];
+                    let of_run = dy.part((0, rows), (start, count)).t();
+                    multiply(
+                        MatMut::new(&mut thin, (count, width), width),
+                        of_run,
+                        rotated,
+                        false,
+                    );
+                    for (o, thin) in (start..).zip(thin.chunks_exact(width)) {
+                        let terms = thin.iter().enumerate();
+                        let sum: f64 = terms
+                            .map(|(i, v)| v.to_f64() * weight.at(o, i).to_f64())
+                            .sum();
+                        grad[o] = T::from_f64(sum);
+                    }
+                }
+                Ok(())
+            })
+        })
+    }
+}
+
+/// A CPU tensor of rank 2 as a matrix.
+fn matrix<'a, T: Real>(data: &'a [T], layout: &Layout) -> Result<Mat<'a, T>> {
+    let shape = layout.shape().dims2()?;
+    Ok(Mat::new(
+        data,
+        shape,
+        (layout.stride()[0], layout.stride()[1]),
+    ))
+}
+
+/// Columns that one task sums.
+const COLUMNS: usize = 64;
+
+/// How much larger than the product the bias may be before `y - bias` has lost too much of it: five
+/// bits.
+const SWAMPED: f64 = 32.;
+
+/// Ratios below this divide the rounding of y up too far.
+const TINY: f64 = 1e-12;
+
+/// For each column `sum_t dy (y - bias) / ratio`, and whether that is not to be trusted. Summed in
+/// f64 from the first row to the last.
+fn column_sums<T: Real>(
+    y: &[T],
+    dy: &[T],
+    bias: Option<&[T]>,
+    ratio: &[T],
+    rows: usize,
+) -> Vec<(T, bool)> {
+    let out = ratio.len();
+    let mut sums = vec![(T::zero(), false); out];
+    sums.par_chunks_mut(COLUMNS)
+        .enumerate()
+        .for_each(|(chunk, sums)| {
+            let start = chunk * COLUMNS;
+            let mut slopes = [0f64; COLUMNS];
+            let mut squares = [0f64; COLUMNS];
+            for t in 0..rows {
+                let row = t * out + start;
+                for (c, _) in sums.iter().enumerate() {
+                    let bias = bias.map_or(0., |bias| bias[start + c].to_f64());
+                    let product = y[row + c].to_f64() - bias;
+                    slopes[c] += dy[row + c].to_f64() * product;
+                    squares[c] += product * product;
+                }
+            }
+            for (c, sum) in sums.iter_mut().enumerate() {
+                let ratio = ratio[start + c].to_f64();
+                let bias = bias.map_or(0., |bias| bias[start + c].to_f64());
+                let swamped = bias * bias * rows as f64 > SWAMPED * SWAMPED * squares[c];
+                let lost = swamped || ratio.abs() < TINY;
+                *sum = (T::from_f64(if lost { 0. } else { slopes[c] / ratio }), lost);
+            }
+        });
+    sums
+}
+
+/// The stretches of marked rows, in pieces of at most [`COLUMNS`].
+fn runs(marked: &[bool]) -> Vec<(usize, usize)> {
+    let mut runs: Vec<(usize, usize)> = Vec::new();
+    for (o, _) in marked.iter().enumerate().filter(|(_, marked)| **marked) {
+        match runs.last_mut() {
+            Some((start, count)) if *start + *count == o && *count < COLUMNS => *count += 1,
+            _ => runs.push((o, 1)),
+        }
+    }
+    runs
+}
+
+macro_rules! by_dtype {
+    ($tensor:expr, $call:ident($($arg:expr),*), $op:expr) => {
+        match $tensor.dtype() {
+            DType::F64 => $op.$call::<f64>($($arg),*),
+            _ => $op.$call::<f32>($($arg),*),
+        }
+    };
+}
+
+impl CustomOp1 for Product {
+    fn name(&self) -> &'static str {
+        "frozen-linear"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
+        by_dtype!(x, forward((x, l), None, None), self)
+    }
+
+    fn bwd(&self, x: &Tensor, y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        let (dx, _, _) = by_dtype!(x, backward((x, None, None), y, dy), self)?;
+        Ok(dx)
+    }
+}
+
+impl CustomOp2 for Product {
+    fn name(&self) -> &'static str {
+        "oft-linear"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        xl: &Layout,
+        r: &CpuStorage,
+        rl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        by_dtype!(x, forward((x, xl), Some((r, rl)), None), self)
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        r: &Tensor,
+        y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let (dx, dr, _) = by_dtype!(x, backward((x, Some(r), None), y, dy), self)?;
+        Ok((dx, dr))
+    }
+}
+
+impl CustomOp3 for Product {
+    fn name(&self) -> &'static str {
+        "doft-linear"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        xl: &Layout,
+        r: &CpuStorage,
+        rl: &Layout,
+        ratio: &CpuStorage,
+        sl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        by_dtype!(x, forward((x, xl), Some((r, rl)), Some((ratio, sl))), self)
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        r: &Tensor,
+        ratio: &Tensor,
+        y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<Gradients> {
+        by_dtype!(x, backward((x, Some(r), Some(ratio)), y, dy), self)
+    }
+}

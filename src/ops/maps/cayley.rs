@@ -1,0 +1,83 @@
+//! The Cayley transform: `R = 2A - I`, `A = (I - Q)^-1`, and `dL/dQ = 2 A^T G A^T`.
+
+use super::dense::{add_diagonal, add_scaled, multiply, store, transposed};
+use super::{Map, Real};
+
+#[derive(Clone)]
+pub(crate) struct Cayley;
+
+impl Map for Cayley {
+    const NAME: &'static str = "cayley";
+    const KEEPS_RESULT: bool = true;
+
+    // Eliminated in f64 also for f32, where `||Q|| = 100` would cost more than the 1e-5 promised.
+    fn forward<T: Real>(&self, q: &[T], b: usize, out: &mut [T]) {
+        let mut a: Vec<f64> = q.iter().map(|v| 0. - v.to_f64()).collect();
+        add_diagonal(&mut a, b, 1.);
+        invert(&mut a, b);
+        a.iter_mut().for_each(|v| *v *= 2.);
+        add_diagonal(&mut a, b, -1.);
+        store(&a, out);
+    }
+
+    // With `A = (R + I)/2`, `2 A^T G A^T = (R^T + I) G (R^T + I) / 2`.
+    fn backward<T: Real>(&self, r: &[T], grad: &[T], b: usize, out: &mut [T]) {
+        let mut turned = transposed(r, b);
+        add_diagonal(&mut turned, b, T::one());
+        let mut left = vec![T::zero(); b * b];
+        multiply(&turned, grad, b, &mut left);
+        multiply(&left, &turned, b, out);
+        let half = T::from_f64(0.5);
+        out.iter_mut().for_each(|v| *v = half * *v);
+    }
+}
+
+/// Gauss-Jordan elimination in place with partial pivoting. The inner loop adds a whole row.
+fn invert(a: &mut [f64], n: usize) {
+    let mut swapped = vec![0; n];
+    let mut row = vec![0.; n];
+    for k in 0..n {
+        let size = |i: &usize| a[i * n + k].abs();
+        let pivot = (k + 1..n).fold(k, |best, i| if size(&i) > size(&best) { i } else { best });
+        swapped[k] = pivot;
+        if pivot != k {
+            let (above, below) = a.split_at_mut(pivot * n);
+            above[k * n..(k + 1) * n].swap_with_slice(&mut below[..n]);
+        }
+        let scale = 1. / a[k * n + k];
+        a[k * n + k] = 1.;
+        a[k * n..(k + 1) * n].iter_mut().for_each(|v| *v *= scale);
+        row.copy_from_slice(&a[k * n..(k + 1) * n]);
+        for (i, other) in a.chunks_exact_mut(n).enumerate() {
+            let factor = other[k];
+            if i != k && factor != 0. {
+                other[k] = 0.;
+                add_scaled(other, -factor, &row);
+            }
+        }
+    }
+    // The rows were swapped before, so the columns of the inverse are swapped after, last first.
+    for k in (0..n).rev().filter(|k| swapped[*k] != *k) {
+        for row in a.chunks_exact_mut(n) {
+            row.swap(k, swapped[k]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_matrix_that_needs_pivots_is_inverted() {
+        let a = vec![0., 2., 1., 1., 0., 0., 0., 3., 0.];
+        let mut inverse = a.clone();
+        invert(&mut inverse, 3);
+        let mut product = vec![0.; 9];
+        multiply(&a, &inverse, 3, &mut product);
+        for (i, v) in product.iter().enumerate() {
+            let expected = f64::from(u8::from(i % 4 == 0));
+            assert!((v - expected).abs() < 1e-15, "entry {i} is {v}");
+        }
+    }
+}

@@ -1,0 +1,15 @@
+//! Every custom op: its forward kernel, its backward, and the composed twin that runs where there is
+//! no kernel. The only place with `unsafe`.
+
+mod blocks;
+pub(crate) mod composed;
+mod gemm;
+pub(crate) mod linear;
+pub(crate) mod maps;
+mod real;
+mod weight;
+
+pub(crate) use weight::Weight;
+
+#[cfg(test)]
+mod tests;

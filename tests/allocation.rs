@@ -1,0 +1,142 @@
+//! What a training step allocates: nothing of the weight's size, and nothing that stays.
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_doft::{DoftConfig, DoftLinear};
+use candle_nn::{Linear, Module, VarBuilder, VarMap};
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+
+/// Counts what is asked of the system's allocator.
+struct Counting;
+
+static LIVE: AtomicUsize = AtomicUsize::new(0);
+static LARGEST: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+
+fn took(size: usize) {
+    LARGEST.fetch_max(size, SeqCst);
+    PEAK.fetch_max(LIVE.fetch_add(size, SeqCst) + size, SeqCst);
+}
+
+#[allow(unsafe_code, reason = "an allocator that counts")]
+// SAFETY: every call goes on to the system's allocator with the arguments it came with.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        took(layout.size());
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        took(layout.size());
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        LIVE.fetch_sub(layout.size(), SeqCst);
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
+
+/// Tests share the counters.
+static ALONE: Mutex<()> = Mutex::new(());
+
+const SIZE: usize = 2048;
+const WEIGHT_BYTES: usize = SIZE * SIZE * 4;
+const ROWS: usize = 64;
+
+/// The largest allocation and the peak while `f` runs, in bytes above what was live before.
+fn counted<T>(f: impl FnOnce() -> T) -> (T, usize, usize) {
+    let before = LIVE.load(SeqCst);
+    LARGEST.store(0, SeqCst);
+    PEAK.store(before, SeqCst);
+    let answer = f();
+    (answer, LARGEST.load(SeqCst), PEAK.load(SeqCst) - before)
+}
+
+fn setting() -> Result<(Linear, Var, Tensor)> {
+    assert!(WEIGHT_BYTES >= 16 << 20);
+    let weight = Tensor::randn(0f32, 0.02, (SIZE, SIZE), &Device::Cpu)?;
+    let x = Var::randn(0f32, 1., (ROWS, SIZE), &Device::Cpu)?;
+    let upstream = Tensor::randn(0f32, 1., (ROWS, SIZE), &Device::Cpu)?;
+    Ok((Linear::new(weight, None), x, upstream))
+}
+
+#[test]
+fn a_training_step_allocates_nothing_of_the_weight_s_size_and_keeps_nothing() -> Result<()> {
+    let _alone = ALONE.lock();
+    let (base, x, upstream) = setting()?;
+    let varmap = VarMap::new();
+    let vb = VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu);
+    let (layer, largest, _) = counted(|| DoftLinear::new(base, &DoftConfig::default(), vb));
+    let layer = layer?;
+    assert!(
+        largest < WEIGHT_BYTES / 4,
+        "making the layer copied the weight: {largest} bytes"
+    );
+
+    let step = || -> Result<()> {
+        let grads = (layer.forward(&x)? * &upstream)?.sum_all()?.backward()?;
+        assert!(grads.get(layer.base().weight()).is_none());
+        for var in varmap.all_vars() {
+            assert!(grads.get(&var).is_some());
+        }
+        Ok(())
+    };
+    step()?; // The first one fills pools of threads and packing buffers.
+    let live = LIVE.load(SeqCst);
+    let (done, largest, peak) = counted(step);
+    done?;
+    assert!(
+        largest < WEIGHT_BYTES / 4,
+        "one allocation of {largest} bytes"
+    );
+    assert!(peak < WEIGHT_BYTES, "{peak} bytes at the peak");
+    assert!(
+        LIVE.load(SeqCst) <= live + 4096,
+        "the step kept {} bytes",
+        LIVE.load(SeqCst) - live
+    );
+    Ok(())
+}
+
+/// The same count sees what candle's own layer does, so that it can fail.
+#[test]
+fn candle_s_layer_makes_a_gradient_of_the_weight_s_size() -> Result<()> {
+    let _alone = ALONE.lock();
+    let (base, x, upstream) = setting()?;
+    let step = || (base.forward(&x)? * &upstream)?.sum_all()?.backward();
+    let (grads, largest, _) = counted(step);
+    grads?;
+    assert!(largest >= WEIGHT_BYTES, "only {largest} bytes");
+    Ok(())
+}
+
+/// After the forward pass only y is new: the rotated input is gone.
+#[test]
+fn the_forward_pass_keeps_its_answer_and_nothing_of_its_size_besides() -> Result<()> {
+    let _alone = ALONE.lock();
+    let (base, x, _) = setting()?;
+    let varmap = VarMap::new();
+    let vb = VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu);
+    let layer = DoftLinear::new(base, &DoftConfig::default().with_block_size(4), vb)?;
+    layer.forward(&x)?;
+    let live = LIVE.load(SeqCst);
+    let y = layer.forward(&x)?;
+    let kept = LIVE.load(SeqCst) - live;
+    let answer = y.elem_count() * 4;
+    // theta / c, Q, R and the ratio: small beside y for so small a block.
+    let parameters = varmap
+        .all_vars()
+        .iter()
+        .map(|v| v.elem_count() * 4)
+        .sum::<usize>();
+    assert!(
+        kept < answer + 8 * parameters,
+        "{kept} bytes kept, y has {answer}"
+    );
+    Ok(())
+}

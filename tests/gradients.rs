@@ -1,0 +1,197 @@
+//! Gradients of whole layers against central differences in f64, and of each path against the other.
+
+mod support;
+
+use candle_core::{DType, Result, Tensor, Var};
+use candle_doft::{DoftConfig, DoftLinear, Magnitude, Map};
+use candle_nn::{Linear, Module, VarMap};
+use support::tensors::{CPU, disturb, linear, seeded, values, wrapped};
+use support::{assert_close, central_difference};
+
+/// Relative to the largest entry: 1e-6, with room for entries near zero.
+const TOLERANCE: (f64, f64) = (1e-7, 1e-6);
+
+/// `sum(y * upstream)` and its gradients with respect to `x` and every parameter, by name.
+fn gradients(
+    layer: &DoftLinear,
+    varmap: &VarMap,
+    x: &Tensor,
+    upstream: &Tensor,
+) -> Result<Vec<(String, Var, Vec<f64>)>> {
+    let grads = (layer.forward(x)? * upstream)?.sum_all()?.backward()?;
+    let data = varmap.data().lock().unwrap();
+    let mut found = Vec::new();
+    for (name, var) in data.iter() {
+        let grad = grads
+            .get(var)
+            .unwrap_or_else(|| panic!("no gradient for {name}"));
+        found.push((name.clone(), var.clone(), values(grad)));
+    }
+    found.sort_by(|a, b| a.0.cmp(&b.0));
+    Ok(found)
+}
+
+/// Compares every gradient of the layer with the slope of the loss.
+fn check(base: &Linear, config: &DoftConfig, x: &Tensor, what: &str) -> Result<()> {
+    let (layer, varmap) = wrapped(base, config)?;
+    disturb(&varmap, 0.3)?;
+    let x = Var::from_tensor(x)?;
+    let mut shape = x.dims().to_vec();
+    *shape.last_mut().unwrap() = base.weight().dim(0)?;
+    let upstream = seeded(shape, 20);
+    let loss = || {
+        let y = (layer.forward(&x).unwrap() * &upstream).unwrap();
+        y.sum_all().unwrap().to_scalar::<f64>().unwrap()
+    };
+    let slope = |var: &Var| {
+        let start = values(var);
+        let at = |v: &[f64]| {
+            var.set(&Tensor::from_slice(v, var.shape(), &CPU).unwrap())
+                .unwrap();
+            let loss = loss();
+            var.set(&Tensor::from_slice(&start, var.shape(), &CPU).unwrap())
+                .unwrap();
+            loss
+        };
+        central_difference(at, &start, 1e-5)
+    };
+    let mut found = gradients(&layer, &varmap, &x, &upstream)?;
+    let grads = (layer.forward(&x)? * &upstream)?.sum_all()?.backward()?;
+    found.push((
+        "x".into(),
+        x.clone(),
+        values(grads.get(&x).expect("x got no gradient")),
+    ));
+    for (name, var, grad) in found {
+        let slope = slope(&var);
+        let scale = slope.iter().fold(0f64, |a, v| a.max(v.abs()));
+        let grad = Tensor::from_vec(grad, var.elem_count(), &CPU)?;
+        assert_close(
+            &format!("{what}: d{name}"),
+            &grad,
+            &slope,
+            TOLERANCE.0 * scale,
+            TOLERANCE.1,
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn every_map_and_magnitude_kind_has_the_slope_of_the_loss() -> Result<()> {
+    let base = linear(5, 12, true, DType::F64)?;
+    let x = seeded((3, 12), 3);
+    let kinds = [
+        Magnitude::Log,
+        Magnitude::Factor,
+        Magnitude::Absolute,
+        Magnitude::None,
+    ];
+    let series = |terms, last_coefficient| Map::CayleyNeumann {
+        terms,
+        last_coefficient,
+    };
+    let maps = [
+        Map::Cayley,
+        Map::SERIES,
+        series(2, 2),
+        series(7, 2),
+        Map::Exponential,
+    ];
+    for map in maps {
+        for magnitude in kinds {
+            for (share, scaled, max_norm) in [
+                (false, true, None),
+                (false, false, None),
+                (true, true, None),
+                (false, true, Some(0.1)),
+                (true, false, Some(0.5)),
+            ] {
+                let config = DoftConfig::default()
+                    .with_block_size(4)
+                    .with_map(map)
+                    .with_magnitude(magnitude)
+                    .with_block_share(share)
+                    .with_scaled(scaled)
+                    .with_max_norm(max_norm);
+                check(&base, &config, &x, &format!("{config:?}"))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn other_ranks_and_block_sizes_have_the_slope_of_the_loss() -> Result<()> {
+    for (width, b, shape) in [
+        (6, 2, vec![2, 2, 6]),
+        (9, 3, vec![1, 9]),
+        (16, 16, vec![1, 2, 2, 16]),
+    ] {
+        let base = linear(4, width, false, DType::F64)?;
+        let config = DoftConfig::default().with_block_size(b);
+        check(&base, &config, &seeded(shape, 3), &format!("b = {b}"))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_transposed_input_has_the_slope_of_the_loss() -> Result<()> {
+    let base = linear(5, 8, true, DType::F64)?;
+    let (layer, varmap) = wrapped(&base, &DoftConfig::default().with_block_size(4))?;
+    disturb(&varmap, 0.3)?;
+    let source = Var::from_tensor(&seeded((8, 3), 3))?;
+    let upstream = seeded((3, 5), 20);
+    let loss = |v: &[f64]| {
+        let x = Tensor::from_slice(v, (8, 3), &CPU).unwrap().t().unwrap();
+        let y = (layer.forward(&x).unwrap() * &upstream).unwrap();
+        y.sum_all().unwrap().to_scalar::<f64>().unwrap()
+    };
+    let grads = (layer.forward(&source.t()?)? * &upstream)?
+        .sum_all()?
+        .backward()?;
+    let slope = central_difference(loss, &values(&source), 1e-5);
+    assert_close("dx", grads.get(&source).unwrap(), &slope, 1e-7, 1e-6);
+    Ok(())
+}
+
+/// The magnitude's gradient comes from `y - bias` over the ratio, which holds nothing when the ratio
+/// is 0 and little when the bias swamps it.
+#[test]
+fn the_magnitude_s_gradient_survives_a_ratio_of_zero_and_a_huge_bias() -> Result<()> {
+    let base = linear(5, 8, false, DType::F64)?;
+    for (ratio, bias) in [(0., 0.), (0., 1e6), (1., 1e6), (1e-300, 1.)] {
+        for dtype in [DType::F32, DType::F64] {
+            let bias = Tensor::full(bias, 5, &CPU)?.to_dtype(dtype)?;
+            let base = Linear::new(base.weight().to_dtype(dtype)?, Some(bias));
+            let config = DoftConfig::default()
+                .with_block_size(4)
+                .with_magnitude(Magnitude::Factor);
+            let (layer, varmap) = wrapped(&base, &config)?;
+            disturb(&varmap, 0.3)?;
+            let factor = varmap.data().lock().unwrap()["layer.dora_multiplier"].clone();
+            let mut start = values(&factor);
+            start[1] = ratio;
+            start[3] = -ratio;
+            factor.set(&Tensor::new(start, &CPU)?.to_dtype(dtype)?)?;
+            let (x, upstream) = (seeded((3, 8), 3), seeded((3, 5), 20));
+            let y = layer.forward(&x.to_dtype(dtype)?)?;
+            let grads = (y * upstream.to_dtype(dtype)?)?.sum_all()?.backward()?;
+            // dy/dfactor is the product of the rotated input and the weight, whatever the factor.
+            let one = Tensor::ones(5, dtype, &CPU)?;
+            factor.set(&one)?;
+            let product = layer.merge()?.weight().to_dtype(DType::F64)?;
+            let expected = (x.matmul(&product.t()?)? * &upstream)?.sum(0)?;
+            let tolerance = if dtype == DType::F64 { 1e-9 } else { 1e-4 };
+            let what = format!("ratio {ratio}, {dtype:?}");
+            assert_close(
+                &what,
+                grads.get(&factor).unwrap(),
+                &values(&expected),
+                tolerance,
+                tolerance,
+            );
+        }
+    }
+    Ok(())
+}

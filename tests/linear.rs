@@ -1,0 +1,308 @@
+//! What a DOFT linear layer promises: it starts at its base, merges to what it computes, keeps the
+//! norms it scales, and refuses what it cannot run.
+
+mod support;
+
+use candle_core::{DType, Result, Tensor, Var};
+use candle_doft::{DoftConfig, DoftLinear, Magnitude, Map};
+use candle_nn::{Linear, Module, VarBuilder};
+use support::tensors::{CPU, bits, disturb, linear, merged_tolerance, relative, seeded, wrapped};
+
+#[test]
+fn a_fresh_layer_answers_what_candle_answers_bit_for_bit() -> Result<()> {
+    for dtype in [DType::F32, DType::F64] {
+        for (out, width, bias) in [
+            (48, 64, true),
+            (7, 96, false),
+            (1, 32, true),
+            (300, 512, true),
+        ] {
+            let base = linear(out, width, bias, dtype)?;
+            for magnitude in [Magnitude::Log, Magnitude::Factor, Magnitude::Absolute] {
+                let config = DoftConfig::default().with_magnitude(magnitude);
+                let (layer, _) = wrapped(&base, &config)?;
+                for shape in [
+                    vec![5, width],
+                    vec![1, width],
+                    vec![2, 3, width],
+                    vec![2, 1, 3, width],
+                ] {
+                    let x = seeded(shape.as_slice(), 3).to_dtype(dtype)?;
+                    let (ours, theirs) = (layer.forward(&x)?, base.forward(&x)?);
+                    assert_eq!(ours.dims(), theirs.dims());
+                    assert_eq!(
+                        bits(&ours),
+                        bits(&theirs),
+                        "{dtype:?} {magnitude:?} {shape:?}"
+                    );
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn strided_and_offset_input_gives_the_same_result() -> Result<()> {
+    let base = linear(24, 64, true, DType::F32)?;
+    let (layer, varmap) = wrapped(&base, &DoftConfig::default().with_block_size(16))?;
+    disturb(&varmap, 0.3)?;
+    let x = seeded((64, 10), 4).to_dtype(DType::F32)?.t()?;
+    let narrowed = seeded((10, 80), 4).to_dtype(DType::F32)?.narrow(1, 9, 64)?;
+    let broadcast = seeded((1, 64), 4)
+        .to_dtype(DType::F32)?
+        .broadcast_as((10, 64))?;
+    let permuted = seeded((3, 64, 2), 4)
+        .to_dtype(DType::F32)?
+        .permute((2, 0, 1))?;
+    for x in [x, narrowed, broadcast, permuted] {
+        let copy = x.force_contiguous()?;
+        assert!(relative(&layer.forward(&x)?, &layer.forward(&copy)?) < 1e-6);
+    }
+    Ok(())
+}
+
+#[test]
+fn an_empty_batch_gives_an_empty_answer() -> Result<()> {
+    let (layer, _) = wrapped(&linear(24, 64, true, DType::F32)?, &DoftConfig::default())?;
+    let y = layer.forward(&Tensor::zeros((0, 64), DType::F32, &CPU)?)?;
+    assert_eq!(y.dims(), [0, 24]);
+    Ok(())
+}
+
+#[test]
+fn merged_equals_unmerged_and_row_norms_equal_the_magnitude() -> Result<()> {
+    let maps = [Map::Cayley, Map::Exponential, Map::SERIES];
+    let kinds = [
+        Magnitude::Log,
+        Magnitude::Factor,
+        Magnitude::Absolute,
+        Magnitude::None,
+    ];
+    for dtype in [DType::F32, DType::F64] {
+        let tolerance = merged_tolerance(dtype);
+        for map in maps {
+            for magnitude in kinds {
+                for (share, max_norm) in [(false, None), (true, None), (false, Some(0.2))] {
+                    let base = linear(40, 96, true, dtype)?;
+                    let config = DoftConfig::default()
+                        .with_map(map)
+                        .with_magnitude(magnitude)
+                        .with_block_share(share)
+                        .with_max_norm(max_norm);
+                    let (layer, varmap) = wrapped(&base, &config)?;
+                    disturb(&varmap, 0.4)?;
+                    let x = seeded((17, 96), 5).to_dtype(dtype)?;
+                    let merged = layer.merge()?;
+                    let off = relative(&merged.forward(&x)?, &layer.forward(&x)?);
+                    assert!(off < tolerance, "{dtype:?} {config:?}: {off:e}");
+                    if map.is_orthogonal() {
+                        let norms = merged.weight().sqr()?.sum(1)?.sqrt()?;
+                        let off = relative(&norms, &layer.magnitude()?);
+                        assert!(off < tolerance, "norms, {dtype:?} {config:?}: {off:e}");
+                    }
+                    assert!(
+                        relative(merged.weight(), base.weight()) > 1e-2,
+                        "nothing moved"
+                    );
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn half_precision_merges_within_its_rounding() -> Result<()> {
+    for dtype in [DType::F16, DType::BF16] {
+        let base = linear(40, 96, true, dtype)?;
+        let (layer, varmap) = wrapped(&base, &DoftConfig::default())?;
+        let x = seeded((17, 96), 5).to_dtype(dtype)?;
+        assert!(relative(&layer.forward(&x)?, &base.forward(&x)?) < merged_tolerance(dtype));
+        disturb(&varmap, 0.4)?;
+        let off = relative(&layer.merge()?.forward(&x)?, &layer.forward(&x)?);
+        assert!(off < merged_tolerance(dtype), "{dtype:?}: {off:e}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_dead_row_keeps_ratio_one_and_gets_no_gradient() -> Result<()> {
+    for magnitude in [Magnitude::Log, Magnitude::Factor, Magnitude::Absolute] {
+        let mut rows = seeded((4, 32), 6).to_vec2::<f64>()?;
+        rows[2] = vec![0.; 32];
+        let weight = Tensor::new(rows, &CPU)?;
+        let bias = seeded(4, 7);
+        let config = DoftConfig::default().with_magnitude(magnitude);
+        let (layer, varmap) = wrapped(&Linear::new(weight, Some(bias.clone())), &config)?;
+        disturb(&varmap, 0.5)?;
+        let x = seeded((3, 32), 8);
+        let y = layer.forward(&x)?;
+        assert_eq!(
+            y.narrow(1, 2, 1)?.flatten_all()?.to_vec1::<f64>()?,
+            [bias.to_vec1::<f64>()?[2]; 3]
+        );
+        assert_eq!(layer.magnitude()?.to_vec1::<f64>()?[2], 0.);
+        let grads = (y * seeded((3, 4), 9))?.sum_all()?.backward()?;
+        for (name, var) in varmap.data().lock().unwrap().iter() {
+            let grad = grads
+                .get(var)
+                .expect(name)
+                .flatten_all()?
+                .to_vec1::<f64>()?;
+            assert!(grad.iter().all(|g| g.is_finite()), "{name}");
+            if !name.contains("oft_R") {
+                assert_eq!(grad[2], 0., "{name}");
+                assert!(grad[1] != 0., "{name}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn disabling_answers_the_base_and_enabling_the_adapter() -> Result<()> {
+    let base = linear(24, 64, true, DType::F32)?;
+    let (layer, varmap) = wrapped(&base, &DoftConfig::default())?;
+    disturb(&varmap, 0.3)?;
+    let clone = layer.clone();
+    let x = seeded((5, 64), 3).to_dtype(DType::F32)?;
+    let adapted = bits(&layer.forward(&x)?);
+    assert_ne!(adapted, bits(&base.forward(&x)?));
+    clone.disable();
+    assert_eq!(bits(&layer.forward(&x)?), bits(&base.forward(&x)?));
+    assert_eq!(bits(&layer.effective_weight()?), bits(base.weight()));
+    layer.enable();
+    assert_eq!(bits(&layer.forward(&x)?), adapted);
+    Ok(())
+}
+
+#[test]
+fn an_inference_copy_is_constant_and_outside_the_graph() -> Result<()> {
+    let (layer, varmap) = wrapped(&linear(24, 64, true, DType::F32)?, &DoftConfig::default())?;
+    disturb(&varmap, 0.3)?;
+    let x = seeded((5, 64), 3).to_dtype(DType::F32)?;
+    let copy = layer.inference()?;
+    let before = bits(&layer.forward(&x)?);
+    assert_eq!(bits(&copy.forward(&x)?), before);
+    assert!(layer.forward(&x)?.track_op() && !copy.forward(&x)?.track_op());
+    disturb(&varmap, 0.3)?;
+    assert_ne!(bits(&layer.forward(&x)?), before);
+    assert_eq!(bits(&copy.forward(&x)?), before);
+    // The input's gradient still passes through an inference copy.
+    let x = Var::from_tensor(&x)?;
+    assert!(copy.forward(&x)?.sum_all()?.backward()?.get(&x).is_some());
+    Ok(())
+}
+
+#[test]
+fn dropout_drops_whole_blocks_repeats_by_seed_and_asks_which_mode() -> Result<()> {
+    let base = linear(24, 64, false, DType::F64)?;
+    let config = DoftConfig::default()
+        .with_block_size(4)
+        .with_dropout(0.5)
+        .with_seed(7);
+    let (first, varmap) = wrapped(&base, &config)?;
+    let (second, other) = wrapped(&base, &config)?;
+    disturb(&varmap, 0.3)?;
+    disturb(&other, 0.3)?;
+    let x = seeded((5, 64), 3);
+    let error = first.forward(&x).unwrap_err().to_string();
+    assert!(
+        error.contains("`layer` has dropout") && error.contains("forward_t"),
+        "{error}"
+    );
+    first.inference()?.forward(&x)?;
+
+    let run = |layer: &DoftLinear| bits(&layer.forward_t(&x, true).unwrap());
+    let (a, b) = (run(&first), run(&first));
+    assert_ne!(a, b, "each pass draws a mask of its own");
+    assert_eq!((run(&second), run(&second)), (a, b));
+
+    // Rows of the identity show R itself, in training: each block is R_d or the identity.
+    let eye = Linear::new(Tensor::eye(64, DType::F64, &CPU)?, None);
+    let config = config.with_magnitude(Magnitude::None);
+    let (layer, varmap) = wrapped(&eye, &config)?;
+    disturb(&varmap, 0.3)?;
+    let r = layer.rotation()?;
+    let acted = layer.forward_t(&Tensor::eye(64, DType::F64, &CPU)?, true)?;
+    let (mut kept, mut dropped) = (0, 0);
+    for d in 0..16 {
+        let block = acted.narrow(0, 4 * d, 4)?.narrow(1, 4 * d, 4)?;
+        if relative(&block, &r.get(d)?) < 1e-12 {
+            kept += 1;
+        } else {
+            assert_eq!(bits(&block), bits(&Tensor::eye(4, DType::F64, &CPU)?));
+            dropped += 1;
+        }
+    }
+    assert!(kept > 0 && dropped > 0 && kept + dropped == 16);
+    assert_eq!(
+        bits(&layer.forward_t(&x, false)?),
+        bits(&layer.inference()?.forward(&x)?)
+    );
+    Ok(())
+}
+
+#[test]
+fn a_wrong_input_is_named_with_its_layer() -> Result<()> {
+    let base = linear(24, 64, true, DType::F32)?;
+    let (layer, _) = wrapped(&base, &DoftConfig::default())?;
+    let error = |x: Tensor| layer.forward(&x).unwrap_err().to_string();
+    assert_eq!(
+        error(Tensor::zeros((2, 63), DType::F32, &CPU)?),
+        "layer `layer`: the input has shape [2, 63], expected (.., 64) of rank 2 or more"
+    );
+    assert_eq!(
+        error(Tensor::zeros(64, DType::F32, &CPU)?),
+        "layer `layer`: the input has shape [64], expected (.., 64) of rank 2 or more"
+    );
+    assert_eq!(
+        error(Tensor::zeros((2, 64), DType::F64, &CPU)?),
+        "layer `layer`: the input has dtype F64, expected F32, the dtype of the weight"
+    );
+    assert_eq!(
+        error(Tensor::zeros((2, 64), DType::U32, &CPU)?),
+        "layer `layer`: the input has dtype U32, expected F32, the dtype of the weight"
+    );
+    Ok(())
+}
+
+#[test]
+fn a_wrong_weight_is_refused_when_the_layer_is_made() -> Result<()> {
+    let error = |weight: Tensor, config: &DoftConfig| {
+        let vb = VarBuilder::zeros(DType::F32, &CPU).pp("a.b");
+        let base = Linear::new(weight, None);
+        DoftLinear::new(base, config, vb).unwrap_err().to_string()
+    };
+    let config = DoftConfig::default();
+    assert_eq!(
+        error(Tensor::zeros((2, 3, 4), DType::F32, &CPU)?, &config),
+        "layer `a.b`: the weight has shape [2, 3, 4], expected 2 axes, none of them empty"
+    );
+    assert_eq!(
+        error(Tensor::zeros((0, 64), DType::F32, &CPU)?, &config),
+        "layer `a.b`: the weight has shape [0, 64], expected 2 axes, none of them empty"
+    );
+    assert_eq!(
+        error(Tensor::zeros((4, 64), DType::I64, &CPU)?, &config),
+        "layer `a.b`: the weight has dtype I64, expected f32, f64, f16 or bf16"
+    );
+    assert_eq!(
+        error(
+            Tensor::zeros((4, 7), DType::F32, &CPU)?,
+            &config.with_block_size(4)
+        ),
+        "layer `a.b`: the divisor of its width 7 nearest to block size 4 is 1, which rotates \
+         nothing; choose another block size for it or exclude it"
+    );
+    Ok(())
+}
+
+#[test]
+fn types_can_be_shared_between_threads() {
+    fn shared<T: Clone + std::fmt::Debug + Send + Sync>() {}
+    shared::<DoftLinear>();
+    shared::<DoftConfig>();
+    shared::<candle_doft::Adapter>();
+}

@@ -1,0 +1,65 @@
+//! One adapter, many threads; and one seed, one run.
+
+mod support;
+
+use candle_core::{DType, Result};
+use candle_doft::{Adapter, DoftConfig};
+use candle_nn::{AdamW, Module, Optimizer, ParamsAdamW};
+use support::tensors::{CPU, bits, disturb, linear, seeded, wrapped};
+
+#[test]
+fn one_two_and_eight_threads_use_one_adapter_at_once() -> Result<()> {
+    let (layer, varmap) = wrapped(&linear(48, 96, true, DType::F32)?, &DoftConfig::default())?;
+    disturb(&varmap, 0.3)?;
+    let layer = layer.inference()?;
+    let inputs: Vec<_> = (0..8)
+        .map(|seed| seeded((5 + seed as usize, 96), seed).to_dtype(DType::F32))
+        .collect::<Result<_>>()?;
+    let alone: Vec<_> = inputs
+        .iter()
+        .map(|x| bits(&layer.forward(x).unwrap()))
+        .collect();
+    for threads in [1, 2, 8] {
+        std::thread::scope(|scope| {
+            let work = |start: usize| {
+                let (layer, inputs, alone) = (&layer, &inputs, &alone);
+                move || {
+                    for turn in 0..40 {
+                        let i = (start + turn) % inputs.len();
+                        assert_eq!(bits(&layer.forward(&inputs[i]).unwrap()), alone[i]);
+                    }
+                }
+            };
+            let running: Vec<_> = (0..threads).map(|start| scope.spawn(work(start))).collect();
+            for thread in running {
+                thread.join().expect("a thread saw another result");
+            }
+        });
+    }
+    Ok(())
+}
+
+/// Trains two layers with dropout for some steps; the bits of every parameter.
+fn train() -> Result<Vec<Vec<u64>>> {
+    let config = DoftConfig::default().with_dropout(0.2).with_seed(3);
+    let adapter = Adapter::new(config, &CPU)?;
+    let first = adapter.wrap_linear("first", linear(96, 64, true, DType::F32)?)?;
+    let second = adapter.wrap_linear("second", linear(8, 96, true, DType::F32)?)?;
+    let (x, target) = (seeded((130, 64), 1), seeded((130, 8), 2));
+    let (x, target) = (x.to_dtype(DType::F32)?, target.to_dtype(DType::F32)?);
+    let mut optimizer = AdamW::new(adapter.vars()?, ParamsAdamW::default())?;
+    for step in 0..20 {
+        adapter.set_step(step);
+        let y = second.forward_t(&first.forward_t(&x, true)?.relu()?, true)?;
+        optimizer.backward_step(&(y - &target)?.sqr()?.mean_all()?)?;
+    }
+    Ok(adapter.vars()?.iter().map(|var| bits(var)).collect())
+}
+
+#[test]
+fn two_runs_with_one_seed_give_the_same_bits() -> Result<()> {
+    let (first, second) = (train()?, train()?);
+    assert!(!first.is_empty());
+    assert_eq!(first, second);
+    Ok(())
+}

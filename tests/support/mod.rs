@@ -1,0 +1,50 @@
+//! What the tests share: seeded numbers, slopes, and comparisons that name the entry that is off.
+
+#![allow(dead_code, reason = "each test file uses a part")]
+
+pub mod tensors;
+
+use candle_core::{DType, Tensor};
+
+/// `n` numbers between -1 and 1 without symmetry, the same ones each time.
+pub fn uneven(n: usize) -> Vec<f64> {
+    let value = |i: usize| (1.7 * i as f64 + 0.3).sin() * (0.4 + ((i * 7) % 5) as f64 / 8.);
+    (0..n).map(value).collect()
+}
+
+/// The sum of products.
+pub fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+/// The slope of `f` at `at`, by central differences of step `h`.
+pub fn central_difference(f: impl Fn(&[f64]) -> f64, at: &[f64], h: f64) -> Vec<f64> {
+    let mut point = at.to_vec();
+    let mut slope = Vec::with_capacity(at.len());
+    for i in 0..at.len() {
+        point[i] = at[i] + h;
+        let above = f(&point);
+        point[i] = at[i] - h;
+        let below = f(&point);
+        point[i] = at[i];
+        slope.push((above - below) / (2. * h));
+    }
+    slope
+}
+
+/// Each entry within `abs + rel * |expected|`; a NaN never is.
+pub fn assert_close(name: &str, found: &Tensor, expected: &[f64], abs: f64, rel: f64) {
+    let found = found
+        .to_dtype(DType::F64)
+        .and_then(|t| t.flatten_all())
+        .unwrap();
+    let found = found.to_vec1::<f64>().unwrap();
+    assert_eq!(found.len(), expected.len(), "{name}: number of entries");
+    for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
+        let off = (found - expected).abs();
+        assert!(
+            off <= abs + rel * expected.abs(),
+            "{name}: entry {i} is {found:e}, expected {expected:e}, off by {off:e}"
+        );
+    }
+}
