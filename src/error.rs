@@ -149,6 +149,59 @@ pub enum Error {
         source: std::io::Error,
     },
 
+    /// An adapter file cannot be read as one, or contradicts itself.
+    #[error("{}: {reason}", .file.display())]
+    File {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong, and what to do.
+        reason: String,
+    },
+
+    /// A tensor of an adapter file is not what it should be. No layer was changed.
+    #[error("{}: tensor `{tensor}` has {found}, expected {expected}; {fix}", .file.display())]
+    FileTensor {
+        /// The file.
+        file: PathBuf,
+        /// The tensor, by its name in the file.
+        tensor: String,
+        /// What the file has.
+        found: String,
+        /// What it should have, and where that comes from.
+        expected: String,
+        /// What to do.
+        fix: String,
+    },
+
+    /// A part of a loaded file was asked for by no layer.
+    #[error(
+        "{}: {count} of {total} layers and extra tensors match nothing in the model, \
+         the first is `{first}`; {}", .file.display(), near(.nearest)
+    )]
+    FileUnused {
+        /// The file.
+        file: PathBuf,
+        /// How many.
+        count: usize,
+        /// Of how many.
+        total: usize,
+        /// The first of them.
+        first: String,
+        /// The layers of the model whose paths are nearest to it.
+        nearest: Vec<String>,
+    },
+
+    /// Parameters that cannot be saved, because they are not finite.
+    #[error("`{tensor}` holds {found} at index {index}; nothing was saved")]
+    NotFinite {
+        /// The tensor.
+        tensor: String,
+        /// The value.
+        found: f64,
+        /// Its place.
+        index: usize,
+    },
+
     /// An argument of a function has a shape, dtype or value that it cannot have.
     #[error("`{function}`: {what} is {found}, expected {expected}")]
     Argument {

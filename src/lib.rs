@@ -3,6 +3,7 @@
 pub mod adapter;
 pub mod config;
 pub mod error;
+pub mod file;
 pub mod frozen;
 pub mod layer;
 mod nearest;

@@ -1,10 +1,11 @@
 //! Building and wrapping layers by module path.
 
 use super::{Adapter, Entry, select};
-use crate::config::LayerKind;
+use crate::config::{DoftConfig, LayerKind};
 use crate::error::{Error, Result};
 use crate::frozen;
-use crate::layer::DoftLinear;
+use crate::layer::{DoftLinear, check_weight};
+use crate::params::row_norms;
 use candle_core::{Device, Tensor};
 use candle_nn::VarBuilder;
 use std::collections::btree_map;
@@ -58,8 +59,8 @@ impl Adapter {
     pub fn wrap_linear(&self, path: &str, base: candle_nn::Linear) -> Result<DoftLinear> {
         let base = frozen::Linear::from(base);
         let layer = if self.wants(path, LayerKind::Linear, base.weight())? {
-            let vb = self.vb(path);
-            DoftLinear::adapted(base, &self.inner.config, vb)?
+            let setting = self.setting(path, LayerKind::Linear, base.weight())?;
+            DoftLinear::adapted(base, &setting.config, setting.norms, self.vb(path))?
         } else {
             DoftLinear::plain(path, base)
         };
@@ -67,12 +68,38 @@ impl Adapter {
         Ok(layer)
     }
 
+    /// What a layer is made from: the adapter's configuration, or what a loaded file says of it.
+    fn setting(&self, path: &str, kind: LayerKind, weight: &Tensor) -> Result<Setting> {
+        let Some(source) = &self.inner.source else {
+            return Ok(Setting {
+                config: self.inner.config.clone(),
+                norms: None,
+            });
+        };
+        check_weight(path, kind, weight.dims(), weight.dtype())?;
+        let norms = row_norms(weight)?;
+        let config = source.check(path, kind, weight.dims(), &norms)?;
+        let stored = source.layer(path).and_then(|layer| layer.norms.as_ref());
+        let norms = match stored {
+            Some(stored) => stored.to_dtype(norms.dtype())?.to_device(norms.device())?,
+            None => norms,
+        };
+        Ok(Setting {
+            config,
+            norms: Some(norms),
+        })
+    }
+
     /// Whether the layer is to be adapted, after the checks that hold for every layer.
     fn wants(&self, path: &str, kind: LayerKind, weight: &Tensor) -> Result<bool> {
         if self.inner.layers().contains_key(path) {
             return Err(exists(path));
         }
-        if !select::selects(&self.inner.config, path, kind)? {
+        let selected = match &self.inner.source {
+            None => select::selects(&self.inner.config, path, kind)?,
+            Some(source) => source.layer(path).is_some(),
+        };
+        if !selected {
             return Ok(false);
         }
         let (found, expected) = (weight.device(), &self.inner.device);
@@ -98,6 +125,9 @@ impl Adapter {
         parameters: usize,
         adaptation: Option<&std::sync::Arc<crate::layer::Adaptation>>,
     ) -> Result<()> {
+        if let (Some(source), Some(adaptation)) = (&self.inner.source, adaptation) {
+            source.fill(adaptation)?;
+        }
         let entry = match adaptation {
             Some(adaptation) => Entry::Adapted(adaptation.clone()),
             None => Entry::Frozen { parameters },
@@ -110,6 +140,12 @@ impl Adapter {
             }
         }
     }
+}
+
+/// Configuration of one layer, and the norms `n0` where they are known already.
+struct Setting {
+    config: DoftConfig,
+    norms: Option<Tensor>,
 }
 
 fn exists(path: &str) -> Error {

@@ -21,7 +21,10 @@ impl SimpleBackend for ExtraBackend {
         dtype: DType,
         device: &Device,
     ) -> Result<Tensor> {
-        let fresh = || seeded(&init, &shape, dtype, device, self.inner.config.seed, name);
+        let fresh = || match self.inner.stored_extra(name) {
+            Some(stored) => Var::from_tensor(&stored.to_dtype(dtype)?.to_device(device)?),
+            None => seeded(&init, &shape, dtype, device, self.inner.config.seed, name),
+        };
         let var = self.inner.extra(name, fresh)?;
         if var.shape() != &shape {
             return Err(Error::UnexpectedShape {

@@ -6,9 +6,12 @@ mod gradients;
 mod report;
 mod scope;
 mod select;
+mod stored;
 
 pub use gradients::GradientReport;
 pub use report::{LayerReport, Report};
+pub use stored::Warning;
+pub(crate) use stored::{Stored, StoredLayer};
 
 use crate::config::DoftConfig;
 use crate::error::{Error, Result};
@@ -56,6 +59,8 @@ struct Inner {
     varmap: VarMap,
     layers: Mutex<BTreeMap<String, Entry>>,
     extras: Mutex<BTreeMap<String, Var>>,
+    /// The file that layers take their parameters from, of a loaded adapter.
+    source: Option<stored::Source>,
 }
 
 /// A layer that was built through the adapter.
@@ -83,15 +88,20 @@ impl Adapter {
     /// Those of [`DoftConfig::validate`].
     pub fn new(config: DoftConfig, device: &Device) -> Result<Self> {
         config.validate()?;
-        Ok(Self {
+        Ok(Self::with_source(config, device, None))
+    }
+
+    fn with_source(config: DoftConfig, device: &Device, source: Option<stored::Source>) -> Self {
+        Self {
             inner: Arc::new(Inner {
                 config,
                 device: device.clone(),
                 varmap: VarMap::new(),
                 layers: Mutex::default(),
                 extras: Mutex::default(),
+                source,
             }),
-        })
+        }
     }
 
     /// The configuration.
@@ -122,7 +132,10 @@ impl Adapter {
     pub fn extra(&self, name: &str, value: &Tensor) -> Result<Var> {
         let var = self
             .inner
-            .extra(name, || Var::from_tensor(&value.copy()?))?;
+            .extra(name, || match self.inner.stored_extra(name) {
+                Some(stored) => Var::from_tensor(&stored.to_device(&self.inner.device)?),
+                None => Var::from_tensor(&value.copy()?),
+            })?;
         if var.dims() != value.dims() {
             return Err(Error::Shape {
                 layer: name.to_string(),
@@ -134,15 +147,19 @@ impl Adapter {
         Ok(var)
     }
 
-    /// Checks that the model is complete: at least one layer or extra tensor, and no pattern that
-    /// matches nothing. [`Adapter::vars`] and all that follows from it check this first.
+    /// Checks that the model is complete: at least one layer or extra tensor, no pattern that matches
+    /// nothing, and nothing of a loaded file left over. [`Adapter::vars`] and all that follows from it check this first.
     ///
     /// # Errors
     ///
-    /// [`Error::NoLayers`], or [`Error::NoMatch`] with the nearest names.
+    /// [`Error::NoLayers`]; [`Error::NoMatch`] or [`Error::FileUnused`] with the nearest names.
     pub fn check_complete(&self) -> Result<()> {
         let layers = self.inner.layers();
-        select::check_patterns(&self.inner.config, layers.keys().map(String::as_str))?;
+        let paths = layers.keys().map(String::as_str);
+        match &self.inner.source {
+            None => select::check_patterns(&self.inner.config, paths)?,
+            Some(source) => source.check_used(paths)?,
+        }
         let adapted = layers.values().any(|l| matches!(l, Entry::Adapted(_)));
         if !adapted && self.inner.extras().is_empty() {
             return Err(Error::NoLayers);

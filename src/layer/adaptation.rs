@@ -38,26 +38,20 @@ pub(crate) struct Adaptation {
 
 impl Adaptation {
     /// Checks `weight` (rows first) against the configuration and gets the parameters from `vb`,
-    /// whose prefix is the layer's path.
+    /// whose prefix is the layer's path. `norms` are its row norms, where they are known already.
     pub(crate) fn new(
         kind: LayerKind,
         weight: &Tensor,
         config: &DoftConfig,
+        norms: Option<Tensor>,
         vb: VarBuilder,
     ) -> Result<Self> {
-        check_weight(&vb.prefix(), kind, weight.dims(), weight.dtype())?;
-        Self::with_norms(kind, weight.dims(), row_norms(weight)?, config, vb)
-    }
-
-    /// The same for a weight of which only shape and row norms are at hand.
-    pub(crate) fn with_norms(
-        kind: LayerKind,
-        shape: &[usize],
-        norms: Tensor,
-        config: &DoftConfig,
-        vb: VarBuilder,
-    ) -> Result<Self> {
-        let path = vb.prefix();
+        let (path, shape) = (vb.prefix(), weight.dims());
+        check_weight(&path, kind, shape, weight.dtype())?;
+        let norms = match norms {
+            Some(norms) => norms,
+            None => row_norms(weight)?,
+        };
         let config = config.for_layer(&path)?;
         let width = shape.iter().skip(1).product();
         let layout = config.layout(&path, width)?;

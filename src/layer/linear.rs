@@ -76,15 +76,16 @@ impl DoftLinear {
     /// When the weight is not a float matrix, the configuration does not fit its width (see
     /// [`DoftConfig::layout`]), or `vb` holds a parameter of another shape.
     pub fn new(base: candle_nn::Linear, config: &DoftConfig, vb: VarBuilder) -> Result<Self> {
-        Self::adapted(base.into(), config, vb)
+        Self::adapted(base.into(), config, None, vb)
     }
 
     pub(crate) fn adapted(
         base: frozen::Linear,
         config: &DoftConfig,
+        norms: Option<Tensor>,
         vb: VarBuilder,
     ) -> Result<Self> {
-        let adaptation = Adaptation::new(LayerKind::Linear, base.weight(), config, vb)?;
+        let adaptation = Adaptation::new(LayerKind::Linear, base.weight(), config, norms, vb)?;
         Ok(Self {
             path: adaptation.path().into(),
             base,

@@ -3,5 +3,5 @@
 mod adaptation;
 mod linear;
 
-pub(crate) use adaptation::Adaptation;
+pub(crate) use adaptation::{Adaptation, check_weight};
 pub use linear::DoftLinear;

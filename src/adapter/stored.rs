@@ -1,0 +1,338 @@
+//! [`Stored`]: an adapter as data, between a file and the layers of a model.
+
+use super::{Adapter, Inner};
+use crate::config::{DoftConfig, LayerKind, Magnitude, Map};
+use crate::error::{Error, Result};
+use crate::layer::Adaptation;
+use crate::nearest::nearest;
+use candle_core::{DType, Device, Tensor, Var};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::Mutex;
+
+/// Something that a file holds and a reader should know, though it loads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Warning {
+    /// The layer, tensor or field that is meant.
+    pub subject: String,
+    /// What there is to know.
+    pub message: String,
+}
+
+impl std::fmt::Display for Warning {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "`{}`: {}", self.subject, self.message)
+    }
+}
+
+/// One adapted layer as a file holds it.
+#[derive(Clone, Debug)]
+pub(crate) struct StoredLayer {
+    /// Not every file says.
+    pub(crate) kind: Option<LayerKind>,
+    /// Shape of the frozen weight, where known.
+    pub(crate) shape: Option<Vec<usize>>,
+    pub(crate) block_size: usize,
+    pub(crate) map: Map,
+    pub(crate) scaled: bool,
+    pub(crate) max_norm: Option<f64>,
+    pub(crate) magnitude: Magnitude,
+    /// Packed rows in the convention of canonical files: those of a kernel have the other sign.
+    pub(crate) packed: Tensor,
+    /// The magnitude parameter of that kind, `(out)`.
+    pub(crate) value: Option<Tensor>,
+    /// The norms `n0` that an absolute magnitude is relative to.
+    pub(crate) norms: Option<Tensor>,
+    /// Of the frozen weight; see [`fingerprint`].
+    pub(crate) base: Option<[f64; 5]>,
+}
+
+impl StoredLayer {
+    /// Packed rows in the crate's convention. Canonical files turn kernels the other way round, and
+    /// `R(-Q) = R(Q)^T`.
+    fn theta(&self, kind: LayerKind) -> Result<Tensor> {
+        Ok(match kind.is_kernel() {
+            true => self.packed.neg()?,
+            false => self.packed.clone(),
+        })
+    }
+}
+
+/// A whole adapter as a file holds it.
+#[derive(Clone, Debug)]
+pub(crate) struct Stored {
+    /// Where it came from, for errors.
+    pub(crate) file: PathBuf,
+    pub(crate) config: DoftConfig,
+    pub(crate) layers: BTreeMap<String, StoredLayer>,
+    pub(crate) extras: BTreeMap<String, Tensor>,
+    pub(crate) warnings: Vec<Warning>,
+}
+
+/// What is left of a [`Stored`] while a model is built from it.
+#[derive(Debug)]
+pub(super) struct Source {
+    stored: Stored,
+    asked: Mutex<BTreeSet<String>>,
+    warnings: Mutex<Vec<Warning>>,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+impl Source {
+    pub(super) fn layer(&self, path: &str) -> Option<&StoredLayer> {
+        self.stored.layers.get(path)
+    }
+
+    /// The configuration of a layer as it was trained.
+    pub(super) fn config(&self, path: &str) -> Option<DoftConfig> {
+        let layer = self.layer(path)?;
+        let mut config = self.stored.config.clone();
+        config.rules.clear();
+        config.block_size = layer.block_size;
+        config.block_share = false;
+        config.map = layer.map;
+        config.scaled = layer.scaled;
+        config.max_norm = layer.max_norm;
+        config.magnitude = layer.magnitude;
+        Some(config)
+    }
+
+    /// Checks that the tensors of the file fit a weight, before any layer is made.
+    pub(super) fn check(
+        &self,
+        path: &str,
+        kind: LayerKind,
+        weight: &[usize],
+        norms: &Tensor,
+    ) -> Result<DoftConfig> {
+        let (Some(layer), Some(mut config)) = (self.layer(path), self.config(path)) else {
+            return Ok(self.stored.config.clone());
+        };
+        let fail = |tensor: &str, found: String, expected: String| {
+            Err(Error::FileTensor {
+                file: self.stored.file.clone(),
+                tensor: format!("{path}.{tensor}"),
+                found,
+                expected,
+                fix: "is this the model it was trained on?".into(),
+            })
+        };
+        let other_kind = layer.kind.is_some_and(|stored| stored != kind);
+        let other_shape = layer.shape.as_ref().is_some_and(|shape| shape != weight);
+        if other_kind || other_shape {
+            let shape = layer.shape.as_deref().unwrap_or_default();
+            let recorded = layer
+                .kind
+                .map_or(String::new(), |kind| format!(" of a {kind:?} layer"));
+            let found = format!("a base weight {shape:?}{recorded} on record");
+            return fail(
+                "oft_R.weight",
+                found,
+                format!("{weight:?} of a {kind:?} layer"),
+            );
+        }
+        let width: usize = weight.iter().skip(1).product();
+        let (rows, b) = (layer.packed.dims()[0], layer.block_size);
+        if b > width || width % b != 0 || (rows != 1 && rows != width / b) {
+            let found = format!("{rows} rows of block size {b}");
+            let blocks = width as f64 / b as f64;
+            let expected = format!("{blocks} or 1 (in = {width} of `{path}.weight`)");
+            return fail("oft_R.weight", found, expected);
+        }
+        config.block_share = rows == 1 && width / b > 1;
+        let out = weight.first().copied().unwrap_or(0);
+        if let Some(value) = &layer.value
+            && value.elem_count() != out
+        {
+            let found = format!("{} elements", value.elem_count());
+            let expected = format!("{out}, one for each output of `{path}.weight`");
+            return fail("magnitude", found, expected);
+        }
+        self.compare_base(path, layer, norms)?;
+        Ok(config)
+    }
+
+    fn compare_base(&self, path: &str, layer: &StoredLayer, norms: &Tensor) -> Result<()> {
+        let (Some(stored), Some(found)) = (layer.base, fingerprint(norms)?) else {
+            return Ok(());
+        };
+        if differs(&stored, &found) {
+            locked(&self.warnings).push(Warning {
+                subject: path.to_string(),
+                message: "the base weight is not the one it was trained on, by its row norms"
+                    .into(),
+            });
+        }
+        Ok(())
+    }
+
+    /// Gives a layer the parameters of the file.
+    pub(super) fn fill(&self, layer: &Adaptation) -> Result<()> {
+        let Some(stored) = self.layer(layer.path()) else {
+            return Ok(());
+        };
+        let set = |parameter: &Tensor, value: &Tensor| -> Result<()> {
+            let value = value
+                .to_device(parameter.device())?
+                .to_dtype(parameter.dtype())?;
+            let value = value.reshape(parameter.shape())?;
+            Ok(Var::from_tensor(parameter)?.set(&value)?)
+        };
+        let params = layer.params();
+        set(params.rotation(), &stored.theta(layer.kind())?)?;
+        if let (Some(parameter), Some(value)) = (params.magnitude_parameter(), &stored.value) {
+            set(parameter, value)?;
+        }
+        locked(&self.asked).insert(layer.path().to_string());
+        Ok(())
+    }
+
+    /// The value of an extra tensor, once it is asked for.
+    pub(super) fn extra(&self, name: &str) -> Option<&Tensor> {
+        let value = self.stored.extras.get(name)?;
+        locked(&self.asked).insert(name.to_string());
+        Some(value)
+    }
+
+    pub(super) fn warnings(&self) -> Vec<Warning> {
+        let mut warnings = self.stored.warnings.clone();
+        warnings.extend(locked(&self.warnings).iter().cloned());
+        warnings
+    }
+
+    /// Refuses a model that left a part of the file unused.
+    pub(super) fn check_used<'a>(
+        &self,
+        paths: impl Iterator<Item = &'a str> + Clone,
+    ) -> Result<()> {
+        let asked = locked(&self.asked);
+        let all = self.stored.layers.keys().chain(self.stored.extras.keys());
+        let unused: Vec<&String> = all.filter(|name| !asked.contains(*name)).collect();
+        let Some(first) = unused.first() else {
+            return Ok(());
+        };
+        Err(Error::FileUnused {
+            file: self.stored.file.clone(),
+            count: unused.len(),
+            total: self.stored.layers.len() + self.stored.extras.len(),
+            first: first.to_string(),
+            nearest: nearest(first, paths),
+        })
+    }
+}
+
+impl Adapter {
+    /// An adapter whose layers take settings and parameters from a file, as they are built.
+    pub(crate) fn from_stored(stored: Stored, device: &Device) -> Result<Self> {
+        stored.config.validate()?;
+        let config = stored.config.clone();
+        let source = Source {
+            stored,
+            asked: Mutex::default(),
+            warnings: Mutex::default(),
+        };
+        Ok(Self::with_source(config, device, Some(source)))
+    }
+
+    /// Everything that a file has to hold.
+    pub(crate) fn to_stored(&self, file: PathBuf) -> Result<Stored> {
+        self.check_complete()?;
+        let mut layers = BTreeMap::new();
+        for layer in self.inner.adapted() {
+            layers.insert(layer.path().to_string(), stored_layer(&layer)?);
+        }
+        let cpu = |var: &Var| var.as_tensor().detach().to_device(&Device::Cpu);
+        let mut extras = BTreeMap::new();
+        for (name, var) in self.inner.extras().iter() {
+            extras.insert(name.clone(), cpu(var)?);
+        }
+        Ok(Stored {
+            file,
+            config: self.inner.config.clone(),
+            layers,
+            extras,
+            warnings: Vec::new(),
+        })
+    }
+
+    /// What is worth knowing about the file that the adapter was loaded from, and about how it fits
+    /// the model so far. Empty for an adapter that was not loaded.
+    pub fn warnings(&self) -> Vec<Warning> {
+        let source = self.inner.source.as_ref();
+        source.map_or_else(Vec::new, Source::warnings)
+    }
+}
+
+fn stored_layer(layer: &Adaptation) -> Result<StoredLayer> {
+    let (params, layout) = (layer.params(), layer.layout());
+    let cpu = |tensor: &Tensor| tensor.detach().to_device(&Device::Cpu);
+    let theta = cpu(params.rotation())?;
+    let packed = match layer.kind().is_kernel() {
+        true => theta.neg()?,
+        false => theta,
+    };
+    let norms = cpu(params.norms())?;
+    Ok(StoredLayer {
+        kind: Some(layer.kind()),
+        shape: Some(layer.shape().to_vec()),
+        block_size: layout.block_size,
+        map: layout.map,
+        scaled: layout.scaled,
+        max_norm: layout.max_norm,
+        magnitude: params.kind(),
+        packed,
+        value: params.magnitude_parameter().map(cpu).transpose()?,
+        base: fingerprint(&norms)?,
+        norms: (params.kind() == Magnitude::Absolute).then_some(norms),
+    })
+}
+
+/// The first number is `N = sqrt(sum n0²)`, the others four sums of `n0` under the signs of a hash.
+/// None where all norms are zero.
+fn fingerprint(norms: &Tensor) -> Result<Option<[f64; 5]>> {
+    let norms: Vec<f64> = norms.to_dtype(DType::F64)?.to_vec1()?;
+    let mut rng = crate::rng::SplitMix64::new(0);
+    let mut sums = [0f64; 5];
+    for n in &norms {
+        let hash = rng.next_u64();
+        sums[0] += n * n;
+        for (k, sum) in sums[1..].iter_mut().enumerate() {
+            *sum += if hash >> k & 1 == 1 { -n } else { *n };
+        }
+    }
+    sums[0] = sums[0].sqrt();
+    Ok((sums[0] > 0.).then_some(sums))
+}
+
+/// Whether two fingerprints are of different weights. Casts and 8-bit quantization move them by at
+/// most 2e-4, 4-bit by 4e-3; another matrix or other rows by 2e-2 and more.
+fn differs(a: &[f64; 5], b: &[f64; 5]) -> bool {
+    let apart = (1..5).map(|k| (a[k] - b[k]).powi(2)).sum::<f64>();
+    (b[0] / a[0] - 1.).abs() > 5e-3 || (apart / 4.).sqrt() / a[0] > 5e-3
+}
+
+impl Inner {
+    pub(super) fn stored_extra(&self, name: &str) -> Option<&Tensor> {
+        self.source.as_ref()?.extra(name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_fingerprint_is_that_of_the_format() -> Result<()> {
+        let norms = Tensor::new(&[5f64, 13.], &Device::Cpu)?;
+        let found = fingerprint(&norms)?.expect("norms above zero");
+        assert_eq!(found, [13.92838827718412, 8., 8., -18., 8.]);
+        assert!(fingerprint(&Tensor::zeros(3, DType::F32, &Device::Cpu)?)?.is_none());
+        assert!(differs(&found, &[13.92838827718412, 8., 8., -18., 8.2]));
+        assert!(!differs(&found, &[13.93, 8., 8., -18., 8.001]));
+        Ok(())
+    }
+}

@@ -1,0 +1,86 @@
+//! Adapter files: [`Adapter::save`] and [`Adapter::load`].
+//!
+//! The file is one safetensors file. Under each layer's path:
+//!
+//! | tensor | shape | when |
+//! |---|---|---|
+//! | `oft_R.weight`, or `oft_embedding_R.weight` | `(D, n)`, or `(1, n)` when shared | always; `theta` for linear layers and embeddings, `-theta` for kernels |
+//! | `oft_R.scaled_oft` | `()` = 1 | step normalisation |
+//! | `oft_R.cans_oft` | `()` = 1 | the Cayley map |
+//! | `oft_R.cans_exp` | `(0)` | the exponential map |
+//! | `oft_R.clipped_oft` | `()` | a cap on the spectral norm, its value |
+//! | `dora_log_multiplier` | `(out)` | magnitude `Log`; `Factor` with all factors above 0, as `ln f` |
+//! | `dora_multiplier` | `(out)` | magnitude `Factor` otherwise |
+//! | `dora_scale`, `initial_norm` | `(out, 1 ..)` | magnitude `Absolute`: `m` and `n0` |
+//!
+//! and `doft_extra.<name>` for extra tensors. Metadata holds `format` = `doft`, `format_version`,
+//! `crate_version`, `doft_config` and `doft_layers` (kind, shape and a fingerprint of each base
+//! weight). Equal adapters give equal bytes.
+
+mod canonical;
+mod metadata;
+mod tensors;
+mod write;
+
+use crate::adapter::{Adapter, Warning};
+use crate::error::{Error, Result};
+use candle_core::Device;
+use std::path::Path;
+
+impl Adapter {
+    /// Writes the adapter to one file, through a temporary one beside it: on any error the old file
+    /// stays as it was. Answers what readers of the file should know; mostly nothing.
+    ///
+    /// Magnitudes of kind `Log` and `Absolute` come back bit for bit, `Factor` to rounding.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotFinite`] for a parameter that holds a NaN or an infinity, [`Error::Io`], and those
+    /// of [`Adapter::check_complete`].
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor};
+    /// # use candle_nn::{Linear, Module};
+    /// # use candle_doft::{Adapter, DoftConfig};
+    /// let device = Device::Cpu;
+    /// let base = Linear::new(Tensor::ones((8, 64), DType::F32, &device)?, None);
+    /// let adapter = Adapter::new(DoftConfig::default(), &device)?;
+    /// let layer = adapter.wrap_linear("head", base.clone())?;
+    ///
+    /// # let folder = tempfile::tempdir().unwrap();
+    /// # let path = folder.path().join("adapter.safetensors");
+    /// adapter.save(&path)?;
+    /// let loaded = Adapter::load(&path, &device)?;
+    /// let again = loaded.wrap_linear("head", base)?;
+    /// loaded.check_complete()?;
+    /// assert!(again.is_adapted() && loaded.warnings().is_empty());
+    /// # Ok::<(), candle_doft::Error>(())
+    /// ```
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<Vec<Warning>> {
+        let path = path.as_ref();
+        let stored = self.to_stored(path.to_path_buf())?;
+        let (bytes, warnings) = canonical::to_bytes(&stored)?;
+        write::replace(path, &bytes)?;
+        Ok(warnings)
+    }
+
+    /// Reads an adapter. Layers built or wrapped through it take settings and parameters from the
+    /// file, by path; a layer that the file does not hold stays frozen. What the file holds beyond
+    /// the model is an error of [`Adapter::check_complete`], and so of [`Adapter::vars`]; see
+    /// [`Adapter::warnings`] as well.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`]; [`Error::File`] and [`Error::FileTensor`] for a file that is cut, contradicts
+    /// itself, or holds what no reader of this format knows.
+    pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
+        let path = path.as_ref();
+        let bytes = std::fs::read(path).map_err(|source| Error::Io {
+            path: path.to_path_buf(),
+            source,
+        })?;
+        Self::from_stored(canonical::from_bytes(path, &bytes)?, device)
+    }
+}

@@ -1,0 +1,115 @@
+//! The tensors of a safetensors file, read with every check that a hostile file needs.
+
+use crate::error::{Error, Result};
+use candle_core::{DType, Device, Tensor};
+use safetensors::{Dtype, SafeTensors, tensor::Metadata};
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+/// How much of a name from a file is shown.
+const SHOWN: usize = 200;
+
+/// A name of a file, made fit for one line.
+pub(super) fn shown(name: &str) -> String {
+    let escaped: String = name
+        .chars()
+        .flat_map(char::escape_debug)
+        .take(SHOWN + 1)
+        .collect();
+    match escaped.chars().count() > SHOWN {
+        true => escaped.chars().take(SHOWN).chain(['…']).collect(),
+        false => escaped,
+    }
+}
+
+pub(super) fn refused<T>(file: &Path, reason: impl Into<String>) -> Result<T> {
+    Err(Error::File {
+        file: file.to_path_buf(),
+        reason: reason.into(),
+    })
+}
+
+/// A file whose header has been checked against its length.
+pub(super) struct Tensors<'a> {
+    file: &'a Path,
+    views: SafeTensors<'a>,
+    metadata: HashMap<String, String>,
+}
+
+impl<'a> Tensors<'a> {
+    pub(super) fn new(file: &'a Path, bytes: &'a [u8]) -> Result<Self> {
+        let read = || -> std::result::Result<(Metadata, SafeTensors<'a>), _> {
+            let (_, metadata) = SafeTensors::read_metadata(bytes)?;
+            Ok::<_, safetensors::SafeTensorError>((metadata, SafeTensors::deserialize(bytes)?))
+        };
+        match read() {
+            Ok((metadata, views)) => Ok(Self {
+                file,
+                views,
+                metadata: metadata.metadata().clone().unwrap_or_default(),
+            }),
+            Err(e) => refused(file, format!("not a whole safetensors file: {e}")),
+        }
+    }
+
+    pub(super) fn metadata(&self) -> &HashMap<String, String> {
+        &self.metadata
+    }
+
+    /// The names, sorted.
+    pub(super) fn names(&self) -> Vec<&str> {
+        let mut names = self.views.names();
+        names.sort_unstable();
+        names
+    }
+
+    /// Every float tensor under its name, finite throughout; a marker may be of any dtype.
+    pub(super) fn read_all(&self) -> Result<BTreeMap<String, Tensor>> {
+        let mut tensors = BTreeMap::new();
+        for name in self.names() {
+            tensors.insert(name.to_string(), self.read(name)?);
+        }
+        Ok(tensors)
+    }
+
+    fn read(&self, name: &str) -> Result<Tensor> {
+        let fail = |found: String, expected: &str| {
+            Err(Error::FileTensor {
+                file: self.file.to_path_buf(),
+                tensor: shown(name),
+                found,
+                expected: expected.into(),
+                fix: "the file is damaged or not an adapter".into(),
+            })
+        };
+        let view = match self.views.tensor(name) {
+            Ok(view) => view,
+            Err(e) => return refused(self.file, format!("tensor `{}`: {e}", shown(name))),
+        };
+        let dtype = match view.dtype() {
+            Dtype::F64 => DType::F64,
+            Dtype::F32 => DType::F32,
+            Dtype::F16 => DType::F16,
+            Dtype::BF16 => DType::BF16,
+            other => return fail(format!("dtype {other:?}"), "F32, F64, F16 or BF16"),
+        };
+        // Without elements the other axes may be of any size.
+        if view.data().is_empty() && view.shape().iter().any(|axis| *axis > u32::MAX as usize) {
+            return fail(
+                format!("shape {:?}", view.shape()),
+                "a shape that a layer has",
+            );
+        }
+        let tensor = Tensor::from_raw_buffer(view.data(), dtype, view.shape(), &Device::Cpu)?;
+        if let Some((index, found)) = not_finite(&tensor)? {
+            return fail(format!("{found} at index {index}"), "finite values");
+        }
+        Ok(tensor)
+    }
+}
+
+/// The first value that is a NaN or an infinity.
+pub(super) fn not_finite(tensor: &Tensor) -> Result<Option<(usize, f64)>> {
+    let values: Vec<f64> = tensor.flatten_all()?.to_dtype(DType::F64)?.to_vec1()?;
+    Ok(values.into_iter().enumerate().find(|(_, v)| !v.is_finite()))
+}

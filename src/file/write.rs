@@ -1,0 +1,98 @@
+//! Bytes of a safetensors file, the same for the same content; and replacing a file as one.
+
+use crate::error::{Error, Result};
+use candle_core::{DType, Tensor};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::path::Path;
+
+/// A safetensors file: tensors by descending element width, then by name; metadata sorted.
+pub(super) fn safetensors(
+    tensors: &BTreeMap<String, Tensor>,
+    metadata: &BTreeMap<String, String>,
+) -> Result<Vec<u8>> {
+    let mut order: Vec<(&String, &Tensor)> = tensors.iter().collect();
+    order.sort_by_key(|(_, tensor)| std::cmp::Reverse(tensor.dtype().size_in_bytes()));
+    let mut header = vec![format!(
+        r#""__metadata__":{}"#,
+        Value::from_iter(metadata.clone())
+    )];
+    let mut data = Vec::new();
+    for (name, tensor) in order {
+        let start = data.len();
+        let dtype = append(tensor, &mut data)?;
+        let (name, shape) = (Value::from(name.as_str()), Value::from(tensor.dims()));
+        let end = data.len();
+        header.push(format!(
+            r#"{name}:{{"dtype":"{dtype}","shape":{shape},"data_offsets":[{start},{end}]}}"#
+        ));
+    }
+    let mut header = format!("{{{}}}", header.join(",")).into_bytes();
+    // The data begins at a multiple of 8.
+    header.resize(header.len().next_multiple_of(8), b' ');
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.append(&mut header);
+    bytes.append(&mut data);
+    Ok(bytes)
+}
+
+fn append(tensor: &Tensor, data: &mut Vec<u8>) -> Result<&'static str> {
+    let flat = tensor.flatten_all()?;
+    match tensor.dtype() {
+        DType::F64 => {
+            let values = flat.to_vec1::<f64>()?;
+            data.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+            Ok("F64")
+        }
+        DType::F32 => {
+            let values = flat.to_vec1::<f32>()?;
+            data.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+            Ok("F32")
+        }
+        DType::F16 => {
+            let values = flat.to_vec1::<half::f16>()?;
+            data.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+            Ok("F16")
+        }
+        DType::BF16 => {
+            let values = flat.to_vec1::<half::bf16>()?;
+            data.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+            Ok("BF16")
+        }
+        found => Err(Error::DType {
+            layer: "an adapter file".into(),
+            what: "a tensor to save",
+            found,
+            expected: "f64, f32, f16 or bf16".into(),
+        }),
+    }
+}
+
+/// Writes `bytes` beside `path` and renames them over it, so that a reader finds the old file or the
+/// new one.
+pub(super) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
+    let failed = |source| Error::Io {
+        path: path.to_path_buf(),
+        source,
+    };
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".adapter").suffix(".tmp");
+    // A temporary file is readable by its owner alone; an adapter is as open as any other file.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    let mut file = builder.tempfile_in(folder).map_err(failed)?;
+    file.write_all(bytes).map_err(failed)?;
+    file.as_file().sync_all().map_err(failed)?;
+    file.persist(path).map_err(|e| failed(e.error))?;
+    // The rename is on disk once its folder is. Not every system lets a folder be opened.
+    #[cfg(unix)]
+    std::fs::File::open(folder)
+        .and_then(|folder| folder.sync_all())
+        .map_err(failed)?;
+    Ok(())
+}
