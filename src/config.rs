@@ -241,8 +241,13 @@ pub fn nearest_divisor(width: usize, asked: usize) -> usize {
     if asked >= width {
         return width;
     }
-    let down = (1..=asked).rev().find(|d| width % d == 0).unwrap_or(1);
-    let up = (asked..=width).find(|d| width % d == 0).unwrap_or(width);
+    let down = (1..=asked)
+        .rev()
+        .find(|d| width.is_multiple_of(*d))
+        .unwrap_or(1);
+    let up = (asked..=width)
+        .find(|d| width.is_multiple_of(*d))
+        .unwrap_or(width);
     if asked - down <= up - asked { down } else { up }
 }
 
@@ -422,7 +427,7 @@ impl DoftConfig {
         }
         let asked = self.block_size;
         let block_size = nearest_divisor(width, asked);
-        if self.indivisible == Indivisible::Error && width % asked != 0 {
+        if self.indivisible == Indivisible::Error && !width.is_multiple_of(asked) {
             return Err(Error::BlockSize {
                 layer: path.to_string(),
                 asked,

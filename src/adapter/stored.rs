@@ -137,7 +137,7 @@ impl Source {
         }
         let width: usize = weight.iter().skip(1).product();
         let (rows, b) = (layer.packed.dims()[0], layer.block_size);
-        if b > width || width % b != 0 || (rows != 1 && rows != width / b) {
+        if b > width || !width.is_multiple_of(b) || (rows != 1 && rows != width / b) {
             let found = format!("{rows} rows of block size {b}");
             let blocks = width as f64 / b as f64;
             let expected = format!("{blocks} or 1 (in = {width} of `{path}.weight`)");

@@ -16,13 +16,10 @@ fn blocks(theta: &[f64], b: usize, f: impl Fn(&Matrix) -> Matrix) -> Vec<f64> {
 
 fn skew_block(theta: &[f64], b: usize) -> Matrix {
     let mut q = zeros(b);
-    let mut k = 0;
-    for i in 0..b {
-        for j in i + 1..b {
-            q[i][j] = theta[k];
-            q[j][i] = -theta[k];
-            k += 1;
-        }
+    let upper = (0..b).flat_map(|i| (i + 1..b).map(move |j| (i, j)));
+    for ((i, j), v) in upper.zip(theta) {
+        q[i][j] = *v;
+        q[j][i] = -v;
     }
     q
 }

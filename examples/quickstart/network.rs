@@ -1,0 +1,107 @@
+//! A small network of three linear layers, with whatever layers it is given.
+
+use anyhow::Result;
+use candle_core::{D, DType, Device, Tensor, Var};
+use candle_doft::rng::SplitMix64;
+use candle_doft::{Adapter, DoftLinear};
+use candle_nn::{Linear, Module};
+
+/// Widths from the pixels to the classes.
+const WIDTHS: [usize; 4] = [64, 256, 256, 10];
+
+/// The names of its layers.
+const NAMES: [&str; 3] = ["input", "hidden", "output"];
+
+/// Linear layers with a rectifier between them.
+pub struct Net<L> {
+    layers: Vec<L>,
+}
+
+impl<L: Module> Net<L> {
+    pub fn forward(&self, images: &Tensor) -> candle_core::Result<Tensor> {
+        let mut x = images.clone();
+        for (i, layer) in self.layers.iter().enumerate() {
+            x = if i == 0 {
+                layer.forward(&x)?
+            } else {
+                layer.forward(&x.relu()?)?
+            };
+        }
+        Ok(x)
+    }
+}
+
+impl Net<Linear> {
+    /// A network to train, and its variables. Weights are normal with variance `2 / in`.
+    pub fn new(seed: u64, device: &Device) -> Result<(Self, Vec<Var>)> {
+        let mut rng = SplitMix64::new(seed);
+        let (mut layers, mut vars) = (Vec::new(), Vec::new());
+        for pair in WIDTHS.windows(2) {
+            let (width, out) = (pair[0], pair[1]);
+            let std = (2. / width as f64).sqrt();
+            let values: Vec<f32> = (0..out * width)
+                .map(|_| (std * rng.normal()) as f32)
+                .collect();
+            let weight = Var::from_vec(values, (out, width), device)?;
+            let bias = Var::zeros(out, DType::F32, device)?;
+            layers.push(Linear::new(
+                weight.as_tensor().clone(),
+                Some(bias.as_tensor().clone()),
+            ));
+            vars.extend([weight, bias]);
+        }
+        Ok((Self { layers }, vars))
+    }
+
+    /// The same network, without variables.
+    pub fn frozen(self) -> Result<Self> {
+        let freeze =
+            |layer: Linear| Linear::new(layer.weight().detach(), layer.bias().map(Tensor::detach));
+        Ok(Self {
+            layers: self.layers.into_iter().map(freeze).collect(),
+        })
+    }
+
+    /// The same network, each layer wrapped by the adapter.
+    pub fn adapted(&self, adapter: &Adapter) -> Result<Net<DoftLinear>> {
+        let mut layers = Vec::new();
+        for (name, layer) in NAMES.into_iter().zip(&self.layers) {
+            layers.push(adapter.wrap_linear(name, layer.clone())?);
+        }
+        Ok(Net { layers })
+    }
+}
+
+impl Net<DoftLinear> {
+    /// Plain candle layers that answer the same.
+    pub fn merged(&self) -> Result<Net<Linear>> {
+        let layers = self.layers.iter().map(DoftLinear::merge);
+        Ok(Net {
+            layers: layers.collect::<Result<_, _>>()?,
+        })
+    }
+
+    pub fn layers(&self) -> impl Iterator<Item = (String, &DoftLinear)> {
+        NAMES.into_iter().map(String::from).zip(&self.layers)
+    }
+}
+
+/// The most likely class of each row.
+pub fn predictions(logits: &Tensor) -> Result<Vec<u32>> {
+    Ok(logits.argmax(D::Minus1)?.to_vec1()?)
+}
+
+/// The share of rows whose most likely class is the right one.
+pub fn accuracy(logits: &Tensor, labels: &Tensor) -> Result<f64> {
+    let right = logits.argmax(D::Minus1)?.eq(labels)?.to_dtype(DType::F64)?;
+    Ok(right.mean_all()?.to_scalar()?)
+}
+
+pub fn max_abs_diff(a: &Tensor, b: &Tensor) -> Result<f64> {
+    let off = (a - b)?
+        .abs()?
+        .flatten_all()?
+        .max(0)?
+        .to_dtype(DType::F64)?;
+    Ok(off.to_scalar()?)
+}

@@ -1,0 +1,35 @@
+//! Exit codes and devices: 0 done, 1 an error of data or files, 2 wrong arguments (clap's own).
+
+use candle_core::Device;
+use std::process::ExitCode;
+
+/// Where to compute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum DeviceName {
+    Cpu,
+    Cuda,
+    Metal,
+}
+
+impl DeviceName {
+    pub fn open(self) -> candle_core::Result<Device> {
+        match self {
+            Self::Cpu => Ok(Device::Cpu),
+            Self::Cuda => Device::new_cuda(0),
+            Self::Metal => Device::new_metal(0),
+        }
+    }
+}
+
+/// Runs an example; an error becomes one line on standard error.
+pub fn run(main: impl FnOnce() -> anyhow::Result<()>) -> ExitCode {
+    match main() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // candle appends a backtrace to its texts where one is enabled.
+            let text = format!("{error:#}");
+            eprintln!("error: {}", text.lines().next().unwrap_or_default());
+            ExitCode::FAILURE
+        }
+    }
+}
