@@ -7,7 +7,7 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-const SIZE: (u32, u32) = (1080, 660);
+const SIZE: (u32, u32) = (1080, 620);
 const INK: RGBColor = RGBColor(38, 50, 56);
 const SOFT: RGBColor = RGBColor(144, 156, 163);
 const RIGHT: RGBColor = RGBColor(0, 121, 107);
@@ -18,6 +18,9 @@ const LAYERS: [RGBColor; 3] = [
     RGBColor(230, 126, 34),
 ];
 const FONT: &str = "sans-serif";
+
+/// Where the images begin.
+const TOP: i32 = 66;
 
 /// Digits that are shown.
 const SHOWN: usize = 10;
@@ -41,7 +44,7 @@ fn failed(error: impl std::fmt::Display) -> anyhow::Error {
 
 fn draw(root: &Area, outcome: &Outcome) -> Result<()> {
     root.fill(&WHITE).map_err(failed)?;
-    let (digits, charts) = root.split_vertically(270);
+    let (digits, charts) = root.split_vertically(222);
     let (left, right) = charts.split_horizontally(SIZE.0 / 2);
     draw_digits(&digits, outcome)?;
     draw_curve(&left.margin(10, 14, 20, 10), outcome)?;
@@ -64,30 +67,33 @@ fn draw_digits(area: &Area, outcome: &Outcome) -> Result<()> {
         20,
         INK,
     )?;
-    text(area, "before", (30, 216), 16, SOFT)?;
-    text(area, "after DOFT", (30, 246), 16, SOFT)?;
+    text(area, "before", (30, 172), 16, SOFT)?;
+    text(area, "after DOFT", (30, 200), 16, SOFT)?;
     let cell = 92;
     for (place, i) in chosen(outcome).into_iter().enumerate() {
         let x = 130 + place as i32 * cell;
-        let pixel = 9;
+        let pixel = 10;
         for (p, value) in outcome.digits.images[i].iter().enumerate() {
             let shade = |ink: u8| (255. - f32::from(255 - ink) * value).round() as u8;
             let color = RGBColor(shade(INK.0), shade(INK.1), shade(INK.2));
             let corner = (
                 x + (p % SIDE) as i32 * pixel,
-                76 + (p / SIDE) as i32 * pixel,
+                TOP + (p / SIDE) as i32 * pixel,
             );
             let end = (corner.0 + pixel, corner.1 + pixel);
             area.draw(&Rectangle::new([corner, end], color.filled()))
                 .map_err(failed)?;
         }
-        let frame = [(x, 76), (x + SIDE as i32 * pixel, 76 + SIDE as i32 * pixel)];
+        let frame = [
+            (x, TOP),
+            (x + SIDE as i32 * pixel, TOP + SIDE as i32 * pixel),
+        ];
         area.draw(&Rectangle::new(frame, SOFT.stroke_width(1)))
             .map_err(failed)?;
         let label = outcome.digits.labels[i];
-        for (read, y) in [(outcome.before[i], 216), (outcome.after[i], 246)] {
+        for (read, y) in [(outcome.before[i], 172), (outcome.after[i], 200)] {
             let color = if read == label { RIGHT } else { WRONG };
-            text(area, &read.to_string(), (x + 31, y), 20, color)?;
+            text(area, &read.to_string(), (x + 34, y), 20, color)?;
         }
     }
     Ok(())

@@ -37,6 +37,10 @@ struct Flags {
     /// Width of a rotation block
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=4096))]
     block_size: u32,
+    /// Highest learning rate of the adaptation, for rotation and magnitude alike; the default was
+    /// chosen on the validation split
+    #[arg(long, default_value_t = 0.1, value_parser = support::cli::positive)]
+    lr: f64,
     /// Where to compute
     #[arg(long, value_enum, default_value_t = DeviceName::Cpu)]
     device: DeviceName,
@@ -48,9 +52,6 @@ const BATCH: usize = 64;
 /// Steps and rate with which the network learns upright digits.
 const BASE_STEPS: usize = 600;
 const BASE_RATE: f64 = 3e-3;
-
-/// Highest rate of the adaptation, for rotation and magnitude alike: chosen on the validation split.
-const RATE: f64 = 0.1;
 
 fn main() -> std::process::ExitCode {
     let flags = Flags::parse();
@@ -199,7 +200,7 @@ fn adapt(
         accuracy(&logits, &labels)
     };
     let params = ParamsAdamW {
-        lr: RATE,
+        lr: flags.lr,
         weight_decay: 0.,
         ..Default::default()
     };
@@ -210,7 +211,7 @@ fn adapt(
     for step in 0..steps {
         // Half a cosine, from the highest rate to 0.
         let done = step as f64 / steps as f64;
-        optimizer.set_learning_rate(RATE * 0.5 * (1. + (std::f64::consts::PI * done).cos()));
+        optimizer.set_learning_rate(flags.lr * 0.5 * (1. + (std::f64::consts::PI * done).cos()));
         let (images, labels) = batches.next_batch().tensors(device)?;
         let loss = loss::cross_entropy(&net.forward(&images)?, &labels)?;
         let grads = loss.backward()?;

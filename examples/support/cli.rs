@@ -21,6 +21,14 @@ impl DeviceName {
     }
 }
 
+/// A finite number above 0.
+pub fn positive(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if value > 0. && value.is_finite() => Ok(value),
+        _ => Err("expected a finite number above 0".to_string()),
+    }
+}
+
 /// Runs an example; an error becomes one line on standard error.
 pub fn run(main: impl FnOnce() -> anyhow::Result<()>) -> ExitCode {
     match main() {

@@ -58,7 +58,11 @@ impl Tuner {
     pub fn named_vars(&self) -> candle_doft::Result<Vec<(String, Var)>> {
         match &self.adapter {
             Some(adapter) => adapter.named_vars(),
-            None => Ok(self.own().iter().map(|(n, v)| (n.clone(), v.clone())).collect()),
+            None => Ok(self
+                .own()
+                .iter()
+                .map(|(n, v)| (n.clone(), v.clone()))
+                .collect()),
         }
     }
 
@@ -111,7 +115,9 @@ impl Tuner {
         let dtype = param_dtype(base.weight().dtype());
         let mut rng = SplitMix64::new(self.seed ^ fingerprint(path));
         let bound = 1. / (width as f64).sqrt();
-        let a: Vec<f64> = (0..rank * width).map(|_| bound * (2. * rng.uniform() - 1.)).collect();
+        let a: Vec<f64> = (0..rank * width)
+            .map(|_| bound * (2. * rng.uniform() - 1.))
+            .collect();
         let a = Tensor::from_vec(a, (rank, width), &self.device)?.to_dtype(dtype)?;
         let b = Tensor::zeros((out, rank), dtype, &self.device)?;
         Ok(LoraLinear {
@@ -141,7 +147,11 @@ fn fingerprint(path: &str) -> u64 {
 }
 
 fn param_dtype(dtype: DType) -> DType {
-    if dtype == DType::F64 { DType::F64 } else { DType::F32 }
+    if dtype == DType::F64 {
+        DType::F64
+    } else {
+        DType::F32
+    }
 }
 
 /// A layer under one of the methods.
@@ -210,7 +220,10 @@ impl LoraLinear {
     fn merge(&self) -> Result<Linear> {
         let weight = self.product.weight();
         let merged = weight.to_dtype(self.a.dtype())?.add(&self.delta()?)?;
-        Ok(Linear::new(merged.to_dtype(weight.dtype())?, self.bias.clone()))
+        Ok(Linear::new(
+            merged.to_dtype(weight.dtype())?,
+            self.bias.clone(),
+        ))
     }
 }
 
@@ -254,7 +267,10 @@ impl DoraLinear {
     fn merge(&self) -> Result<Linear> {
         let merged = self.lora.merge()?;
         let ratio = self.ratio()?.detach().unsqueeze(1)?;
-        let weight = merged.weight().to_dtype(ratio.dtype())?.broadcast_mul(&ratio)?;
+        let weight = merged
+            .weight()
+            .to_dtype(ratio.dtype())?
+            .broadcast_mul(&ratio)?;
         let weight = weight.to_dtype(merged.weight().dtype())?;
         Ok(Linear::new(weight, merged.bias().cloned()))
     }
