@@ -2,6 +2,11 @@
 //!
 //! Each takes packed rows `theta`, as many as there are, and answers row-major blocks.
 
+#![allow(
+    clippy::needless_range_loop,
+    reason = "indices read as in the formulas"
+)]
+
 type Matrix = Vec<Vec<f64>>;
 
 fn blocks(theta: &[f64], b: usize, f: impl Fn(&Matrix) -> Matrix) -> Vec<f64> {
