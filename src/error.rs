@@ -170,7 +170,7 @@ pub enum Error {
         /// What it should have, and where that comes from.
         expected: String,
         /// What to do.
-        fix: String,
+        fix: &'static str,
     },
 
     /// A part of a loaded file was asked for by no layer.

@@ -11,11 +11,11 @@ use candle_nn::VarBuilder;
 use std::collections::btree_map;
 
 impl Adapter {
-    /// A linear layer with bias, as [`candle_nn::linear`] makes it; its path is the prefix of `vb`.
+    /// A linear layer with bias, as [`candle_nn::linear()`] makes it; its path is the prefix of `vb`.
     ///
     /// # Errors
     ///
-    /// Those of [`candle_nn::linear`] and [`Adapter::wrap_linear`].
+    /// Those of [`candle_nn::linear()`] and [`Adapter::wrap_linear`].
     pub fn linear(&self, in_dim: usize, out_dim: usize, vb: VarBuilder) -> Result<DoftLinear> {
         self.linear_b(in_dim, out_dim, true, vb)
     }

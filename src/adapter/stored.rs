@@ -118,7 +118,7 @@ impl Source {
                 tensor: format!("{path}.{tensor}"),
                 found,
                 expected,
-                fix: "is this the model it was trained on?".into(),
+                fix: "is this the model it was trained on?",
             })
         };
         let other_kind = layer.kind.is_some_and(|stored| stored != kind);

@@ -279,7 +279,7 @@ impl Group<'_> {
                 tensor: format!("{}.{name}", shown(self.path)),
                 found,
                 expected: expected.into(),
-                fix: "the file is damaged or not an adapter".into(),
+                fix: "the file is damaged or not an adapter",
             })
         };
         let &[rows, columns] = packed.dims() else {

@@ -79,7 +79,7 @@ impl<'a> Tensors<'a> {
                 tensor: shown(name),
                 found,
                 expected: expected.into(),
-                fix: "the file is damaged or not an adapter".into(),
+                fix: "the file is damaged or not an adapter",
             })
         };
         let view = match self.views.tensor(name) {

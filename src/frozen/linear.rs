@@ -42,7 +42,7 @@ pub struct Linear {
     bias: Option<Tensor>,
 }
 
-/// A frozen linear layer with bias, its tensors from `vb`, as [`candle_nn::linear`] names them.
+/// A frozen linear layer with bias, its tensors from `vb`, as [`candle_nn::linear()`] names them.
 ///
 /// # Errors
 ///
