@@ -286,7 +286,8 @@ fn a_nan_stays_in_its_block() -> Result<()> {
     let clean = tensor(&theta, (3, 10));
     theta[13] = f64::NAN;
     let theta = tensor(&theta, (3, 10));
-    let maps: [(&str, fn(&Tensor) -> Result<Tensor>); 4] = [
+    type MapOf = fn(&Tensor) -> Result<Tensor>;
+    let maps: [(&str, MapOf); 4] = [
         ("cayley", cayley),
         ("exponential", exponential),
         ("series", |q| cayley_neumann(q, 5, 1)),
