@@ -1,5 +1,11 @@
 //! The maps from packed parameters to rotations: values, gradients and invariants.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test that cannot go on fails"
+)]
+
 mod support;
 
 use candle_core::{DType, Device, Tensor, Var};
@@ -13,6 +19,8 @@ use proptest::prelude::*;
 use support::{assert_close, central_difference, dot, uneven};
 
 const CPU: Device = Device::Cpu;
+
+type RotationMap = fn(&Tensor) -> Result<Tensor>;
 
 fn tensor(values: &[f64], shape: impl Into<candle_core::Shape>) -> Tensor {
     Tensor::from_slice(values, shape, &CPU).unwrap()
@@ -286,8 +294,7 @@ fn a_nan_stays_in_its_block() -> Result<()> {
     let clean = tensor(&theta, (3, 10));
     theta[13] = f64::NAN;
     let theta = tensor(&theta, (3, 10));
-    type MapOf = fn(&Tensor) -> Result<Tensor>;
-    let maps: [(&str, MapOf); 4] = [
+    let maps: [(&str, RotationMap); 4] = [
         ("cayley", cayley),
         ("exponential", exponential),
         ("series", |q| cayley_neumann(q, 5, 1)),
@@ -447,7 +454,7 @@ fn errors_say_what_to_mend() -> Result<()> {
     );
     let oblong = Tensor::zeros((1, 3, 2), DType::F32, &CPU)?;
     let half = Tensor::zeros((1, 2, 2), DType::F16, &CPU)?;
-    let maps: [fn(&Tensor) -> Result<Tensor>; 4] = [
+    let maps: [RotationMap; 4] = [
         cayley,
         exponential,
         |q| cayley_neumann(q, 5, 1),
