@@ -339,11 +339,6 @@ fn a_file_that_contradicts_itself_is_refused_with_the_reason() -> Result<()> {
             format!("{metadata}by its `max_norm` it needs the marker `clipped_oft`"),
         ),
         (
-            r#""format":"doft""#,
-            r#""format":"pt""#,
-            "not a file of this crate".into(),
-        ),
-        (
             r#""format_version":"1""#,
             r#""format_version":"2""#,
             "format version 2, this crate reads 1; it was written by candle-doft 0.1.0".into(),
@@ -443,5 +438,25 @@ fn a_file_cut_anywhere_or_with_bytes_changed_never_panics() -> Result<()> {
     }
     error_of(folder.0.path());
     error_of(&folder.0.path().join("missing"));
+    Ok(())
+}
+
+#[test]
+fn a_file_without_its_metadata_reads_by_its_markers() -> Result<()> {
+    let folder = Folder::new();
+    let model = trained(config(), DType::F32)?;
+    model.adapter.save(folder.file())?;
+    let good = std::fs::read(folder.file()).unwrap();
+    std::fs::write(
+        folder.file(),
+        edited(&good, r#""format":"doft""#, r#""format":"pt""#),
+    )
+    .unwrap();
+    let loaded = build(Adapter::load(folder.file(), &CPU)?, DType::F32)?;
+    assert_eq!(
+        bits(&model.q.forward(&x(DType::F32))?),
+        bits(&loaded.q.forward(&x(DType::F32))?)
+    );
+    assert_eq!(bits(&model.head), bits(&loaded.head));
     Ok(())
 }

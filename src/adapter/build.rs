@@ -79,7 +79,7 @@ impl Adapter {
         check_weight(path, kind, weight.dims(), weight.dtype())?;
         let norms = row_norms(weight)?;
         let config = source.check(path, kind, weight.dims(), &norms)?;
-        let stored = source.layer(path).and_then(|layer| layer.norms.as_ref());
+        let stored = source.layer(path)?.and_then(|layer| layer.norms.as_ref());
         let norms = match stored {
             Some(stored) => stored.to_dtype(norms.dtype())?.to_device(norms.device())?,
             None => norms,
@@ -97,7 +97,7 @@ impl Adapter {
         }
         let selected = match &self.inner.source {
             None => select::selects(&self.inner.config, path, kind)?,
-            Some(source) => source.layer(path).is_some(),
+            Some(source) => source.layer(path)?.is_some(),
         };
         if !selected {
             return Ok(false);

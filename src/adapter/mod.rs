@@ -3,12 +3,14 @@
 mod build;
 mod extra;
 mod gradients;
+mod matching;
 mod report;
 mod scope;
 mod select;
 mod stored;
 
 pub use gradients::GradientReport;
+pub(crate) use matching::flat;
 pub use report::{LayerReport, Report};
 pub use stored::Warning;
 pub(crate) use stored::{Stored, StoredLayer};

@@ -1,5 +1,6 @@
 //! [`Stored`]: an adapter as data, between a file and the layers of a model.
 
+use super::matching::{component, rule};
 use super::{Adapter, Inner};
 use crate::config::{DoftConfig, LayerKind, Magnitude, Map};
 use crate::error::{Error, Result};
@@ -38,8 +39,11 @@ pub(crate) struct StoredLayer {
     pub(crate) scaled: bool,
     pub(crate) max_norm: Option<f64>,
     pub(crate) magnitude: Magnitude,
-    /// Packed rows in the convention of canonical files: those of a kernel have the other sign.
+    /// Packed rows, in the crate's convention for linear layers and embeddings.
     pub(crate) packed: Tensor,
+    /// What to multiply them by for a kernel: files of most tools turn kernels the other way round,
+    /// and `R(-Q) = R(Q)^T`.
+    pub(crate) kernel_factor: f64,
     /// The magnitude parameter of that kind, `(out)`.
     pub(crate) value: Option<Tensor>,
     /// The norms `n0` that an absolute magnitude is relative to.
@@ -49,13 +53,17 @@ pub(crate) struct StoredLayer {
 }
 
 impl StoredLayer {
-    /// Packed rows in the crate's convention. Canonical files turn kernels the other way round, and
-    /// `R(-Q) = R(Q)^T`.
-    fn theta(&self, kind: LayerKind) -> Result<Tensor> {
-        Ok(match kind.is_kernel() {
-            true => self.packed.neg()?,
+    /// Packed rows in the crate's convention for that kind of layer.
+    pub(crate) fn theta(&self, kind: LayerKind) -> Result<Tensor> {
+        Ok(match kind.is_kernel() && self.kernel_factor != 1. {
+            true => (&self.packed * self.kernel_factor)?,
             false => self.packed.clone(),
         })
+    }
+
+    /// Whether its blocks are of size 1, which rotate nothing.
+    fn rotates(&self) -> bool {
+        self.block_size > 1
     }
 }
 
@@ -68,6 +76,49 @@ pub(crate) struct Stored {
     pub(crate) layers: BTreeMap<String, StoredLayer>,
     pub(crate) extras: BTreeMap<String, Tensor>,
     pub(crate) warnings: Vec<Warning>,
+    /// Whether modules may match no layer.
+    pub(crate) allow_partial: bool,
+}
+
+/// From module to path.
+type Renamer = dyn Fn(&str) -> Option<String> + Send + Sync;
+
+impl Stored {
+    /// Keeps one component, and gives modules the paths that a caller says they mean.
+    pub(crate) fn choose(&mut self, wanted: Option<&str>, rename: Option<&Renamer>) {
+        if let Some(wanted) = wanted {
+            self.layers
+                .retain(|module, _| component(module) == Some(wanted));
+        }
+        if let Some(rename) = rename {
+            let layers = std::mem::take(&mut self.layers).into_iter();
+            let renamed = layers.map(|(module, layer)| (rename(&module).unwrap_or(module), layer));
+            self.layers = renamed.collect();
+        }
+    }
+
+    /// The module that means a path, by the first rule under which one does.
+    pub(crate) fn find(&self, path: &str) -> Result<Option<(&String, &StoredLayer)>> {
+        if let Some(found) = self.layers.get_key_value(path) {
+            return Ok(Some(found));
+        }
+        let ranked = self
+            .layers
+            .iter()
+            .filter_map(|found| Some((rule(found.0, path)?, found)));
+        let mut ranked: Vec<_> = ranked.collect();
+        ranked.sort_by_key(|(rule, _)| *rule);
+        match ranked.as_slice() {
+            [(first, (a, _)), (second, (b, _)), ..] if first == second => Err(Error::File {
+                file: self.file.clone(),
+                reason: format!(
+                    "`{a}` and `{b}` both mean `{path}`; choose a component, or rename"
+                ),
+            }),
+            [(_, found), ..] => Ok(Some(*found)),
+            [] => Ok(None),
+        }
+    }
 }
 
 /// What is left of a [`Stored`] while a model is built from it.
@@ -83,22 +134,24 @@ fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 impl Source {
-    pub(super) fn layer(&self, path: &str) -> Option<&StoredLayer> {
-        self.stored.layers.get(path)
+    pub(super) fn layer(&self, path: &str) -> Result<Option<&StoredLayer>> {
+        Ok(self.stored.find(path)?.map(|(_, layer)| layer))
     }
 
     /// The configuration of a layer as it was trained.
-    pub(super) fn config(&self, path: &str) -> Option<DoftConfig> {
-        let layer = self.layer(path)?;
+    fn config(&self, layer: &StoredLayer) -> DoftConfig {
         let mut config = self.stored.config.clone();
         config.rules.clear();
-        config.block_size = layer.block_size;
+        config.block_size = match layer.rotates() {
+            true => layer.block_size,
+            false => DoftConfig::default().block_size,
+        };
         config.block_share = false;
         config.map = layer.map;
         config.scaled = layer.scaled;
         config.max_norm = layer.max_norm;
         config.magnitude = layer.magnitude;
-        Some(config)
+        config
     }
 
     /// Checks that the tensors of the file fit a weight, before any layer is made.
@@ -109,13 +162,14 @@ impl Source {
         weight: &[usize],
         norms: &Tensor,
     ) -> Result<DoftConfig> {
-        let (Some(layer), Some(mut config)) = (self.layer(path), self.config(path)) else {
+        let Some((module, layer)) = self.stored.find(path)? else {
             return Ok(self.stored.config.clone());
         };
+        let mut config = self.config(layer);
         let fail = |tensor: &str, found: String, expected: String| {
             Err(Error::FileTensor {
                 file: self.stored.file.clone(),
-                tensor: format!("{path}.{tensor}"),
+                tensor: format!("{module}.{tensor}"),
                 found,
                 expected,
                 fix: "is this the model it was trained on?",
@@ -172,7 +226,7 @@ impl Source {
 
     /// Gives a layer the parameters of the file.
     pub(super) fn fill(&self, layer: &Adaptation) -> Result<()> {
-        let Some(stored) = self.layer(layer.path()) else {
+        let Some((module, stored)) = self.stored.find(layer.path())? else {
             return Ok(());
         };
         let set = |parameter: &Tensor, value: &Tensor| -> Result<()> {
@@ -183,11 +237,13 @@ impl Source {
             Ok(Var::from_tensor(parameter)?.set(&value)?)
         };
         let params = layer.params();
-        set(params.rotation(), &stored.theta(layer.kind())?)?;
+        if stored.rotates() {
+            set(params.rotation(), &stored.theta(layer.kind())?)?;
+        }
         if let (Some(parameter), Some(value)) = (params.magnitude_parameter(), &stored.value) {
             set(parameter, value)?;
         }
-        locked(&self.asked).insert(layer.path().to_string());
+        locked(&self.asked).insert(module.clone());
         Ok(())
     }
 
@@ -215,6 +271,9 @@ impl Source {
         let Some(first) = unused.first() else {
             return Ok(());
         };
+        if self.stored.allow_partial && !asked.is_empty() {
+            return Ok(());
+        }
         Err(Error::FileUnused {
             file: self.stored.file.clone(),
             count: unused.len(),
@@ -256,6 +315,7 @@ impl Adapter {
             layers,
             extras,
             warnings: Vec::new(),
+            allow_partial: false,
         })
     }
 
@@ -285,6 +345,7 @@ fn stored_layer(layer: &Adaptation) -> Result<StoredLayer> {
         max_norm: layout.max_norm,
         magnitude: params.kind(),
         packed,
+        kernel_factor: -1.,
         value: params.magnitude_parameter().map(cpu).transpose()?,
         base: fingerprint(&norms)?,
         norms: (params.kind() == Magnitude::Absolute).then_some(norms),

@@ -11,7 +11,7 @@ use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeMap;
 use std::path::Path;
 
-const EXTRA: &str = "doft_extra.";
+pub(super) const EXTRA: &str = "doft_extra.";
 const INITIAL_NORM: &str = "initial_norm";
 
 /// Markers of a rotation, behind its name without `weight`.
@@ -109,8 +109,8 @@ fn layer_tensors(
 }
 
 /// Reads and checks a whole file.
-pub(super) fn from_bytes(file: &Path, bytes: &[u8]) -> Result<Stored> {
-    let tensors = Tensors::new(file, bytes)?;
+pub(super) fn from_tensors(tensors: &Tensors) -> Result<Stored> {
+    let file = tensors.file();
     let metadata::Read {
         config,
         layers: mut entries,
@@ -143,6 +143,7 @@ pub(super) fn from_bytes(file: &Path, bytes: &[u8]) -> Result<Stored> {
         layers,
         extras,
         warnings,
+        allow_partial: false,
     })
 }
 
@@ -265,6 +266,7 @@ impl Group<'_> {
             max_norm,
             magnitude: kind,
             packed: packed.clone(),
+            kernel_factor: -1.,
             value,
             norms,
             base: entry.base,

@@ -18,12 +18,21 @@
 //! weight). Equal adapters give equal bytes.
 
 mod canonical;
+mod keys;
+mod layer;
 mod metadata;
+mod onetrainer;
+mod options;
+mod peft;
+mod read;
 mod tensors;
 mod write;
 
+pub use options::{Divisor, LoadOptions, Rename};
+pub use read::Dialect;
+
 use crate::adapter::{Adapter, Warning};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use candle_core::Device;
 use std::path::Path;
 
@@ -35,7 +44,7 @@ impl Adapter {
     ///
     /// # Errors
     ///
-    /// [`Error::NotFinite`] for a parameter that holds a NaN or an infinity, [`Error::Io`], and those
+    /// [`Error::NotFinite`](crate::Error::NotFinite) for a parameter that holds a NaN or an infinity, [`Error::Io`](crate::Error::Io), and those
     /// of [`Adapter::check_complete`].
     ///
     /// # Examples
@@ -66,21 +75,33 @@ impl Adapter {
         Ok(warnings)
     }
 
-    /// Reads an adapter. Layers built or wrapped through it take settings and parameters from the
-    /// file, by path; a layer that the file does not hold stays frozen. What the file holds beyond
-    /// the model is an error of [`Adapter::check_complete`], and so of [`Adapter::vars`]; see
-    /// [`Adapter::warnings`] as well.
+    /// Reads an adapter of this crate, of OneTrainer or of PEFT (a file or a folder). Layers built or
+    /// wrapped through it take settings and parameters from the file, by path; a layer that the file
+    /// does not hold stays frozen. What the file holds beyond the model is an error of
+    /// [`Adapter::check_complete`], and so of [`Adapter::vars`]; see [`Adapter::warnings`] as well.
     ///
     /// # Errors
     ///
-    /// [`Error::Io`]; [`Error::File`] and [`Error::FileTensor`] for a file that is cut, contradicts
-    /// itself, or holds what no reader of this format knows.
+    /// [`Error::Io`](crate::Error::Io); [`Error::File`](crate::Error::File) and
+    /// [`Error::FileTensor`](crate::Error::FileTensor) for a file that is cut, contradicts itself, or
+    /// means what this crate cannot express.
     pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
-        let path = path.as_ref();
-        let bytes = std::fs::read(path).map_err(|source| Error::Io {
-            path: path.to_path_buf(),
-            source,
-        })?;
-        Self::from_stored(canonical::from_bytes(path, &bytes)?, device)
+        Self::load_with(path, device, &LoadOptions::default())
+    }
+
+    /// [`Adapter::load`] with decisions for what a file leaves open.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Adapter::load`].
+    pub fn load_with(
+        path: impl AsRef<Path>,
+        device: &Device,
+        options: &LoadOptions,
+    ) -> Result<Self> {
+        let (_, mut stored) = read::read(path.as_ref(), options)?;
+        stored.choose(options.component.as_deref(), options.rename.as_deref());
+        stored.allow_partial = options.allow_partial;
+        Self::from_stored(stored, device)
     }
 }

@@ -29,6 +29,27 @@ pub(super) fn refused<T>(file: &Path, reason: impl Into<String>) -> Result<T> {
     })
 }
 
+/// The value of a marker.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Marker {
+    Empty,
+    Bool(bool),
+    Int(i64),
+    Float(f64),
+}
+
+impl Marker {
+    /// Its value as a number; nothing is 0.
+    pub(super) fn number(self) -> f64 {
+        match self {
+            Self::Empty => 0.,
+            Self::Bool(value) => f64::from(u8::from(value)),
+            Self::Int(value) => value as f64,
+            Self::Float(value) => value,
+        }
+    }
+}
+
 /// A file whose header has been checked against its length.
 pub(super) struct Tensors<'a> {
     file: &'a Path,
@@ -52,6 +73,10 @@ impl<'a> Tensors<'a> {
         }
     }
 
+    pub(super) fn file(&self) -> &'a Path {
+        self.file
+    }
+
     pub(super) fn metadata(&self) -> &HashMap<String, String> {
         &self.metadata
     }
@@ -72,7 +97,42 @@ impl<'a> Tensors<'a> {
         Ok(tensors)
     }
 
-    fn read(&self, name: &str) -> Result<Tensor> {
+    /// A scalar of any dtype, or the count of elements where there is not one.
+    pub(super) fn marker(&self, name: &str) -> Result<Marker> {
+        let view = match self.views.tensor(name) {
+            Ok(view) => view,
+            Err(e) => return refused(self.file, format!("tensor `{}`: {e}", shown(name))),
+        };
+        let count: usize = view.shape().iter().product();
+        let data = view.data();
+        Ok(match (view.dtype(), count) {
+            (_, 0) => Marker::Empty,
+            (Dtype::BOOL | Dtype::U8, 1) => Marker::Bool(data[0] != 0),
+            (Dtype::I64, 1) => match data.try_into() {
+                Ok(bytes) => Marker::Int(i64::from_le_bytes(bytes)),
+                Err(_) => return self.no_marker(name),
+            },
+            (Dtype::I32, 1) => match data.try_into() {
+                Ok(bytes) => Marker::Int(i64::from(i32::from_le_bytes(bytes))),
+                Err(_) => return self.no_marker(name),
+            },
+            (_, 1) => {
+                let value = self.read(name)?.flatten_all()?.to_dtype(DType::F64)?;
+                Marker::Float(value.to_vec1::<f64>()?[0])
+            }
+            _ => return self.no_marker(name),
+        })
+    }
+
+    fn no_marker<T>(&self, name: &str) -> Result<T> {
+        refused(
+            self.file,
+            format!("the marker `{}` is not one value", shown(name)),
+        )
+    }
+
+    /// One float tensor, finite throughout.
+    pub(super) fn read(&self, name: &str) -> Result<Tensor> {
         let fail = |found: String, expected: &str| {
             Err(Error::FileTensor {
                 file: self.file.to_path_buf(),

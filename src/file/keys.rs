@@ -1,0 +1,198 @@
+//! Keys of adapter files: which module, which role; and modules in two spellings made one.
+
+use super::tensors::{refused, shown};
+use crate::adapter::flat;
+use crate::error::Result;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// Roles whose separator and inner dots may each be `.` or `_`.
+const LOOSE: [&str; 9] = [
+    "oft_R.weight",
+    "oft_R.scaled_oft",
+    "oft_R.clipped_oft",
+    "oft_R.cans_oft",
+    "oft_R.cans_exp",
+    "dora_scale",
+    "initial_norm",
+    "dora_multiplier",
+    "dora_log_multiplier",
+];
+
+/// Roles that stand behind a dot.
+const DOTTED: [&str; 16] = [
+    "oft_embedding_R.weight",
+    "oft_embedding_R.scaled_oft",
+    "oft_embedding_R.clipped_oft",
+    "oft_embedding_R.cans_oft",
+    "oft_embedding_R.cans_exp",
+    "lora_magnitude_vector.weight",
+    "oft_r",
+    "oft_s",
+    "alpha",
+    "oft_block_size_metadata",
+    "oft_block_share_metadata",
+    "oft_coft_metadata",
+    "coft_eps_metadata",
+    "scaled_oft_metadata",
+    "base_layer.bias",
+    "base_layer.weight",
+];
+
+/// Families that this crate cannot express, by the last segments of their keys.
+const REFUSED: [(&[&str], &str); 6] = [
+    (
+        &["oft_blocks", "oft_diag"],
+        "is LyCORIS or kohya OFT, which rotates the output side of a weight; this crate rotates the \
+         input side and cannot express it",
+    ),
+    (
+        &["boft_R", "boft_s"],
+        "is BOFT, whose butterfly factors permute; this crate's rotation is block-diagonal",
+    ),
+    (
+        &[
+            "lora_A",
+            "lora_B",
+            "lora_up",
+            "lora_down",
+            "lora_embedding_A",
+            "lora_embedding_B",
+        ],
+        "is LoRA or DoRA, not an OFT adapter",
+    ),
+    (
+        &["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"],
+        "is LoHa, not an OFT adapter",
+    ),
+    (
+        &["lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w1_b"],
+        "is LoKr, not an OFT adapter",
+    ),
+    (
+        &["lokr_w2_a", "lokr_w2_b", "lokr_t2", "hada_t1"],
+        "is LoKr or LoHa, not an OFT adapter",
+    ),
+];
+
+/// The reason why a key belongs to a family that is refused.
+pub(super) fn refused_family(key: &str) -> Option<&'static str> {
+    let named = |name: &str| key.split('.').any(|segment| segment == name);
+    let found = REFUSED
+        .iter()
+        .find(|(names, _)| names.iter().any(|name| named(name)));
+    found.map(|(_, reason)| *reason)
+}
+
+/// Module and role of a key.
+pub(super) fn parse(key: &str) -> Option<(String, &'static str)> {
+    // `oft_R.default.weight` and `oft_r.default` carry the name that PEFT gave the adapter.
+    let key = key.replace(".default.", ".");
+    let key = key.strip_suffix(".default").unwrap_or(&key);
+    let dotted = DOTTED.into_iter().filter_map(|role| {
+        let module = key.strip_suffix(role)?.strip_suffix('.')?;
+        Some((module, role))
+    });
+    let loose = LOOSE.into_iter().filter_map(|role| {
+        let start = key.len().checked_sub(role.len())?;
+        let (module, end) = (key.get(..start)?, key.get(start..)?);
+        let same = end == role || role.contains('.') && end == role.replace('.', "_");
+        let module = module.strip_suffix(['.', '_'])?;
+        same.then_some((module, role))
+    });
+    let fits = dotted.chain(loose).filter(|(module, _)| !module.is_empty());
+    // `dora_scale` ends no other role, but the longest is the one that is meant all the same.
+    let (module, role) = fits.max_by_key(|(_, role)| role.len())?;
+    Some((module.to_string(), role))
+}
+
+/// Keys by module and role.
+pub(super) type Groups = BTreeMap<String, BTreeMap<&'static str, String>>;
+
+/// Puts a key into its group.
+pub(super) fn insert(
+    file: &Path,
+    groups: &mut Groups,
+    (module, role): (String, &'static str),
+    key: &str,
+) -> Result<()> {
+    let group = groups.entry(module).or_default();
+    if let Some(other) = group.insert(role, key.to_string()) {
+        let (key, other) = (shown(key), shown(&other));
+        return refused(
+            file,
+            format!("`{other}` and `{key}` are the same tensor of one layer"),
+        );
+    }
+    Ok(())
+}
+
+/// Joins groups without a rotation to the one of the same flattened name that has one.
+pub(super) fn join(file: &Path, groups: Groups, is_rotation: fn(&str) -> bool) -> Result<Groups> {
+    let (mut whole, parts): (Groups, Groups) = groups
+        .into_iter()
+        .partition(|(_, roles)| roles.keys().any(|role| is_rotation(role)));
+    let mut by_flat: BTreeMap<String, String> = BTreeMap::new();
+    for module in whole.keys() {
+        if let Some(other) = by_flat.insert(flat(module), module.clone()) {
+            let (module, other) = (shown(module), shown(&other));
+            return refused(
+                file,
+                format!("`{other}` and `{module}` are one layer in two spellings"),
+            );
+        }
+    }
+    for (module, roles) in parts {
+        let Some(to) = by_flat.get(&flat(&module)) else {
+            let key = roles
+                .values()
+                .next()
+                .map_or(String::new(), |key| shown(key));
+            return refused(file, format!("`{key}` belongs to no rotation in the file"));
+        };
+        for (role, key) in roles {
+            insert(file, &mut whole, (to.clone(), role), &key)?;
+        }
+    }
+    Ok(whole)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_are_cut_at_their_role() {
+        for (key, module, role) in [
+            ("a.b.oft_R.weight", "a.b", "oft_R.weight"),
+            (
+                "base_model.model.a.oft_R.default.weight",
+                "base_model.model.a",
+                "oft_R.weight",
+            ),
+            ("lora_unet_a_oft_R_weight", "lora_unet_a", "oft_R.weight"),
+            (
+                "lora_unet_a_dora_log_multiplier",
+                "lora_unet_a",
+                "dora_log_multiplier",
+            ),
+            (
+                "a.oft_embedding_R.scaled_oft",
+                "a",
+                "oft_embedding_R.scaled_oft",
+            ),
+            ("a.oft_r.default", "a", "oft_r"),
+        ] {
+            assert_eq!(parse(key), Some((module.to_string(), role)), "{key}");
+        }
+        for key in [
+            "oft_R.weight",
+            "a.dora_log_multiplier_row",
+            "a.oft_R.other",
+            "a.weight",
+            "",
+        ] {
+            assert_eq!(parse(key), None, "{key}");
+        }
+    }
+}

@@ -1,0 +1,309 @@
+//! Files of OneTrainer and PEFT give the weights that those tools compute.
+
+mod support;
+
+use candle_core::{DType, Result, Tensor, safetensors};
+use candle_doft::file::{Divisor, LoadOptions};
+use candle_doft::{Adapter, DoftLinear};
+use candle_nn::Linear;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use support::tensors::{CPU, relative};
+
+/// Weights in f32, relative to the largest entry.
+const TOLERANCE: f64 = 2e-6;
+
+fn golden(tool: &str, case: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/golden")
+        .join(tool)
+        .join(case)
+}
+
+fn load(path: &Path) -> Result<BTreeMap<String, Tensor>> {
+    Ok(safetensors::load(path, &CPU)?.into_iter().collect())
+}
+
+/// The linear layers of a base, by path.
+fn linears(base: &Path) -> Result<Vec<(String, Linear)>> {
+    let tensors = load(base)?;
+    let weights = tensors
+        .iter()
+        .filter(|(name, t)| name.ends_with(".weight") && t.rank() == 2);
+    let layers = weights.map(|(name, weight)| {
+        let path = name.trim_end_matches(".weight").to_string();
+        let bias = tensors.get(&format!("{path}.bias")).cloned();
+        (path, Linear::new(weight.clone(), bias))
+    });
+    Ok(layers.collect())
+}
+
+fn wrapped(adapter: &Adapter, base: &Path) -> candle_doft::Result<Vec<(String, DoftLinear)>> {
+    let mut layers = Vec::new();
+    for (path, layer) in linears(base)? {
+        layers.push((path.clone(), adapter.wrap_linear(&path, layer)?));
+    }
+    adapter.check_complete()?;
+    Ok(layers)
+}
+
+fn assert_weight(what: &str, found: &Tensor, expected: &Tensor) {
+    let off = relative(found, expected);
+    assert!(off <= TOLERANCE, "{what}: the weight is off by {off:e}");
+}
+
+const ONETRAINER: [&str; 17] = [
+    "oft_plain",
+    "oft_scaled_bool",
+    "oft_scaled_int",
+    "doft_g1_linear",
+    "doft_g1_zero_row",
+    "doft_g2_linear",
+    "doft_g3_linear",
+    "doft_g3_unscaled_linear",
+    "share_linear",
+    "odd_block_50_32",
+    "odd_block_12_5",
+    "clip_inactive",
+    "clip_active",
+    "cans_linear",
+    "cans_linear_nobias",
+    "cans_large",
+    "cans_exp_linear",
+];
+
+#[test]
+fn onetrainer_s_linear_files_read_to_its_weights_in_both_flavours() -> candle_doft::Result<()> {
+    let mut internal = 0;
+    for case in ONETRAINER {
+        let folder = golden("onetrainer", case);
+        let expected = &load(&folder.join("io.safetensors"))?["w_eff"];
+        for flavour in ["adapter.safetensors", "adapter.internal.safetensors"] {
+            let file = folder.join(flavour);
+            if !file.exists() {
+                continue;
+            }
+            internal += usize::from(flavour.contains("internal"));
+            let adapter = Adapter::load(&file, &CPU)?;
+            let layers = wrapped(&adapter, &folder.join("base.safetensors"))?;
+            assert_eq!(layers.len(), 1);
+            let what = format!("{case}, {flavour}");
+            assert_weight(&what, &layers[0].1.effective_weight()?, expected);
+            let ambiguous = case == "doft_g1_linear" || case == "doft_g1_zero_row";
+            if !ambiguous {
+                assert_eq!(adapter.warnings(), [], "{what}");
+            }
+        }
+    }
+    assert!(internal > 5);
+    Ok(())
+}
+
+#[test]
+fn blocks_of_size_one_leave_the_magnitude() -> candle_doft::Result<()> {
+    let folder = golden("onetrainer", "odd_block_7_4");
+    let adapter = Adapter::load(folder.join("adapter.safetensors"), &CPU)?;
+    let layers = wrapped(&adapter, &folder.join("base.safetensors"))?;
+    let expected = &load(&folder.join("io.safetensors"))?["w_eff"];
+    assert_weight("odd_block_7_4", &layers[0].1.effective_weight()?, expected);
+    assert!(adapter.warnings()[0].to_string().contains("size 1"));
+    Ok(())
+}
+
+#[test]
+fn the_ambiguous_divisor_is_told_from_an_integer_or_given() -> candle_doft::Result<()> {
+    let folder = golden("onetrainer", "doft_g1_early_linear");
+    let base = folder.join("base.safetensors");
+    let expected = &load(&folder.join("io.safetensors"))?["w_eff"];
+    let internal = Adapter::load(folder.join("adapter.internal.safetensors"), &CPU)?;
+    let layers = wrapped(&internal, &base)?;
+    assert_weight("integer 1", &layers[0].1.effective_weight()?, expected);
+    let file = folder.join("adapter.safetensors");
+    let options = LoadOptions::default().with_divisor(Divisor::SqrtEntries);
+    let given = Adapter::load_with(&file, &CPU, &options)?;
+    let layers = wrapped(&given, &base)?;
+    assert_weight(
+        "the divisor given",
+        &layers[0].1.effective_weight()?,
+        expected,
+    );
+    let guessed = Adapter::load(&file, &CPU)?;
+    let layers = wrapped(&guessed, &base)?;
+    assert!(relative(&layers[0].1.effective_weight()?, expected) > 1e-3);
+    assert!(
+        guessed
+            .warnings()
+            .iter()
+            .any(|w| w.message.contains("divisor"))
+    );
+    Ok(())
+}
+
+#[test]
+fn mangled_names_find_their_layers() -> candle_doft::Result<()> {
+    for case in ["mangled_legacy", "mangled_mixture"] {
+        let folder = golden("onetrainer", case);
+        let adapter = Adapter::load(folder.join("adapter.safetensors"), &CPU)?;
+        let layers = wrapped(&adapter, &folder.join("base.safetensors"))?;
+        assert_eq!(layers.len(), 2, "{case}");
+        let io = load(&folder.join("io.safetensors"))?;
+        let expected: Vec<&Tensor> = io
+            .iter()
+            .filter(|(name, _)| name.ends_with("w_eff"))
+            .map(|(_, t)| t)
+            .collect();
+        for (path, layer) in &layers {
+            let weight = layer.effective_weight()?;
+            let fits = expected
+                .iter()
+                .any(|e| e.dims() == weight.dims() && relative(&weight, e) <= TOLERANCE);
+            assert!(fits, "{case}: {path}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn half_precision_exports_are_their_rounding_away() -> candle_doft::Result<()> {
+    let folder = golden("onetrainer", "doft_g3_linear");
+    let expected = &load(&folder.join("io.safetensors"))?["w_eff"];
+    for (flavour, bound) in [
+        ("adapter.bf16.safetensors", 1e-2),
+        ("adapter.f16.safetensors", 1e-3),
+    ] {
+        let adapter = Adapter::load(folder.join(flavour), &CPU)?;
+        let layers = wrapped(&adapter, &folder.join("base.safetensors"))?;
+        let weight = layers[0].1.effective_weight()?;
+        assert!(
+            weight.dtype() == DType::F32 && relative(&weight, expected) < bound,
+            "{flavour}"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn peft_s_linear_folders_read_to_its_weights() -> candle_doft::Result<()> {
+    for case in [
+        "linear_default",
+        "linear_exact",
+        "linear_block_share",
+        "linear_terms7",
+        "linear_bias_oft_only",
+        "linear_r",
+        "linear_block_adjusted",
+        "linear_coft",
+    ] {
+        let folder = golden("peft", case);
+        let adapter = Adapter::load(&folder, &CPU)?;
+        let mut layers = Vec::new();
+        let base = load(&folder.join("base.safetensors"))?;
+        let expected = load(&folder.join("expected.safetensors"))?;
+        for (path, layer) in linears(&folder.join("base.safetensors"))? {
+            let bias = format!("{path}.bias");
+            if case == "linear_bias_oft_only" {
+                let trained = adapter.extra(&bias, &base[&bias])?;
+                let off = relative(trained.as_tensor(), &expected[&bias]);
+                assert!(off == 0., "{case}: {bias} is off by {off:e}");
+            }
+            layers.push((path.clone(), adapter.wrap_linear(&path, layer)?));
+        }
+        adapter.check_complete()?;
+        for (path, layer) in layers {
+            let expected = &expected[&format!("{path}.weight")];
+            assert_weight(
+                &format!("{case}, {path}"),
+                &layer.effective_weight()?,
+                expected,
+            );
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_loaded_adapter_of_another_tool_saves_as_one_of_this_crate() -> candle_doft::Result<()> {
+    let home = tempfile::tempdir().unwrap();
+    for (tool, case) in [("onetrainer", "doft_g1_linear"), ("peft", "linear_exact")] {
+        let folder = golden(tool, case);
+        let file = if tool == "peft" {
+            folder.clone()
+        } else {
+            folder.join("adapter.safetensors")
+        };
+        let adapter = Adapter::load(file, &CPU)?;
+        let layers = wrapped(&adapter, &folder.join("base.safetensors"))?;
+        let again = home.path().join("again.safetensors");
+        adapter.save(&again)?;
+        let adapter = Adapter::load(&again, &CPU)?;
+        let reloaded = wrapped(&adapter, &folder.join("base.safetensors"))?;
+        for ((path, before), (_, after)) in layers.iter().zip(&reloaded) {
+            let off = relative(&after.effective_weight()?, &before.effective_weight()?);
+            assert!(off < 1e-7, "{case}, {path}: {off:e}");
+        }
+        assert_eq!(adapter.warnings(), [], "{case}");
+    }
+    Ok(())
+}
+
+#[test]
+fn what_cannot_be_expressed_is_refused_with_the_reason() {
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("other.safetensors");
+    let one = Tensor::ones((2, 2), DType::F32, &CPU).unwrap();
+    for (key, reason) in [
+        (
+            "lora_unet_x.oft_blocks",
+            "rotates the output side of a weight",
+        ),
+        ("a.lora_A.weight", "is LoRA or DoRA, not an OFT adapter"),
+        ("a.boft_R", "is BOFT"),
+        ("a.oft_r", "`oft_r` without `oft_s`"),
+        (
+            "a.weight",
+            "it holds no adapter tensors; its first keys are `a.weight`",
+        ),
+    ] {
+        let tensors = std::collections::HashMap::from([(key, one.clone())]);
+        safetensors::save(&tensors, &file).unwrap();
+        let error = Adapter::load(&file, &CPU).expect_err(key).to_string();
+        assert!(error.contains(reason), "{key}: {error}");
+    }
+    let empty = tempfile::tempdir().unwrap();
+    let error = Adapter::load(empty.path(), &CPU).unwrap_err().to_string();
+    assert!(
+        error.ends_with("a folder without `adapter.safetensors`"),
+        "{error}"
+    );
+    std::fs::write(
+        empty.path().join("adapter_config.json"),
+        r#"{"peft_type": "LORA"}"#,
+    )
+    .unwrap();
+    std::fs::write(empty.path().join("adapter_model.safetensors"), b"").unwrap();
+    let error = Adapter::load(empty.path(), &CPU).unwrap_err().to_string();
+    assert!(error.contains("not a whole safetensors file"), "{error}");
+}
+
+#[test]
+fn one_component_can_be_read_and_modules_renamed() -> candle_doft::Result<()> {
+    let folder = golden("onetrainer", "doft_g3_linear");
+    let file = folder.join("adapter.safetensors");
+    let (path, base) = linears(&folder.join("base.safetensors"))?.remove(0);
+    let options = LoadOptions::default().with_rename(|_| Some("my.own.name".into()));
+    let adapter = Adapter::load_with(&file, &CPU, &options)?;
+    assert!(
+        adapter
+            .wrap_linear("my.own.name", base.clone())?
+            .is_adapted()
+    );
+    adapter.check_complete()?;
+    let options = LoadOptions::default().with_component("denoiser");
+    let adapter = Adapter::load_with(&file, &CPU, &options)?;
+    assert!(adapter.wrap_linear(&path, base.clone())?.is_adapted());
+    let options = LoadOptions::default().with_allow_partial(true);
+    let adapter = Adapter::load_with(&file, &CPU, &options)?;
+    assert!(!adapter.wrap_linear("another", base)?.is_adapted());
+    assert!(adapter.check_complete().is_err(), "nothing matched at all");
+    Ok(())
+}
