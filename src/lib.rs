@@ -7,6 +7,7 @@ pub mod error;
 pub mod file;
 pub mod frozen;
 pub mod layer;
+pub mod merge;
 mod nearest;
 mod ops;
 pub mod params;

@@ -268,8 +268,8 @@ fn a_model_that_does_not_fit_is_told_before_any_layer_changes() -> Result<()> {
         .unwrap_err();
     assert_eq!(
         cut(error),
-        "FILE: tensor `blocks.0.q.oft_R.weight` has a base weight [48, 64] of a Linear \
-         layer on record, expected [48, 32] of a Linear layer; is this the model it was trained on?"
+        "FILE: tensor `blocks.0.q.oft_R.weight` has a base weight [48, 64] on record, \
+         expected [48, 32] of `blocks.0.q.weight`; is this the model it was trained on?"
     );
     // A model that asks for less than the file holds.
     let adapter = load()?;

@@ -2,13 +2,14 @@
 
 use super::matching::{component, rule};
 use super::{Adapter, Inner};
-use crate::config::{DoftConfig, LayerKind, Magnitude, Map};
+use crate::config::{BlockLayout, DoftConfig, LayerKind, Magnitude, Map};
 use crate::error::{Error, Result};
 use crate::layer::Adaptation;
 use crate::nearest::nearest;
+use crate::params::names;
 use candle_core::{DType, Device, Tensor, Var};
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 /// Something that a file holds and a reader should know, though it loads.
@@ -61,9 +62,96 @@ impl StoredLayer {
         })
     }
 
-    /// Whether its blocks are of size 1, which rotate nothing.
+    /// Whether its blocks are of a size that rotates.
     fn rotates(&self) -> bool {
         self.block_size > 1
+    }
+
+    /// How it cuts a weight of that shape; none where its blocks rotate nothing.
+    pub(crate) fn layout(&self, weight: &[usize]) -> Result<Option<BlockLayout>> {
+        if !self.rotates() {
+            return Ok(None);
+        }
+        let width = weight.iter().skip(1).product();
+        let config = DoftConfig {
+            block_size: self.block_size,
+            block_share: self.packed.dims()[0] == 1 && width > self.block_size,
+            map: self.map,
+            scaled: self.scaled,
+            max_norm: self.max_norm,
+            ..DoftConfig::default()
+        };
+        config.layout("", width).map(Some)
+    }
+
+    /// `m / n0` in `dtype`; the ratio is applied, never the norms of the weight at hand, unless the
+    /// file lacks its own.
+    pub(crate) fn ratio(&self, norms: Option<&Tensor>, dtype: DType) -> Result<Option<Tensor>> {
+        let Some(value) = &self.value else {
+            return Ok(None);
+        };
+        let value = value.to_dtype(dtype)?;
+        Ok(Some(match self.magnitude {
+            Magnitude::Log => value.exp()?,
+            Magnitude::Absolute => {
+                let Some(norms) = self.norms.as_ref().or(norms) else {
+                    return Ok(None);
+                };
+                let norms = norms.to_dtype(dtype)?.to_device(value.device())?;
+                let alive = norms.gt(0.)?;
+                let ones = norms.ones_like()?;
+                alive
+                    .where_cond(&value, &ones)?
+                    .div(&alive.where_cond(&norms, &ones)?)?
+            }
+            _ => value,
+        }))
+    }
+
+    /// Checks that its tensors fit a weight.
+    pub(crate) fn check_shape(
+        &self,
+        file: &Path,
+        module: &str,
+        path: &str,
+        weight: &[usize],
+    ) -> Result<()> {
+        let fail = |tensor: &str, found: String, expected: String| {
+            Err(Error::FileTensor {
+                file: file.to_path_buf(),
+                tensor: format!("{module}.{tensor}"),
+                found,
+                expected,
+                fix: "is this the model it was trained on?",
+            })
+        };
+        let name = names::rotation(self.kind.unwrap_or(LayerKind::Linear));
+        if let Some(shape) = &self.shape
+            && shape != weight
+        {
+            let found = format!("a base weight {shape:?} on record");
+            return fail(name, found, format!("{weight:?} of `{path}.weight`"));
+        }
+        let width: usize = weight.iter().skip(1).product();
+        let (rows, b) = (self.packed.dims()[0], self.block_size);
+        if b > width || !width.is_multiple_of(b) || (rows != 1 && rows != width / b) {
+            let found = format!("{rows} rows of block size {b}");
+            let blocks = width as f64 / b as f64;
+            let expected = format!("{blocks} or 1 (in = {width} of `{path}.weight`)");
+            return fail(name, found, expected);
+        }
+        let out = weight.first().copied().unwrap_or(0);
+        match (&self.value, names::magnitude(self.magnitude)) {
+            (Some(value), Some(name)) if value.elem_count() != out => {
+                let found = format!("{} elements", value.elem_count());
+                fail(
+                    name,
+                    found,
+                    format!("{out}, one for each output of `{path}.weight`"),
+                )
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -166,46 +254,20 @@ impl Source {
             return Ok(self.stored.config.clone());
         };
         let mut config = self.config(layer);
-        let fail = |tensor: &str, found: String, expected: String| {
-            Err(Error::FileTensor {
-                file: self.stored.file.clone(),
-                tensor: format!("{module}.{tensor}"),
-                found,
-                expected,
-                fix: "is this the model it was trained on?",
-            })
-        };
-        let other_kind = layer.kind.is_some_and(|stored| stored != kind);
-        let other_shape = layer.shape.as_ref().is_some_and(|shape| shape != weight);
-        if other_kind || other_shape {
-            let shape = layer.shape.as_deref().unwrap_or_default();
-            let recorded = layer
-                .kind
-                .map_or(String::new(), |kind| format!(" of a {kind:?} layer"));
-            let found = format!("a base weight {shape:?}{recorded} on record");
-            return fail(
-                "oft_R.weight",
-                found,
-                format!("{weight:?} of a {kind:?} layer"),
+        let other = layer.kind.is_some_and(|stored| stored != kind);
+        if other {
+            let reason = format!(
+                "`{path}` is a {kind:?} layer, in the file it is a {:?}",
+                layer.kind
             );
+            return Err(Error::File {
+                file: self.stored.file.clone(),
+                reason,
+            });
         }
+        layer.check_shape(&self.stored.file, module, path, weight)?;
         let width: usize = weight.iter().skip(1).product();
-        let (rows, b) = (layer.packed.dims()[0], layer.block_size);
-        if b > width || !width.is_multiple_of(b) || (rows != 1 && rows != width / b) {
-            let found = format!("{rows} rows of block size {b}");
-            let blocks = width as f64 / b as f64;
-            let expected = format!("{blocks} or 1 (in = {width} of `{path}.weight`)");
-            return fail("oft_R.weight", found, expected);
-        }
-        config.block_share = rows == 1 && width / b > 1;
-        let out = weight.first().copied().unwrap_or(0);
-        if let Some(value) = &layer.value
-            && value.elem_count() != out
-        {
-            let found = format!("{} elements", value.elem_count());
-            let expected = format!("{out}, one for each output of `{path}.weight`");
-            return fail("magnitude", found, expected);
-        }
+        config.block_share = layer.packed.dims()[0] == 1 && width > layer.block_size;
         self.compare_base(path, layer, norms)?;
         Ok(config)
     }
@@ -319,6 +381,11 @@ impl Adapter {
         })
     }
 
+    /// The file that the adapter was loaded from, whole.
+    pub(crate) fn source(&self) -> Option<&Stored> {
+        self.inner.source.as_ref().map(|source| &source.stored)
+    }
+
     /// What is worth knowing about the file that the adapter was loaded from, and about how it fits
     /// the model so far. Empty for an adapter that was not loaded.
     pub fn warnings(&self) -> Vec<Warning> {
@@ -354,7 +421,7 @@ fn stored_layer(layer: &Adaptation) -> Result<StoredLayer> {
 
 /// The first number is `N = sqrt(sum n0²)`, the others four sums of `n0` under the signs of a hash.
 /// None where all norms are zero.
-fn fingerprint(norms: &Tensor) -> Result<Option<[f64; 5]>> {
+pub(crate) fn fingerprint(norms: &Tensor) -> Result<Option<[f64; 5]>> {
     let norms: Vec<f64> = norms.to_dtype(DType::F64)?.to_vec1()?;
     let mut rng = crate::rng::SplitMix64::new(0);
     let mut sums = [0f64; 5];
@@ -371,7 +438,7 @@ fn fingerprint(norms: &Tensor) -> Result<Option<[f64; 5]>> {
 
 /// Whether two fingerprints are of different weights. Casts and 8-bit quantization move them by at
 /// most 2e-4, 4-bit by 4e-3; another matrix or other rows by 2e-2 and more.
-fn differs(a: &[f64; 5], b: &[f64; 5]) -> bool {
+pub(crate) fn differs(a: &[f64; 5], b: &[f64; 5]) -> bool {
     let apart = (1..5).map(|k| (a[k] - b[k]).powi(2)).sum::<f64>();
     (b[0] / a[0] - 1.).abs() > 5e-3 || (apart / 4.).sqrt() / a[0] > 5e-3
 }

@@ -30,8 +30,9 @@ mod write;
 
 pub use options::{Divisor, LoadOptions, Rename};
 pub use read::Dialect;
+pub(crate) use write::raw_bytes;
 
-use crate::adapter::{Adapter, Warning};
+use crate::adapter::{Adapter, Stored, Warning};
 use crate::error::Result;
 use candle_core::Device;
 use std::path::Path;
@@ -99,9 +100,15 @@ impl Adapter {
         device: &Device,
         options: &LoadOptions,
     ) -> Result<Self> {
-        let (_, mut stored) = read::read(path.as_ref(), options)?;
-        stored.choose(options.component.as_deref(), options.rename.as_deref());
-        stored.allow_partial = options.allow_partial;
+        let (_, stored) = read_stored(path.as_ref(), options)?;
         Self::from_stored(stored, device)
     }
+}
+
+/// Any file or folder as data.
+pub(crate) fn read_stored(path: &Path, options: &LoadOptions) -> Result<(Dialect, Stored)> {
+    let (dialect, mut stored) = read::read(path, options)?;
+    stored.choose(options.component.as_deref(), options.rename.as_deref());
+    stored.allow_partial = options.allow_partial;
+    Ok((dialect, stored))
 }

@@ -40,33 +40,40 @@ pub(super) fn safetensors(
 fn append(tensor: &Tensor, data: &mut Vec<u8>) -> Result<&'static str> {
     let flat = tensor.flatten_all()?;
     match tensor.dtype() {
-        DType::F64 => {
-            let values = flat.to_vec1::<f64>()?;
-            data.extend(values.iter().flat_map(|v| v.to_le_bytes()));
-            Ok("F64")
+        DType::F64 => extend(data, &flat.to_vec1::<f64>()?, f64::to_le_bytes),
+        DType::F32 => extend(data, &flat.to_vec1::<f32>()?, f32::to_le_bytes),
+        DType::F16 => extend(data, &flat.to_vec1()?, half::f16::to_le_bytes),
+        DType::BF16 => extend(data, &flat.to_vec1()?, half::bf16::to_le_bytes),
+        found => {
+            return Err(Error::DType {
+                layer: "an adapter file".into(),
+                what: "a tensor to save",
+                found,
+                expected: "f64, f32, f16 or bf16".into(),
+            });
         }
-        DType::F32 => {
-            let values = flat.to_vec1::<f32>()?;
-            data.extend(values.iter().flat_map(|v| v.to_le_bytes()));
-            Ok("F32")
-        }
-        DType::F16 => {
-            let values = flat.to_vec1::<half::f16>()?;
-            data.extend(values.iter().flat_map(|v| v.to_le_bytes()));
-            Ok("F16")
-        }
-        DType::BF16 => {
-            let values = flat.to_vec1::<half::bf16>()?;
-            data.extend(values.iter().flat_map(|v| v.to_le_bytes()));
-            Ok("BF16")
-        }
-        found => Err(Error::DType {
-            layer: "an adapter file".into(),
-            what: "a tensor to save",
-            found,
-            expected: "f64, f32, f16 or bf16".into(),
-        }),
     }
+    Ok(match tensor.dtype() {
+        DType::F64 => "F64",
+        DType::F32 => "F32",
+        DType::F16 => "F16",
+        _ => "BF16",
+    })
+}
+
+fn extend<T: Copy, const N: usize>(data: &mut Vec<u8>, values: &[T], bytes: fn(T) -> [u8; N]) {
+    let start = data.len();
+    data.resize(start + N * values.len(), 0);
+    for (to, value) in data[start..].chunks_exact_mut(N).zip(values) {
+        to.copy_from_slice(&bytes(*value));
+    }
+}
+
+/// The values of a float tensor as a file has them.
+pub(crate) fn raw_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(tensor.elem_count() * tensor.dtype().size_in_bytes());
+    append(tensor, &mut bytes)?;
+    Ok(bytes)
 }
 
 /// Writes `bytes` beside `path` and renames them over it, so that a reader finds the old file or the

@@ -1,0 +1,79 @@
+//! The source of a merged `VarBuilder`.
+
+use super::Merge;
+use candle_core::{DType, Device, Error, Result, Shape, Tensor};
+use candle_nn::var_builder::SimpleBackend;
+use candle_nn::{Init, VarBuilder};
+use std::sync::Mutex;
+
+pub(super) struct Merged<'a> {
+    merge: Merge,
+    // `SimpleBackend` asks for `Sync`, which a `VarBuilder` is not in general.
+    base: Mutex<VarBuilder<'a>>,
+}
+
+impl<'a> Merged<'a> {
+    pub(super) fn new(merge: Merge, base: VarBuilder<'a>) -> Self {
+        Self {
+            merge,
+            base: Mutex::new(base),
+        }
+    }
+
+    fn base(&self) -> VarBuilder<'a> {
+        self.base.lock().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+
+    /// The merged tensor of a name, from what the base answers. Weights are read in their own dtype,
+    /// so that a merge rounds once.
+    fn merged(&self, name: &str, base: Tensor) -> Result<Tensor> {
+        let extra = self.merge.extra(name);
+        let tensor = match extra {
+            Some(extra) if extra.dims() == base.dims() => {
+                extra.to_dtype(base.dtype())?.to_device(base.device())?
+            }
+            Some(extra) => {
+                return Err(Error::UnexpectedShape {
+                    msg: format!("the extra tensor `{name}` of the adapter"),
+                    expected: base.shape().clone(),
+                    got: extra.shape().clone(),
+                });
+            }
+            None => base,
+        };
+        // An f64 weight that was asked for stays one; the path is that of the weight.
+        let path = name.strip_suffix(".weight").unwrap_or(name);
+        let merged = match path == name || tensor.rank() < 2 {
+            true => None,
+            false => self.merge.weight(path, &tensor, false)?,
+        };
+        Ok(merged.unwrap_or(tensor))
+    }
+}
+
+impl SimpleBackend for Merged<'_> {
+    fn get(
+        &self,
+        shape: Shape,
+        name: &str,
+        init: Init,
+        dtype: DType,
+        _: &Device,
+    ) -> Result<Tensor> {
+        let base = self.base();
+        if !base.contains_tensor(name)
+            && let Some(extra) = self.merge.extra(name)
+        {
+            return extra.to_dtype(dtype)?.to_device(base.device());
+        }
+        self.merged(name, base.get_with_hints_dtype(shape, name, init, dtype)?)
+    }
+
+    fn get_unchecked(&self, name: &str, dtype: DType, _: &Device) -> Result<Tensor> {
+        self.merged(name, self.base().get_unchecked_dtype(name, dtype)?)
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        self.base().contains_tensor(name) || self.merge.extra(name).is_some()
+    }
+}

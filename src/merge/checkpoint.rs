@@ -1,0 +1,276 @@
+//! Merged checkpoints on disk: one file, or a folder with shards and whatever lies beside them.
+
+use super::Merge;
+use super::header::Source;
+use crate::error::{Error, Result};
+use crate::file::raw_bytes;
+use std::fs;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+use tempfile::NamedTempFile;
+
+/// What a merge on disk may do, and whom it tells.
+#[derive(Default)]
+#[non_exhaustive]
+pub struct CheckpointOptions<'a> {
+    /// Merges into a base whose row norms are not those of the training.
+    pub allow_changed_base: bool,
+    /// Is called with the bytes done and the bytes in all, after each tensor.
+    pub progress: Option<&'a mut dyn FnMut(u64, u64)>,
+}
+
+impl std::fmt::Debug for CheckpointOptions<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CheckpointOptions")
+            .field("allow_changed_base", &self.allow_changed_base)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What a merge on disk did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct MergeReport {
+    /// Tensors that were replaced.
+    pub merged: Vec<String>,
+    /// Tensors that were copied byte for byte.
+    pub copied: usize,
+    /// Bytes written.
+    pub bytes: u64,
+}
+
+const SUFFIX: &str = "safetensors";
+
+impl Merge {
+    /// Writes the checkpoint `base` (a file, or a folder of safetensors files and what lies beside
+    /// them) to `output` (of the same sort) with every adapted weight replaced, rounded once to its
+    /// dtype. All else is copied byte for byte, headers too.
+    ///
+    /// Tensors are streamed: memory stays within a few times the largest of them. Files appear under
+    /// their names when all of them are whole; on any error there is nothing new.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::FileUnused`] for modules that match no weight, those of [`Merge::weight`], and
+    /// [`Error::Io`].
+    pub fn checkpoint(
+        &self,
+        base: impl AsRef<Path>,
+        output: impl AsRef<Path>,
+        mut options: CheckpointOptions,
+    ) -> Result<MergeReport> {
+        let (base, output) = (base.as_ref(), output.as_ref());
+        let files = Files::of(base, output)?;
+        let mut sources = Vec::new();
+        let mut total = 0;
+        for (from, to) in &files.checkpoints {
+            let source = Source::open(from)?;
+            for name in source.names() {
+                let (start, end) = source.info(&name)?.data_offsets;
+                total += (end - start) as u64;
+            }
+            sources.push((source, to));
+        }
+        self.check_names(sources.iter().map(|(source, _)| source))?;
+        let mut report = MergeReport::default();
+        let mut written = Vec::new();
+        for (mut source, to) in sources {
+            let file = self.write(&mut source, to, total, &mut report, &mut options)?;
+            written.push((file, to));
+        }
+        self.check_used()?;
+        for (from, to) in &files.others {
+            written.push((copied(from, to)?, to));
+        }
+        for (file, to) in written {
+            file.persist(to).map_err(|e| io(to)(e.error))?;
+        }
+        Ok(report)
+    }
+
+    /// Every module has its weight, before anything is computed.
+    fn check_names<'a>(&self, sources: impl Iterator<Item = &'a Source>) -> Result<()> {
+        let names: Vec<String> = sources.flat_map(Source::names).collect();
+        for part in self.parts.iter() {
+            let mut found = std::collections::BTreeSet::new();
+            for name in &names {
+                let path = name.strip_suffix(".weight").unwrap_or(name);
+                if let Some((module, _)) = part.stored.find(path)? {
+                    if !found.insert(module) {
+                        return Err(Error::File {
+                            file: part.stored.file.clone(),
+                            reason: format!("`{module}` means several weights, `{path}` is one"),
+                        });
+                    }
+                }
+            }
+            let partial = part.stored.allow_partial && !found.is_empty();
+            let modules = part.stored.layers.keys();
+            let extras = part
+                .stored
+                .extras
+                .keys()
+                .filter(|name| !names.contains(name));
+            let missing = modules
+                .filter(|module| !found.contains(module))
+                .chain(extras);
+            let missing: Vec<&String> = missing.collect();
+            if let (Some(first), false) = (missing.first(), partial) {
+                return Err(Error::FileUnused {
+                    file: part.stored.file.clone(),
+                    count: missing.len(),
+                    total: part.stored.layers.len() + part.stored.extras.len(),
+                    first: first.to_string(),
+                    nearest: crate::nearest::nearest(first, names.iter().map(String::as_str)),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn write(
+        &self,
+        source: &mut Source,
+        to: &Path,
+        total: u64,
+        report: &mut MergeReport,
+        options: &mut CheckpointOptions,
+    ) -> Result<NamedTempFile> {
+        let mut file = temporary(to)?;
+        let mut out = BufWriter::with_capacity(1 << 20, file.as_file_mut());
+        out.write_all(&source.head).map_err(io(to))?;
+        for name in source.names() {
+            let bytes = match self.replaced(source, &name, options.allow_changed_base)? {
+                Some(bytes) => {
+                    report.merged.push(name);
+                    bytes
+                }
+                None => {
+                    report.copied += 1;
+                    source.bytes(&name)?
+                }
+            };
+            out.write_all(&bytes).map_err(io(to))?;
+            report.bytes += bytes.len() as u64;
+            if let Some(progress) = &mut options.progress {
+                progress(report.bytes, total);
+            }
+        }
+        out.flush().map_err(io(to))?;
+        drop(out);
+        file.as_file().sync_all().map_err(io(to))?;
+        Ok(file)
+    }
+
+    /// The bytes that replace a tensor, if an adapter has it.
+    fn replaced(
+        &self,
+        source: &mut Source,
+        name: &str,
+        allow_changed_base: bool,
+    ) -> Result<Option<Vec<u8>>> {
+        let extra = self.extra(name);
+        let path = name.strip_suffix(".weight");
+        let mut adapted = false;
+        for part in self.parts.iter() {
+            adapted |= match path {
+                Some(path) => part.stored.find(path)?.is_some(),
+                None => false,
+            };
+        }
+        if extra.is_none() && !adapted {
+            return Ok(None);
+        }
+        let mut tensor = source.tensor(name)?;
+        if let Some(extra) = extra {
+            if extra.dims() != tensor.dims() {
+                return Err(Error::FileTensor {
+                    file: source.path.clone(),
+                    tensor: name.to_string(),
+                    found: format!("shape {:?}", tensor.dims()),
+                    expected: format!("{:?}, that of the adapter's extra tensor", extra.dims()),
+                    fix: "is this the model it was trained on?",
+                });
+            }
+            tensor = extra.to_dtype(tensor.dtype())?;
+        }
+        if let (true, Some(path)) = (adapted, path)
+            && let Some(merged) = self.weight(path, &tensor, allow_changed_base)?
+        {
+            tensor = merged;
+        }
+        raw_bytes(&tensor).map(Some)
+    }
+}
+
+/// What to write from what.
+struct Files {
+    checkpoints: Vec<(PathBuf, PathBuf)>,
+    others: Vec<(PathBuf, PathBuf)>,
+}
+
+impl Files {
+    fn of(base: &Path, output: &Path) -> Result<Self> {
+        if !fs::metadata(base).map_err(io(base))?.is_dir() {
+            return Ok(Self {
+                checkpoints: vec![(base.to_path_buf(), output.to_path_buf())],
+                others: Vec::new(),
+            });
+        }
+        let mut files = Self {
+            checkpoints: Vec::new(),
+            others: Vec::new(),
+        };
+        let mut entries = Vec::new();
+        for entry in fs::read_dir(base).map_err(io(base))? {
+            entries.push(entry.map_err(io(base))?.path());
+        }
+        entries.sort();
+        for from in entries.into_iter().filter(|path| path.is_file()) {
+            let Some(name) = from.file_name() else {
+                continue;
+            };
+            let to = output.join(name);
+            match from.extension().is_some_and(|end| end == SUFFIX) {
+                true => files.checkpoints.push((from, to)),
+                false if base != output => files.others.push((from, to)),
+                false => {}
+            }
+        }
+        if files.checkpoints.is_empty() {
+            return Err(Error::File {
+                file: base.to_path_buf(),
+                reason: format!("a folder without .{SUFFIX} files"),
+            });
+        }
+        fs::create_dir_all(output).map_err(io(output))?;
+        Ok(files)
+    }
+}
+
+fn temporary(to: &Path) -> Result<NamedTempFile> {
+    let folder = match to.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".merge").suffix(".tmp");
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    builder.tempfile_in(folder).map_err(io(to))
+}
+
+fn copied(from: &Path, to: &Path) -> Result<NamedTempFile> {
+    let mut file = temporary(to)?;
+    let mut source = fs::File::open(from).map_err(io(from))?;
+    std::io::copy(&mut source, file.as_file_mut()).map_err(io(to))?;
+    file.as_file().sync_all().map_err(io(to))?;
+    Ok(file)
+}
+
+fn io(path: &Path) -> impl Fn(std::io::Error) -> Error + '_ {
+    move |source| Error::Io {
+        path: path.to_path_buf(),
+        source,
+    }
+}

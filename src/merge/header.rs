@@ -1,0 +1,135 @@
+//! The header of a safetensors file on disk, and its tensors one by one.
+
+use crate::error::{Error, Result};
+use candle_core::{DType, Device, Tensor};
+use safetensors::Dtype;
+use safetensors::tensor::{Metadata, TensorInfo};
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+/// The longest header that is read.
+const LONGEST: u64 = 100_000_000;
+
+/// An open file. Its tensors are read when they are asked for.
+pub(super) struct Source {
+    pub(super) path: PathBuf,
+    file: File,
+    /// Length and header, as they stand in the file.
+    pub(super) head: Vec<u8>,
+    metadata: Metadata,
+}
+
+impl Source {
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let failed = |source| Error::Io {
+            path: path.to_path_buf(),
+            source,
+        };
+        let refused = |reason: String| Error::File {
+            file: path.to_path_buf(),
+            reason: format!("not a whole safetensors file: {reason}"),
+        };
+        let mut file = File::open(path).map_err(failed)?;
+        let length = file.metadata().map_err(failed)?.len();
+        let mut head = vec![0; 8];
+        if length < 8 {
+            return Err(refused("it is shorter than 8 bytes".into()));
+        }
+        file.read_exact(&mut head).map_err(failed)?;
+        let count = head
+            .iter()
+            .rev()
+            .fold(0u64, |n, byte| n << 8 | u64::from(*byte));
+        if count > LONGEST || count > length - 8 {
+            return Err(refused(format!(
+                "a header of {count} bytes in a file of {length}"
+            )));
+        }
+        head.resize(8 + count as usize, 0);
+        file.read_exact(&mut head[8..]).map_err(failed)?;
+        let metadata: Metadata =
+            serde_json::from_slice(&head[8..]).map_err(|e| refused(e.to_string()))?;
+        let end = metadata
+            .offset_keys()
+            .last()
+            .and_then(|name| metadata.info(name));
+        let end = end.map_or(0, |info| info.data_offsets.1);
+        if (end as u64).checked_add(8 + count) != Some(length) {
+            return Err(refused(format!(
+                "{end} bytes of data in a file of {length}"
+            )));
+        }
+        for (name, info) in metadata.tensors() {
+            let elements = info
+                .shape
+                .iter()
+                .try_fold(1usize, |n, axis| n.checked_mul(*axis));
+            let bits = elements.and_then(|n| n.checked_mul(info.dtype.bitsize()));
+            let bytes = info.data_offsets.1.checked_sub(info.data_offsets.0);
+            if bits != bytes.and_then(|n| n.checked_mul(8)) {
+                return Err(refused(format!(
+                    "the size of `{name}` is not that of its shape"
+                )));
+            }
+        }
+        Ok(Self {
+            path: path.to_path_buf(),
+            file,
+            head,
+            metadata,
+        })
+    }
+
+    /// Names in the order of their data.
+    pub(super) fn names(&self) -> Vec<String> {
+        self.metadata.offset_keys()
+    }
+
+    pub(super) fn info(&self, name: &str) -> Result<&TensorInfo> {
+        self.metadata.info(name).ok_or_else(|| Error::File {
+            file: self.path.clone(),
+            reason: format!("it has no tensor `{name}`"),
+        })
+    }
+
+    /// Bytes of a tensor.
+    pub(super) fn bytes(&mut self, name: &str) -> Result<Vec<u8>> {
+        let (start, end) = self.info(name)?.data_offsets;
+        let mut bytes = vec![0; end - start];
+        let start = (self.head.len() + start) as u64;
+        let file = &mut self.file;
+        let read = file
+            .seek(SeekFrom::Start(start))
+            .and_then(|_| file.read_exact(&mut bytes));
+        read.map_err(|source| Error::Io {
+            path: self.path.clone(),
+            source,
+        })?;
+        Ok(bytes)
+    }
+
+    /// A float tensor.
+    pub(super) fn tensor(&mut self, name: &str) -> Result<Tensor> {
+        let info = self.info(name)?.clone();
+        let dtype = match info.dtype {
+            Dtype::F64 => DType::F64,
+            Dtype::F32 => DType::F32,
+            Dtype::F16 => DType::F16,
+            Dtype::BF16 => DType::BF16,
+            other => {
+                return Err(Error::File {
+                    file: self.path.clone(),
+                    reason: format!("`{name}` has dtype {other:?}, expected F64, F32, F16 or BF16"),
+                });
+            }
+        };
+        let bytes = self.bytes(name)?;
+        Ok(Tensor::from_raw_buffer(
+            &bytes,
+            dtype,
+            &info.shape,
+            &Device::Cpu,
+        )?)
+    }
+}

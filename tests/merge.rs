@@ -1,0 +1,356 @@
+//! Merging: every golden file gives the merged weight of its tool, on disk and through a
+//! `VarBuilder`; the rest of a checkpoint stays as it is.
+
+mod support;
+
+use candle_core::{DType, Result, Tensor, safetensors};
+use candle_doft::file::{Divisor, LoadOptions};
+use candle_doft::merge::{CheckpointOptions, Merge, Strength};
+use candle_doft::{Adapter, DoftConfig, Magnitude, Map};
+use candle_nn::{Linear, VarBuilder};
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+use support::tensors::{CPU, bits, relative, seeded};
+
+/// Weights in f32, relative to the largest entry.
+const TOLERANCE: f64 = 2e-6;
+
+fn golden(tool: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/golden")
+        .join(tool)
+}
+
+fn load(path: &Path) -> Result<BTreeMap<String, Tensor>> {
+    Ok(safetensors::load(path, &CPU)?.into_iter().collect())
+}
+
+fn cases(tool: &str) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(golden(tool))
+        .unwrap()
+        .map(|e| e.unwrap().path());
+    let mut cases: Vec<PathBuf> = entries.filter(|p| p.join("meta.json").exists()).collect();
+    cases.sort();
+    cases
+}
+
+fn one(file: &Path, options: &LoadOptions, strength: Strength) -> candle_doft::Result<Merge> {
+    Merge::new().with_file(file, options, strength)
+}
+
+/// The weights of a merged base, from disk, after they were found equal through a `VarBuilder`.
+fn merged(merge: &Merge, base: &Path) -> candle_doft::Result<BTreeMap<String, Tensor>> {
+    let home = tempfile::tempdir().unwrap();
+    let output = home.path().join("merged.safetensors");
+    merge.checkpoint(base, &output, CheckpointOptions::default())?;
+    let found = load(&output)?;
+    let tensors: HashMap<String, Tensor> = load(base)?.into_iter().collect();
+    let vb = merge.var_builder(VarBuilder::from_tensors(tensors, DType::F32, &CPU));
+    for (name, tensor) in &found {
+        let through = vb.get(tensor.shape(), name)?;
+        assert_eq!(bits(&through), bits(tensor), "{name}");
+    }
+    Ok(found)
+}
+
+#[test]
+fn every_onetrainer_file_merges_to_its_weights() -> candle_doft::Result<()> {
+    let mut seen = 0;
+    for folder in cases("onetrainer") {
+        let case = folder.file_name().unwrap().to_str().unwrap().to_string();
+        let base = folder.join("base.safetensors");
+        let io = load(&folder.join("io.safetensors"))?;
+        for flavour in ["adapter.safetensors", "adapter.internal.safetensors"] {
+            let file = folder.join(flavour);
+            // The internal file of this case has the native names of another model.
+            if !file.exists() || (case == "mangled_legacy" && flavour.contains("internal")) {
+                continue;
+            }
+            let options = match (case.as_str(), flavour) {
+                ("doft_g1_early_linear", "adapter.safetensors") => {
+                    LoadOptions::default().with_divisor(Divisor::SqrtEntries)
+                }
+                _ => LoadOptions::default(),
+            };
+            let found = merged(&one(&file, &options, Strength::default())?, &base)?;
+            let weights: Vec<&Tensor> = io
+                .iter()
+                .filter(|(name, _)| name.ends_with("w_eff") && !name.starts_with("as_loaded"))
+                .map(|(_, tensor)| tensor)
+                .collect();
+            for expected in weights {
+                let fits = found.values().any(|w| {
+                    w.elem_count() == expected.elem_count()
+                        && relative(&w.flatten_all().unwrap(), &expected.flatten_all().unwrap())
+                            <= TOLERANCE
+                });
+                assert!(fits, "{case}, {flavour}");
+                seen += 1;
+            }
+        }
+    }
+    assert!(seen >= 50, "only {seen} weights");
+    Ok(())
+}
+
+#[test]
+fn every_peft_folder_merges_to_its_weights() -> candle_doft::Result<()> {
+    for folder in cases("peft") {
+        let case = folder.file_name().unwrap().to_str().unwrap().to_string();
+        let expected = load(&folder.join("expected.safetensors"))?;
+        let merge = one(&folder, &LoadOptions::default(), Strength::default())?;
+        let found = merged(&merge, &folder.join("base.safetensors"))?;
+        assert!(!found.is_empty());
+        for (name, weight) in found {
+            let off = relative(&weight, &expected[&name]);
+            assert!(off <= TOLERANCE, "{case}: {name} is off by {off:e}");
+        }
+    }
+    Ok(())
+}
+
+/// A base of two matrices, a kernel, a table and something else, in one dtype.
+fn base(dtype: DType) -> Result<HashMap<String, Tensor>> {
+    let mut tensors = HashMap::new();
+    for (seed, (name, shape)) in [
+        ("a.weight", vec![12, 32]),
+        ("b.weight", vec![8, 16]),
+        ("conv.weight", vec![6, 4, 3, 3]),
+        ("table.weight", vec![10, 16]),
+        ("norm.weight", vec![12]),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        tensors.insert(
+            name.to_string(),
+            seeded(shape, seed as u64).to_dtype(dtype)?,
+        );
+    }
+    Ok(tensors)
+}
+
+fn adapter(config: DoftConfig, scale: f64) -> candle_doft::Result<Adapter> {
+    let adapter = Adapter::new(config.with_block_size(8), &CPU)?;
+    for name in ["a", "b"] {
+        let weight = base(DType::F32)?[&format!("{name}.weight")].clone();
+        adapter.wrap_linear(name, Linear::new(weight, None))?;
+    }
+    for (seed, var) in adapter.vars()?.iter().enumerate() {
+        let noise = (seeded(var.dims(), seed as u64) * scale)?.to_dtype(var.dtype())?;
+        var.set(&var.add(&noise)?)?;
+    }
+    Ok(adapter)
+}
+
+#[test]
+fn merging_an_identity_adapter_reproduces_the_checkpoint_byte_for_byte() -> candle_doft::Result<()>
+{
+    let home = tempfile::tempdir().unwrap();
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        for magnitude in [Magnitude::Log, Magnitude::Absolute, Magnitude::None] {
+            let config = DoftConfig::default().with_magnitude(magnitude);
+            let (from, to) = (
+                home.path().join("base.safetensors"),
+                home.path().join("out"),
+            );
+            safetensors::save(&base(dtype)?, &from)?;
+            let merge = Merge::new().with_adapter(&adapter(config, 0.)?, Strength::default())?;
+            let report = merge.checkpoint(&from, &to, CheckpointOptions::default())?;
+            assert_eq!((report.merged.len(), report.copied), (2, 3));
+            assert_eq!(
+                std::fs::read(&from).unwrap(),
+                std::fs::read(&to).unwrap(),
+                "{dtype:?}"
+            );
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn strength_goes_from_the_base_to_the_adapter_and_back() -> candle_doft::Result<()> {
+    for map in [Map::Cayley, Map::Exponential] {
+        let adapter = adapter(DoftConfig::default().with_map(map), 0.5)?;
+        let weight = base(DType::F64)?["a.weight"].clone();
+        let at = |strength| -> candle_doft::Result<Tensor> {
+            let merge = Merge::new().with_adapter(&adapter, strength)?;
+            Ok(merge
+                .weight("a", &weight, false)?
+                .expect("an adapted layer"))
+        };
+        let full = at(Strength::linear(1.))?;
+        assert_eq!(bits(&at(Strength::linear(0.))?), bits(&weight));
+        assert_eq!(bits(&at(Strength::geodesic(0.))?), bits(&weight));
+        assert!(relative(&at(Strength::geodesic(1.))?, &full) < 1e-12);
+        let half = ((&weight + &full)? / 2.)?;
+        assert!(relative(&at(Strength::linear(0.5))?, &half) < 1e-12);
+        // Twice half the way is the way, and back again is the start.
+        let merge = Merge::new()
+            .with_adapter(&adapter, Strength::geodesic(0.5))?
+            .with_adapter(&adapter, Strength::geodesic(0.5))?;
+        let twice = merge
+            .weight("a", &weight, false)?
+            .expect("an adapted layer");
+        assert!(relative(&twice, &full) < 1e-12);
+        let merge = Merge::new()
+            .with_adapter(&adapter, Strength::linear(1.))?
+            .with_adapter(&adapter, Strength::geodesic(-1.))?;
+        let undone = merge
+            .weight("a", &weight, false)?
+            .expect("an adapted layer");
+        assert!(relative(&undone, &weight) < 1e-12);
+    }
+    let error = |config: DoftConfig, strength| {
+        let adapter = adapter(config, 0.5).unwrap();
+        Merge::new()
+            .with_adapter(&adapter, strength)
+            .unwrap_err()
+            .to_string()
+    };
+    assert_eq!(
+        error(
+            DoftConfig::default().with_map(Map::SERIES),
+            Strength::geodesic(0.5)
+        ),
+        "strength 0.5: layer `a` has the series for its map, which is not orthogonal; take the \
+         linear strength"
+    );
+    assert_eq!(
+        error(DoftConfig::default(), Strength::linear(f64::NAN)),
+        "strength NaN: it is not a finite number"
+    );
+    Ok(())
+}
+
+#[test]
+fn a_folder_of_shards_is_merged_whole_and_its_other_files_come_along() -> candle_doft::Result<()> {
+    let home = tempfile::tempdir().unwrap();
+    let (from, to) = (home.path().join("model"), home.path().join("merged"));
+    std::fs::create_dir(&from).unwrap();
+    let (mut first, mut second) = (HashMap::new(), HashMap::new());
+    for (name, tensor) in base(DType::F32)? {
+        let shard = if name == "a.weight" {
+            &mut first
+        } else {
+            &mut second
+        };
+        shard.insert(name, tensor);
+    }
+    safetensors::save(&first, from.join("model-00001-of-00002.safetensors"))?;
+    safetensors::save(&second, from.join("model-00002-of-00002.safetensors"))?;
+    std::fs::write(from.join("config.json"), b"{}").unwrap();
+    let adapter = adapter(DoftConfig::default(), 0.5)?;
+    let merge = Merge::new().with_adapter(&adapter, Strength::default())?;
+    let mut seen = Vec::new();
+    let mut progress = |done, total| seen.push((done, total));
+    let mut options = CheckpointOptions::default();
+    options.progress = Some(&mut progress);
+    merge.checkpoint(&from, &to, options)?;
+    assert_eq!(seen.len(), 5);
+    assert_eq!(seen[4].0, seen[4].1);
+    let a = load(&to.join("model-00001-of-00002.safetensors"))?
+        .remove("a.weight")
+        .unwrap();
+    let expected = merge.weight("a", &first["a.weight"], false)?.unwrap();
+    assert_eq!(bits(&a), bits(&expected));
+    assert_eq!(std::fs::read(to.join("config.json")).unwrap(), b"{}");
+    assert_eq!(
+        std::fs::read_dir(&to).unwrap().count(),
+        3,
+        "nothing else is left"
+    );
+    // In place.
+    merge.checkpoint(&from, &from, CheckpointOptions::default())?;
+    let shard = "model-00001-of-00002.safetensors";
+    assert_eq!(
+        std::fs::read(from.join(shard)).unwrap(),
+        std::fs::read(to.join(shard)).unwrap()
+    );
+    Ok(())
+}
+
+#[test]
+fn what_does_not_fit_stops_before_anything_is_written() -> candle_doft::Result<()> {
+    let home = tempfile::tempdir().unwrap();
+    let (from, to) = (
+        home.path().join("base.safetensors"),
+        home.path().join("out"),
+    );
+    let error = |tensors: HashMap<String, Tensor>, merge: &Merge| {
+        safetensors::save(&tensors, &from).unwrap();
+        let error = merge
+            .checkpoint(&from, &to, CheckpointOptions::default())
+            .unwrap_err();
+        assert!(!to.exists());
+        assert_eq!(
+            std::fs::read_dir(home.path()).unwrap().count(),
+            1,
+            "{error}"
+        );
+        error
+            .to_string()
+            .replace(&home.path().display().to_string(), "HOME")
+    };
+    let merge = |scale| {
+        Merge::new().with_adapter(&adapter(DoftConfig::default(), scale)?, Strength::default())
+    };
+    let trained = merge(0.5)?;
+    let mut less = base(DType::F32)?;
+    less.remove("b.weight");
+    assert_eq!(
+        error(less, &trained),
+        "the adapter: 1 of 2 layers and extra tensors match nothing in the model, the first is `b`; \
+         the nearest are `a.weight`, `conv.weight`, `norm.weight`"
+    );
+    let mut other = base(DType::F32)?;
+    other.insert(
+        "a.weight".into(),
+        (seeded((12, 32), 77).to_dtype(DType::F32)? * 3.)?,
+    );
+    assert_eq!(
+        error(other.clone(), &trained),
+        "the adapter: `a` is not the base weight it was trained on, by its row norms; allow a \
+         changed base to merge it all the same"
+    );
+    let mut wrong = base(DType::F32)?;
+    wrong.insert("a.weight".into(), seeded((12, 40), 7).to_dtype(DType::F32)?);
+    let found = error(wrong, &trained);
+    assert!(
+        found.contains("tensor `a.oft_R.weight` has a base weight [12, 32] on record"),
+        "{found}"
+    );
+    let mut nan = base(DType::F32)?;
+    let mut values = nan["a.weight"].flatten_all()?.to_vec1::<f32>()?;
+    values[5] = f32::NAN;
+    nan.insert("a.weight".into(), Tensor::from_vec(values, (12, 32), &CPU)?);
+    let mut options = CheckpointOptions::default();
+    options.allow_changed_base = true;
+    safetensors::save(&nan, &from)?;
+    let found = trained
+        .checkpoint(&from, &to, options)
+        .unwrap_err()
+        .to_string();
+    assert_eq!(found, "the adapter: the merged `a` is not finite");
+    // Allowed by flag.
+    safetensors::save(&other, &from)?;
+    let mut options = CheckpointOptions::default();
+    options.allow_changed_base = true;
+    trained.checkpoint(&from, &to, options)?;
+    assert!(to.exists());
+    std::fs::remove_file(&to).unwrap();
+    // A cut base.
+    let bytes = std::fs::read(&from).unwrap();
+    for length in [0, 5, 9, 100, bytes.len() - 1] {
+        std::fs::write(&from, &bytes[..length]).unwrap();
+        let found = trained
+            .checkpoint(&from, &to, CheckpointOptions::default())
+            .unwrap_err();
+        assert!(
+            found.to_string().contains("not a whole safetensors file"),
+            "{found}"
+        );
+        assert!(!to.exists());
+    }
+    Ok(())
+}
