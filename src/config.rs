@@ -59,6 +59,32 @@ impl Map {
     }
 }
 
+/// `cayley`, `exponential`, `neumann:T` or `neumann:T:2` for a series of `T` terms.
+impl std::str::FromStr for Map {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let mut parts = text.split(':');
+        let series = |terms: &str, last: &str| {
+            Some(Self::CayleyNeumann {
+                terms: terms.parse().ok().filter(|terms| *terms <= 64)?,
+                last_coefficient: last.parse().ok().filter(|last| (1..=2).contains(last))?,
+            })
+        };
+        let found = match (parts.next(), parts.next(), parts.next(), parts.next()) {
+            (Some("cayley"), None, ..) => Some(Self::Cayley),
+            (Some("exponential"), None, ..) => Some(Self::Exponential),
+            (Some("neumann"), Some(terms), last, None) => series(terms, last.unwrap_or("1")),
+            _ => None,
+        };
+        found.ok_or_else(|| Error::Config {
+            field: "map",
+            found: format!("`{text}`"),
+            expected: "cayley, exponential, neumann:T or neumann:T:2".into(),
+        })
+    }
+}
+
 /// How the magnitude `m` of an output channel is parametrised. `n0` is the norm of the frozen row.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

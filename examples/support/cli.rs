@@ -29,6 +29,14 @@ pub fn positive(text: &str) -> Result<f64, String> {
     }
 }
 
+/// A finite number.
+pub fn finite(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if value.is_finite() => Ok(value),
+        _ => Err("expected a finite number".to_string()),
+    }
+}
+
 /// Runs an example; an error becomes one line on standard error.
 pub fn run(main: impl FnOnce() -> anyhow::Result<()>) -> ExitCode {
     match main() {

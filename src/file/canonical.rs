@@ -1,5 +1,6 @@
 //! The canonical dialect: [`Stored`] to bytes and back.
 
+use super::layer;
 use super::metadata::{self, LayerEntry};
 use super::tensors::{Tensors, not_finite, refused, shown};
 use super::write;
@@ -24,6 +25,7 @@ const CAP: &str = "clipped_oft";
 pub(super) fn to_bytes(stored: &Stored) -> Result<(Vec<u8>, Vec<Warning>)> {
     let mut tensors = BTreeMap::new();
     let mut warnings = Vec::new();
+    let stored = &settled(stored, &mut warnings)?;
     for (path, layer) in &stored.layers {
         for (name, tensor) in layer_tensors(path, layer, &mut warnings)? {
             tensors.insert(format!("{path}.{name}"), tensor);
@@ -45,6 +47,37 @@ pub(super) fn to_bytes(stored: &Stored) -> Result<(Vec<u8>, Vec<Warning>)> {
         write::safetensors(&tensors, &metadata::write(stored)?)?,
         warnings,
     ))
+}
+
+/// The same adapter with what the format asks for: the packed values of kernels have the other sign,
+/// so a layer that may be one and has another rule must have a kind.
+fn settled(stored: &Stored, warnings: &mut Vec<Warning>) -> Result<Stored> {
+    let mut stored = stored.clone();
+    for (path, layer) in &mut stored.layers {
+        if layer.magnitude == Magnitude::Absolute && layer.norms.is_none() {
+            let path = shown(path);
+            return refused(
+                &stored.file,
+                format!("layer `{path}` has no `initial_norm` to write"),
+            );
+        }
+        if layer.kernel_factor == -1. {
+            continue;
+        }
+        match layer.kind {
+            Some(kind) if kind.is_kernel() => layer.packed = layer.theta(kind)?.neg()?,
+            Some(_) => {}
+            None => {
+                layer.kind = Some(LayerKind::Linear);
+                warnings.push(Warning {
+                    subject: shown(path),
+                    message: "taken as a linear layer; give the base if it is a convolution".into(),
+                });
+            }
+        }
+        layer.kernel_factor = -1.;
+    }
+    Ok(stored)
 }
 
 fn layer_tensors(
@@ -95,7 +128,10 @@ fn layer_tensors(
             }
         }
         Magnitude::Absolute => {
-            let rank = layer.shape.as_ref().map_or(2, Vec::len);
+            let rank = match (&layer.shape, layer.kind) {
+                (Some(shape), _) => shape.len(),
+                (None, kind) => kind.map_or(2, LayerKind::rank),
+            };
             let mut shape = vec![1; rank];
             shape[0] = value.elem_count();
             tensors.push((names::ABSOLUTE.into(), value.reshape(shape.as_slice())?));
@@ -287,13 +323,13 @@ impl Group<'_> {
         let &[rows, columns] = packed.dims() else {
             return tensor(format!("shape {:?}", packed.dims()), "two axes");
         };
-        let root = (1. + 8. * columns as f64).sqrt();
-        let b = ((1. + root) / 2.).round() as usize;
-        if rows == 0 || columns == 0 || b.checked_mul(b - 1) != columns.checked_mul(2) {
-            let expected = "at least one row and b(b-1)/2 columns for a block size b from 2";
-            return tensor(format!("shape {:?}", packed.dims()), expected);
+        match layer::block_size(columns) {
+            Some(b) if rows > 0 => Ok(b),
+            _ => {
+                let expected = "at least one row and b(b-1)/2 columns for a block size b";
+                tensor(format!("shape {:?}", packed.dims()), expected)
+            }
         }
-        Ok(b)
     }
 
     /// A setting and its marker say the same.

@@ -18,16 +18,19 @@
 //! weight). Equal adapters give equal bytes.
 
 mod canonical;
+mod convert;
 mod keys;
 mod layer;
 mod metadata;
 mod onetrainer;
 mod options;
 mod peft;
+mod peft_write;
 mod read;
 mod tensors;
 mod write;
 
+pub use convert::{Target, convert};
 pub use options::{Divisor, LoadOptions, Rename};
 pub use read::Dialect;
 pub(crate) use write::raw_bytes;

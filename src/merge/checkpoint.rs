@@ -95,13 +95,12 @@ impl Merge {
             let mut found = std::collections::BTreeSet::new();
             for name in &names {
                 let path = name.strip_suffix(".weight").unwrap_or(name);
-                if let Some((module, _)) = part.stored.find(path)? {
-                    if !found.insert(module) {
-                        return Err(Error::File {
-                            file: part.stored.file.clone(),
-                            reason: format!("`{module}` means several weights, `{path}` is one"),
-                        });
-                    }
+                let module = part.stored.find(path)?.map(|(module, _)| module);
+                if module.is_some_and(|module| !found.insert(module)) {
+                    return Err(Error::File {
+                        file: part.stored.file.clone(),
+                        reason: format!("a module means several weights, `{path}` is one of them"),
+                    });
                 }
             }
             let partial = part.stored.allow_partial && !found.is_empty();

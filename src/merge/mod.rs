@@ -24,8 +24,10 @@
 mod backend;
 mod checkpoint;
 mod header;
+mod inspect;
 
 pub use checkpoint::{CheckpointOptions, MergeReport};
+pub use inspect::{Inspection, LayerInspection, inspect, weight_shapes};
 
 use crate::adapter::{Adapter, Stored, StoredLayer, Warning, differs, fingerprint};
 use crate::config::{LayerKind, Magnitude};
@@ -239,7 +241,7 @@ impl Merge {
             let all = part.stored.layers.keys().chain(extras);
             let unused: Vec<&String> = all.filter(|name| !used.contains(*name)).collect();
             match unused.first() {
-                Some(first) if !(part.stored.allow_partial && !used.is_empty()) => {
+                Some(first) if !part.stored.allow_partial || used.is_empty() => {
                     Err(Error::FileUnused {
                         file: part.stored.file.clone(),
                         count: unused.len(),

@@ -1,0 +1,72 @@
+//! Rewrites an adapter as one of this crate or as a PEFT folder.
+//!
+//!     cargo run --release --example convert -- --adapter peft_folder --output adapter.safetensors --to doft
+
+#[path = "support/mod.rs"]
+mod support;
+
+use anyhow::Result;
+use candle_doft::Map;
+use candle_doft::file::{Divisor, LoadOptions, Target, convert};
+use candle_doft::merge::weight_shapes;
+use clap::{Parser, ValueEnum};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+/// Rewrites an adapter; what the target cannot hold is an error.
+#[derive(Parser, Debug)]
+struct Flags {
+    /// An adapter of this crate, of OneTrainer or of PEFT
+    #[arg(long)]
+    adapter: PathBuf,
+    /// A file for doft, a folder for peft
+    #[arg(long)]
+    output: PathBuf,
+    /// The format to write
+    #[arg(long, value_enum)]
+    to: Format,
+    /// Go on without the magnitude, which PEFT cannot hold
+    #[arg(long)]
+    drop_magnitude: bool,
+    /// The base checkpoint, to tell kernels from matrices and to find its names
+    #[arg(long)]
+    base: Option<PathBuf>,
+    /// The map of every layer, against what the file says: cayley, exponential, neumann:T, neumann:T:2
+    #[arg(long)]
+    map: Option<Map>,
+    /// The divisor of every layer, against what the file says: none, 2sqrt, sqrt, sqrtn
+    #[arg(long)]
+    divisor: Option<Divisor>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Format {
+    Doft,
+    Peft,
+}
+
+fn main() -> std::process::ExitCode {
+    let flags = Flags::parse();
+    support::cli::run(|| run(&flags))
+}
+
+fn run(flags: &Flags) -> Result<()> {
+    let mut options = LoadOptions::default();
+    options.map = flags.map;
+    options.divisor = flags.divisor;
+    let shapes = match &flags.base {
+        Some(base) => weight_shapes(base)?,
+        None => BTreeMap::new(),
+    };
+    let target = match flags.to {
+        Format::Doft => Target::Doft,
+        Format::Peft => Target::Peft {
+            drop_magnitude: flags.drop_magnitude,
+        },
+    };
+    for warning in convert(&flags.adapter, &flags.output, target, &options, &shapes)? {
+        eprintln!("warning: {warning}");
+    }
+    println!("{}", flags.output.display());
+    Ok(())
+}

@@ -1,0 +1,94 @@
+//! Writes a checkpoint with adapters in it, for programs that know no adapter.
+//!
+//!     cargo run --release --example merge -- --base model.safetensors --adapter adapter.safetensors \
+//!         --output merged.safetensors
+
+#[path = "support/mod.rs"]
+mod support;
+
+use anyhow::Result;
+use candle_doft::Map;
+use candle_doft::file::{Divisor, LoadOptions};
+use candle_doft::merge::{CheckpointOptions, Merge, Strength};
+use clap::{Parser, ValueEnum};
+use std::path::PathBuf;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Merges adapters into a checkpoint; all else is copied byte for byte.
+#[derive(Parser, Debug)]
+struct Flags {
+    /// A safetensors file, or a folder of them
+    #[arg(long)]
+    base: PathBuf,
+    /// An adapter of this crate, of OneTrainer or of PEFT; several are merged in this order
+    #[arg(long, required = true)]
+    adapter: Vec<PathBuf>,
+    /// Where to write: a file for a file, a folder for a folder; may be the base
+    #[arg(long)]
+    output: PathBuf,
+    /// How much of the adapters to merge
+    #[arg(long, default_value_t = 1., allow_negative_numbers = true, value_parser = support::cli::finite)]
+    strength: f64,
+    /// How a strength other than 1 is meant
+    #[arg(long, value_enum, default_value_t = Mode::Linear)]
+    strength_mode: Mode,
+    /// Merge into a base whose row norms are not those of the training
+    #[arg(long)]
+    allow_changed_base: bool,
+    /// Let modules of an adapter match no weight
+    #[arg(long)]
+    allow_partial: bool,
+    /// The map of every layer, against what a file says: cayley, exponential, neumann:T, neumann:T:2
+    #[arg(long)]
+    map: Option<Map>,
+    /// The divisor of every layer, against what a file says: none, 2sqrt, sqrt, sqrtn
+    #[arg(long)]
+    divisor: Option<Divisor>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Mode {
+    Linear,
+    Geodesic,
+}
+
+fn main() -> std::process::ExitCode {
+    let flags = Flags::parse();
+    support::cli::run(|| run(&flags))
+}
+
+fn run(flags: &Flags) -> Result<()> {
+    let mut options = LoadOptions::default().with_allow_partial(flags.allow_partial);
+    options.map = flags.map;
+    options.divisor = flags.divisor;
+    let strength = match flags.strength_mode {
+        Mode::Linear => Strength::linear(flags.strength),
+        Mode::Geodesic => Strength::geodesic(flags.strength),
+    };
+    let mut merge = Merge::new();
+    for adapter in &flags.adapter {
+        merge = merge.with_file(adapter, &options, strength)?;
+    }
+    for warning in merge.warnings() {
+        eprintln!("warning: {warning}");
+    }
+    let bar = support::progress::bar(0, "merge");
+    let mut progress = |done: u64, total: u64| {
+        bar.set_length(total >> 20);
+        bar.set_position(done >> 20);
+    };
+    let mut how = CheckpointOptions::default();
+    how.allow_changed_base = flags.allow_changed_base;
+    how.progress = Some(&mut progress);
+    let report = merge.checkpoint(&flags.base, &flags.output, how)?;
+    bar.finish_and_clear();
+    println!(
+        "{}: {} tensors merged, {} copied",
+        flags.output.display(),
+        report.merged.len(),
+        report.copied
+    );
+    Ok(())
+}

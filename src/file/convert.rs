@@ -1,0 +1,89 @@
+//! [`convert`]: from any readable adapter to one of this crate or to a PEFT folder.
+
+use super::{LoadOptions, canonical, peft_write, read_stored, write};
+use crate::adapter::{Stored, Warning};
+use crate::config::LayerKind;
+use crate::error::{Error, Result};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// What to write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Target {
+    /// The file of this crate.
+    Doft,
+    /// A folder of PEFT's OFT. It has no magnitude: one that is not 1 throughout is refused, or
+    /// dropped on request.
+    Peft {
+        /// Whether magnitudes may be dropped.
+        drop_magnitude: bool,
+    },
+}
+
+/// Rewrites an adapter. `shapes` are those of the base weights by path, where they are at hand: a
+/// kernel's rotation is stored the other way round in PEFT's format, and an adapter file alone does
+/// not always tell a kernel.
+///
+/// # Errors
+///
+/// Those of reading and writing; [`Error::File`] for what the target cannot hold, with the layer.
+pub fn convert(
+    input: &Path,
+    output: &Path,
+    target: Target,
+    options: &LoadOptions,
+    shapes: &BTreeMap<String, Vec<usize>>,
+) -> Result<Vec<Warning>> {
+    let (_, mut stored) = read_stored(input, options)?;
+    let mut warnings = std::mem::take(&mut stored.warnings);
+    if !shapes.is_empty() {
+        settle(&mut stored, shapes)?;
+    }
+    match target {
+        Target::Doft => {
+            let (bytes, more) = canonical::to_bytes(&stored)?;
+            write::replace(output, &bytes)?;
+            warnings.extend(more);
+        }
+        Target::Peft { drop_magnitude } => {
+            warnings.extend(peft_write::folder(&stored, output, drop_magnitude)?);
+        }
+    }
+    Ok(warnings)
+}
+
+/// Gives layers the paths, kinds and shapes of the base.
+fn settle(stored: &mut Stored, shapes: &BTreeMap<String, Vec<usize>>) -> Result<()> {
+    let mut renamed = BTreeMap::new();
+    for (path, shape) in shapes {
+        let Some((module, layer)) = stored.find(path)? else {
+            continue;
+        };
+        layer.check_shape(&stored.file, module, path, shape)?;
+        let kind = match shape.len() {
+            2 => LayerKind::Linear,
+            3 => LayerKind::Conv1d,
+            _ => LayerKind::Conv2d,
+        };
+        let mut layer = layer.clone();
+        layer.kind = layer.kind.or(Some(kind));
+        layer.shape = Some(shape.clone());
+        renamed.insert(module.clone(), (path.clone(), layer));
+    }
+    if let Some(module) = stored
+        .layers
+        .keys()
+        .find(|module| !renamed.contains_key(*module))
+    {
+        return Err(Error::FileUnused {
+            file: stored.file.clone(),
+            count: stored.layers.len() - renamed.len(),
+            total: stored.layers.len(),
+            first: module.clone(),
+            nearest: crate::nearest::nearest(module, shapes.keys().map(String::as_str)),
+        });
+    }
+    stored.layers = renamed.into_values().collect();
+    Ok(())
+}

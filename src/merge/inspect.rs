@@ -1,0 +1,249 @@
+//! [`inspect`]: what an adapter file holds, as numbers.
+
+use super::header::Source;
+use super::{Merge, Strength};
+use crate::adapter::{StoredLayer, Warning, differs, fingerprint};
+use crate::config::{LayerKind, Magnitude, Map};
+use crate::error::{Error, Result};
+use crate::file::{self, Dialect, LoadOptions};
+use crate::params::row_norms;
+use crate::rotation;
+use candle_core::{DType, Tensor};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// One layer of an [`Inspection`].
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct LayerInspection {
+    /// Its path, as the file names it.
+    pub path: String,
+    /// Its kind, where the file or the base tells.
+    pub kind: Option<LayerKind>,
+    /// Width of a rotation block.
+    pub block_size: usize,
+    /// Stored blocks; 1 may be one that is shared.
+    pub blocks: usize,
+    /// From skew matrix to rotation.
+    pub map: Map,
+    /// Kind of magnitude.
+    pub magnitude: Magnitude,
+    /// The largest rotation angle in degrees.
+    pub max_angle_degrees: f64,
+    /// `max |R R^T - I|`.
+    pub orthogonality_error: f64,
+    /// The least `m / n0`; none where the file lacks `n0` and no base is at hand.
+    pub ratio_min: Option<f64>,
+    /// The largest `m / n0`.
+    pub ratio_max: Option<f64>,
+    /// With a base: the largest relative distance of a merged row's norm from the magnitude.
+    pub norm_drift: Option<f64>,
+    /// With a base: why it does not fit.
+    pub mismatch: Option<String>,
+}
+
+/// What an adapter file holds.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Inspection {
+    /// Who wrote it.
+    pub dialect: Dialect,
+    /// What is worth knowing.
+    pub warnings: Vec<Warning>,
+    /// Parameters that were trained.
+    pub trainable_parameters: usize,
+    /// The layers by path.
+    pub layers: Vec<LayerInspection>,
+}
+
+/// Looks into an adapter, and at how it fits a checkpoint where one is given.
+///
+/// # Errors
+///
+/// Those of [`Adapter::load`](crate::Adapter::load), and of reading the checkpoint.
+pub fn inspect(path: &Path, options: &LoadOptions, base: Option<&Path>) -> Result<Inspection> {
+    let (dialect, stored) = file::read_stored(path, options)?;
+    let extras: usize = stored.extras.values().map(Tensor::elem_count).sum();
+    let mut found = Inspection {
+        dialect,
+        warnings: stored.warnings.clone(),
+        trainable_parameters: extras,
+        layers: Vec::new(),
+    };
+    let mut weights = match base {
+        Some(base) => Some(Weights::open(base)?),
+        None => None,
+    };
+    let merge = Merge::new().with_stored(stored.clone(), Strength::default())?;
+    for (module, layer) in &stored.layers {
+        let magnitude = layer.value.as_ref().map_or(0, Tensor::elem_count);
+        found.trainable_parameters += layer.packed.elem_count() + magnitude;
+        let mut of_layer = alone(module, layer)?;
+        if let Some(weights) = &mut weights {
+            against(&mut of_layer, layer, &merge, weights)?;
+        }
+        found.layers.push(of_layer);
+    }
+    Ok(found)
+}
+
+fn alone(module: &str, layer: &StoredLayer) -> Result<LayerInspection> {
+    let (mut angle, mut error) = (0f64, 0.);
+    let (blocks, b) = (layer.packed.dims()[0], layer.block_size);
+    // As many blocks as there are rows: where they stand changes nothing here.
+    if let Some(layout) = layer.layout(&[1, blocks * b])? {
+        let theta = layer.theta(layer.kind.unwrap_or(LayerKind::Linear))?;
+        let r = rotation::rotation(&theta.to_dtype(DType::F64)?, &layout)?;
+        let angles = rotation::angles(&r)?;
+        angle = angles.iter().flatten().fold(0., |most, a| most.max(*a));
+        error = rotation::orthogonality_error(&r)?;
+    }
+    let range = range(layer.ratio(None, DType::F64)?.as_ref())?;
+    let plain = layer.magnitude == Magnitude::None;
+    Ok(LayerInspection {
+        path: module.to_string(),
+        kind: layer.kind,
+        block_size: b,
+        blocks,
+        map: layer.map,
+        magnitude: layer.magnitude,
+        max_angle_degrees: angle.to_degrees(),
+        orthogonality_error: error,
+        ratio_min: range.map(|r| r.0).or(plain.then_some(1.)),
+        ratio_max: range.map(|r| r.1).or(plain.then_some(1.)),
+        norm_drift: None,
+        mismatch: None,
+    })
+}
+
+fn range(ratio: Option<&Tensor>) -> Result<Option<(f64, f64)>> {
+    let Some(ratio) = ratio else {
+        return Ok(None);
+    };
+    let values: Vec<f64> = ratio.to_vec1()?;
+    let least = values.iter().copied().fold(f64::INFINITY, f64::min);
+    Ok(Some((
+        least,
+        values.iter().copied().fold(f64::NEG_INFINITY, f64::max),
+    )))
+}
+
+fn against(
+    found: &mut LayerInspection,
+    layer: &StoredLayer,
+    merge: &Merge,
+    weights: &mut Weights,
+) -> Result<()> {
+    let Some((path, weight)) = weights.of(&found.path, merge)? else {
+        found.mismatch = Some("the base has no such weight".into());
+        return Ok(());
+    };
+    let norms = row_norms(&weight)?;
+    let merged = match merge.weight(&path, &weight, true) {
+        Ok(merged) => merged,
+        Err(error) => {
+            found.mismatch = Some(error.to_string());
+            return Ok(());
+        }
+    };
+    found.kind = found.kind.or(match weight.rank() {
+        2 => Some(LayerKind::Linear),
+        3 => Some(LayerKind::Conv1d),
+        _ => Some(LayerKind::Conv2d),
+    });
+    if let (Some(stored), Some(at_hand)) = (layer.base, fingerprint(&norms)?)
+        && differs(&stored, &at_hand)
+    {
+        found.mismatch = Some("not the base weight it was trained on, by its row norms".into());
+    }
+    let ratio = layer.ratio(Some(&norms), DType::F64)?;
+    if let Some((least, most)) = range(ratio.as_ref())? {
+        (found.ratio_min, found.ratio_max) = (Some(least), Some(most));
+    }
+    let Some(merged) = merged else {
+        return Ok(());
+    };
+    let wide = |t: &Tensor| t.to_dtype(DType::F64)?.to_vec1::<f64>();
+    let (before, after) = (wide(&norms)?, wide(&row_norms(&merged)?)?);
+    let ratio = match ratio {
+        Some(ratio) => ratio.to_vec1::<f64>()?,
+        None => vec![1.; before.len()],
+    };
+    let rows = before
+        .iter()
+        .zip(&after)
+        .zip(&ratio)
+        .filter(|((n, _), _)| **n > 0.);
+    let drift = rows.map(|((n, after), ratio)| (after / (n * ratio.abs()) - 1.).abs());
+    found.norm_drift = Some(drift.fold(0., f64::max));
+    Ok(())
+}
+
+/// The weights of a checkpoint, read one by one.
+pub(super) struct Weights {
+    sources: Vec<Source>,
+    /// Path, and which file has it.
+    paths: BTreeMap<String, usize>,
+}
+
+impl Weights {
+    fn open(base: &Path) -> Result<Self> {
+        let mut files: Vec<PathBuf> = vec![base.to_path_buf()];
+        if base.is_dir() {
+            let failed = |source| Error::Io {
+                path: base.to_path_buf(),
+                source,
+            };
+            let entries = std::fs::read_dir(base)
+                .map_err(failed)?
+                .filter_map(|e| Some(e.ok()?.path()));
+            files = entries
+                .filter(|p| p.extension().is_some_and(|e| e == "safetensors"))
+                .collect();
+            files.sort();
+        }
+        let (mut sources, mut paths) = (Vec::new(), BTreeMap::new());
+        for file in files {
+            let source = Source::open(&file)?;
+            for name in source.names() {
+                let rank = source.info(&name)?.shape.len();
+                if let (Some(path), 2..=4) = (name.strip_suffix(".weight"), rank) {
+                    paths.insert(path.to_string(), sources.len());
+                }
+            }
+            sources.push(source);
+        }
+        Ok(Self { sources, paths })
+    }
+
+    /// The weight that a module means.
+    fn of(&mut self, module: &str, merge: &Merge) -> Result<Option<(String, Tensor)>> {
+        for part in merge.parts.iter() {
+            for (path, place) in &self.paths {
+                if part
+                    .stored
+                    .find(path)?
+                    .is_some_and(|(found, _)| found == module)
+                {
+                    let weight = self.sources[*place].tensor(&format!("{path}.weight"))?;
+                    return Ok(Some((path.clone(), weight)));
+                }
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// The shapes of a checkpoint's weights by path, from its headers alone.
+///
+/// # Errors
+///
+/// [`Error::Io`], and [`Error::File`] for a file that is not whole.
+pub fn weight_shapes(base: &Path) -> Result<BTreeMap<String, Vec<usize>>> {
+    let weights = Weights::open(base)?;
+    let shape = |(path, place): (&String, &usize)| {
+        let info = weights.sources[*place].info(&format!("{path}.weight"))?;
+        Ok((path.clone(), info.shape.clone()))
+    };
+    weights.paths.iter().map(shape).collect()
+}
