@@ -42,10 +42,22 @@ pub fn run(main: impl FnOnce() -> anyhow::Result<()>) -> ExitCode {
     match main() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // candle appends a backtrace to its texts where one is enabled.
-            let text = format!("{error:#}");
-            eprintln!("error: {}", text.lines().next().unwrap_or_default());
+            eprintln!("error: {}", one_line(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// An error and its causes, each once. candle appends a backtrace to its texts where one is enabled.
+fn one_line(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain() {
+        let text = cause.to_string();
+        let text = text.lines().next().unwrap_or_default();
+        if !line.ends_with(text) {
+            line += if line.is_empty() { "" } else { ": " };
+            line += text;
+        }
+    }
+    line
 }
