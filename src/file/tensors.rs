@@ -11,11 +11,13 @@ const SHOWN: usize = 200;
 
 /// A name of a file, made fit for one line.
 pub(super) fn shown(name: &str) -> String {
-    let escaped: String = name
-        .chars()
-        .flat_map(char::escape_debug)
-        .take(SHOWN + 1)
-        .collect();
+    let mut escaped = String::new();
+    for c in name.chars().take(SHOWN + 1) {
+        match c.is_control() {
+            true => escaped.extend(c.escape_default()),
+            false => escaped.push(c),
+        }
+    }
     match escaped.chars().count() > SHOWN {
         true => escaped.chars().take(SHOWN).chain(['…']).collect(),
         false => escaped,
