@@ -90,5 +90,8 @@ fn run(flags: &Flags) -> Result<()> {
         report.merged.len(),
         report.copied
     );
+    if report.untied {
+        println!("the head shared its weight with the embedding and has one of its own now");
+    }
     Ok(())
 }

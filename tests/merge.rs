@@ -354,3 +354,55 @@ fn what_does_not_fit_stops_before_anything_is_written() -> candle_doft::Result<(
     }
     Ok(())
 }
+
+#[test]
+fn a_tied_head_gets_a_weight_of_its_own_when_one_of_the_two_is_adapted() -> candle_doft::Result<()>
+{
+    let home = tempfile::tempdir().unwrap();
+    let (from, to) = (home.path().join("model"), home.path().join("merged"));
+    std::fs::create_dir(&from).unwrap();
+    let table = seeded((10, 16), 1).to_dtype(DType::F32)?;
+    let tensors = HashMap::from([("model.embed_tokens.weight", table.clone())]);
+    safetensors::save(&tensors, from.join("model.safetensors"))?;
+    std::fs::write(
+        from.join("config.json"),
+        br#"{"tie_word_embeddings": true, "x": 1}"#,
+    )
+    .unwrap();
+    let index = r#"{"weight_map": {"model.embed_tokens.weight": "model.safetensors"}}"#;
+    std::fs::write(from.join("model.safetensors.index.json"), index).unwrap();
+    let theta = (seeded((2, 28), 3) * 0.4)?.to_dtype(DType::F32)?;
+    let file = home.path().join("adapter.safetensors");
+    for key in [
+        "lm_head.oft_R.weight",
+        "base_model.model.model.embed_tokens.oft_embedding_R.weight",
+    ] {
+        safetensors::save(&HashMap::from([(key, theta.clone())]), &file)?;
+        let merge = one(&file, &LoadOptions::default(), Strength::default())?;
+        let report = merge.checkpoint(&from, &to, CheckpointOptions::default())?;
+        assert!(report.untied, "{key}");
+        let merged = load(&to.join("model.safetensors"))?;
+        let (head, embedding) = (
+            &merged["lm_head.weight"],
+            &merged["model.embed_tokens.weight"],
+        );
+        let (kept, changed) = match key.starts_with("lm_head") {
+            true => (embedding, head),
+            false => (head, embedding),
+        };
+        assert_eq!(bits(kept), bits(&table), "{key}");
+        assert!(relative(changed, &table) > 1e-2, "{key}");
+        let json = |name: &str| -> serde_json::Value {
+            serde_json::from_slice(&std::fs::read(to.join(name)).unwrap()).unwrap()
+        };
+        let config = json("config.json");
+        assert_eq!(
+            (&config["tie_word_embeddings"], &config["x"]),
+            (&false.into(), &1.into())
+        );
+        let index = json("model.safetensors.index.json");
+        assert_eq!(index["weight_map"]["lm_head.weight"], "model.safetensors");
+        std::fs::remove_dir_all(&to).unwrap();
+    }
+    Ok(())
+}

@@ -2,6 +2,7 @@
 
 use super::Merge;
 use super::header::Source;
+use super::untie::{self, Untied};
 use crate::error::{Error, Result};
 use crate::file::raw_bytes;
 use std::fs;
@@ -35,6 +36,8 @@ pub struct MergeReport {
     pub merged: Vec<String>,
     /// Tensors that were copied byte for byte.
     pub copied: usize,
+    /// Whether a head that shared its weight with the embedding got one of its own.
+    pub untied: bool,
     /// Bytes written.
     pub bytes: u64,
 }
@@ -44,7 +47,9 @@ const SUFFIX: &str = "safetensors";
 impl Merge {
     /// Writes the checkpoint `base` (a file, or a folder of safetensors files and what lies beside
     /// them) to `output` (of the same sort) with every adapted weight replaced, rounded once to its
-    /// dtype. All else is copied byte for byte, headers too.
+    /// dtype. All else is copied byte for byte, headers too. A head that shares its weight with the
+    /// embedding gets one of its own when only one of the two is adapted; a folder's configuration and
+    /// index say so then.
     ///
     /// Tensors are streamed: memory stays within a few times the largest of them. Files appear under
     /// their names when all of them are whole; on any error there is nothing new.
@@ -63,24 +68,39 @@ impl Merge {
         let files = Files::of(base, output)?;
         let mut sources = Vec::new();
         let mut total = 0;
-        for (from, to) in &files.checkpoints {
+        for (from, _) in &files.checkpoints {
             let source = Source::open(from)?;
             for name in source.names() {
                 let (start, end) = source.info(&name)?.data_offsets;
                 total += (end - start) as u64;
             }
-            sources.push((source, to));
+            sources.push(source);
         }
-        self.check_names(sources.iter().map(|(source, _)| source))?;
-        let mut report = MergeReport::default();
+        let tied = base.is_dir() && untie::tied(base)?;
+        let untied = Untied::of(self, &sources, tied)?;
+        let head = untied.as_ref().map(|_| Untied::name());
+        self.check_names(sources.iter().flat_map(Source::names).chain(head).collect())?;
+        let mut report = MergeReport {
+            untied: untied.is_some(),
+            ..MergeReport::default()
+        };
         let mut written = Vec::new();
-        for (mut source, to) in sources {
-            let file = self.write(&mut source, to, total, &mut report, &mut options)?;
+        for (mut source, (_, to)) in sources.into_iter().zip(&files.checkpoints) {
+            let untied = untied.as_ref().filter(|untied| untied.is_in(&source.path));
+            let file = self.write(&mut source, to, untied, total, &mut report, &mut options)?;
             written.push((file, to));
         }
         self.check_used()?;
         for (from, to) in &files.others {
-            written.push((copied(from, to)?, to));
+            let edited = match &untied {
+                Some(untied) => untied.edited(from)?,
+                None => None,
+            };
+            match edited {
+                Some(text) => written.push((filled(to, &text)?, to)),
+                None if from != to => written.push((copied(from, to)?, to)),
+                None => {}
+            }
         }
         for (file, to) in written {
             file.persist(to).map_err(|e| io(to)(e.error))?;
@@ -89,8 +109,7 @@ impl Merge {
     }
 
     /// Every module has its weight, before anything is computed.
-    fn check_names<'a>(&self, sources: impl Iterator<Item = &'a Source>) -> Result<()> {
-        let names: Vec<String> = sources.flat_map(Source::names).collect();
+    fn check_names(&self, names: Vec<String>) -> Result<()> {
         for part in self.parts.iter() {
             let mut found = std::collections::BTreeSet::new();
             for name in &names {
@@ -131,13 +150,16 @@ impl Merge {
         &self,
         source: &mut Source,
         to: &Path,
+        untied: Option<&Untied>,
         total: u64,
         report: &mut MergeReport,
         options: &mut CheckpointOptions,
     ) -> Result<NamedTempFile> {
         let mut file = temporary(to)?;
         let mut out = BufWriter::with_capacity(1 << 20, file.as_file_mut());
-        out.write_all(&source.head).map_err(io(to))?;
+        let head = untied.map(|untied| untied.head(source)).transpose()?;
+        out.write_all(head.as_ref().unwrap_or(&source.head))
+            .map_err(io(to))?;
         for name in source.names() {
             let bytes = match self.replaced(source, &name, options.allow_changed_base)? {
                 Some(bytes) => {
@@ -154,6 +176,13 @@ impl Merge {
             if let Some(progress) = &mut options.progress {
                 progress(report.bytes, total);
             }
+        }
+        if let Some(untied) = untied {
+            let table = source.tensor(&untied.table)?;
+            let head = self.weight(Untied::path(), &table, options.allow_changed_base)?;
+            let bytes = raw_bytes(&head.unwrap_or(table))?;
+            out.write_all(&bytes).map_err(io(to))?;
+            report.bytes += bytes.len() as u64;
         }
         out.flush().map_err(io(to))?;
         drop(out);
@@ -232,8 +261,7 @@ impl Files {
             let to = output.join(name);
             match from.extension().is_some_and(|end| end == SUFFIX) {
                 true => files.checkpoints.push((from, to)),
-                false if base != output => files.others.push((from, to)),
-                false => {}
+                false => files.others.push((from, to)),
             }
         }
         if files.checkpoints.is_empty() {
@@ -263,6 +291,13 @@ fn copied(from: &Path, to: &Path) -> Result<NamedTempFile> {
     let mut file = temporary(to)?;
     let mut source = fs::File::open(from).map_err(io(from))?;
     std::io::copy(&mut source, file.as_file_mut()).map_err(io(to))?;
+    file.as_file().sync_all().map_err(io(to))?;
+    Ok(file)
+}
+
+fn filled(to: &Path, content: &[u8]) -> Result<NamedTempFile> {
+    let mut file = temporary(to)?;
+    file.write_all(content).map_err(io(to))?;
     file.as_file().sync_all().map_err(io(to))?;
     Ok(file)
 }

@@ -25,6 +25,7 @@ mod backend;
 mod checkpoint;
 mod header;
 mod inspect;
+mod untie;
 
 pub use checkpoint::{CheckpointOptions, MergeReport};
 pub use inspect::{Inspection, LayerInspection, inspect, weight_shapes};
