@@ -9,9 +9,7 @@ use candle_nn::Linear;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use support::tensors::{CPU, relative};
-
-/// Weights in f32, relative to the largest entry.
-const TOLERANCE: f64 = 2e-6;
+use support::tolerance::GOLDEN_WEIGHTS;
 
 fn golden(tool: &str, case: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -49,7 +47,10 @@ fn wrapped(adapter: &Adapter, base: &Path) -> candle_doft::Result<Vec<(String, D
 
 fn assert_weight(what: &str, found: &Tensor, expected: &Tensor) {
     let off = relative(found, expected);
-    assert!(off <= TOLERANCE, "{what}: the weight is off by {off:e}");
+    assert!(
+        off <= GOLDEN_WEIGHTS,
+        "{what}: the weight is off by {off:e}"
+    );
 }
 
 const ONETRAINER: [&str; 17] = [
@@ -156,7 +157,7 @@ fn mangled_names_find_their_layers() -> candle_doft::Result<()> {
             let weight = layer.effective_weight()?;
             let fits = expected
                 .iter()
-                .any(|e| e.dims() == weight.dims() && relative(&weight, e) <= TOLERANCE);
+                .any(|e| e.dims() == weight.dims() && relative(&weight, e) <= GOLDEN_WEIGHTS);
             assert!(fits, "{case}: {path}");
         }
     }

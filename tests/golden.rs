@@ -9,14 +9,7 @@ use serde_json::Value;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use support::tensors::{CPU, relative, values};
-
-/// What the makers of the files state for reading them in f32: for values and for gradients, relative
-/// to the largest entry.
-const VALUES: f64 = 1e-6;
-const GRADIENTS: f64 = 5e-6;
-
-/// Losses relative, parameters absolute: the run in f32 and the same run in f64 are 4e-7 apart.
-const TRAJECTORY: f64 = 1e-5;
+use support::tolerance::{GOLDEN_GRADIENTS, GOLDEN_VALUES, TRAJECTORY};
 
 type Tensors = HashMap<String, Tensor>;
 
@@ -115,15 +108,19 @@ fn linear_layers_compute_what_onetrainer_computes_forward_and_backward() -> Resu
             assert!(off <= tolerance, "{case}: {what} is off by {off:e}");
             Ok(())
         };
-        near("y", &y, VALUES)?;
-        near("w_eff", &layer.effective_weight()?, VALUES)?;
+        near("y", &y, GOLDEN_VALUES)?;
+        near("w_eff", &layer.effective_weight()?, GOLDEN_VALUES)?;
         let grads = (y * &io["g"])?.sum_all()?.backward()?;
-        near("grad.x", grads.get(&x).expect("a gradient of x"), GRADIENTS)?;
+        near(
+            "grad.x",
+            grads.get(&x).expect("a gradient of x"),
+            GOLDEN_GRADIENTS,
+        )?;
         for (name, var) in varmap.data().lock().unwrap().iter() {
             near(
                 &format!("grad.{name}"),
                 grads.get(var).expect(name),
-                GRADIENTS,
+                GOLDEN_GRADIENTS,
             )?;
         }
     }

@@ -6,10 +6,8 @@ use candle_core::{DType, Result, Tensor, Var};
 use candle_doft::{DoftConfig, DoftLinear, Magnitude, Map};
 use candle_nn::{Linear, Module, VarMap};
 use support::tensors::{CPU, disturb, linear, seeded, values, wrapped};
+use support::tolerance::{SLOPE, SLOPE_FLOOR};
 use support::{assert_close, central_difference};
-
-/// Relative to the largest entry: 1e-6, with room for entries near zero.
-const TOLERANCE: (f64, f64) = (1e-7, 1e-6);
 
 /// `sum(y * upstream)` and its gradients with respect to `x` and every parameter, by name.
 fn gradients(
@@ -70,8 +68,8 @@ fn check(base: &Linear, config: &DoftConfig, x: &Tensor, what: &str) -> Result<(
             &format!("{what}: d{name}"),
             &grad,
             &slope,
-            TOLERANCE.0 * scale,
-            TOLERANCE.1,
+            SLOPE_FLOOR * scale,
+            SLOPE,
         );
     }
     Ok(())

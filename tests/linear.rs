@@ -6,7 +6,8 @@ mod support;
 use candle_core::{DType, Result, Tensor, Var};
 use candle_doft::{DoftConfig, DoftLinear, Magnitude, Map};
 use candle_nn::{Linear, Module, VarBuilder};
-use support::tensors::{CPU, bits, disturb, linear, merged_tolerance, relative, seeded, wrapped};
+use support::tensors::{CPU, bits, disturb, linear, relative, seeded, wrapped};
+use support::tolerance;
 
 #[test]
 fn a_fresh_layer_answers_what_candle_answers_bit_for_bit() -> Result<()> {
@@ -80,7 +81,7 @@ fn merged_equals_unmerged_and_row_norms_equal_the_magnitude() -> Result<()> {
         Magnitude::None,
     ];
     for dtype in [DType::F32, DType::F64] {
-        let tolerance = merged_tolerance(dtype);
+        let tolerance = tolerance::merged(dtype);
         for map in maps {
             for magnitude in kinds {
                 for (share, max_norm) in [(false, None), (true, None), (false, Some(0.2))] {
@@ -118,10 +119,10 @@ fn half_precision_merges_within_its_rounding() -> Result<()> {
         let base = linear(40, 96, true, dtype)?;
         let (layer, varmap) = wrapped(&base, &DoftConfig::default())?;
         let x = seeded((17, 96), 5).to_dtype(dtype)?;
-        assert!(relative(&layer.forward(&x)?, &base.forward(&x)?) < merged_tolerance(dtype));
+        assert!(relative(&layer.forward(&x)?, &base.forward(&x)?) < tolerance::merged(dtype));
         disturb(&varmap, 0.4)?;
         let off = relative(&layer.merge()?.forward(&x)?, &layer.forward(&x)?);
-        assert!(off < merged_tolerance(dtype), "{dtype:?}: {off:e}");
+        assert!(off < tolerance::merged(dtype), "{dtype:?}: {off:e}");
     }
     Ok(())
 }

@@ -13,8 +13,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use support::tensors::{CPU, relative, seeded};
-
-const TOLERANCE: f64 = 2e-6;
+use support::tolerance::GOLDEN_WEIGHTS;
 
 fn here(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -82,7 +81,10 @@ fn check(case: &str, base: &Path, adapter: &Path) -> candle_doft::Result<()> {
         assert!(!theirs.is_empty());
         for (name, weight) in theirs {
             let off = relative(&ours[name], weight);
-            assert!(off < TOLERANCE, "{case}, {what}: {name} is off by {off:e}");
+            assert!(
+                off < GOLDEN_WEIGHTS,
+                "{case}, {what}: {name} is off by {off:e}"
+            );
         }
     };
     let golden = here("golden/written").join(format!("{case}.safetensors"));

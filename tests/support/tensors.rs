@@ -77,16 +77,3 @@ pub fn relative(a: &Tensor, b: &Tensor) -> f64 {
     let off = a.iter().zip(&b).map(|(a, b)| (a - b).abs());
     off.fold(0., largest) / b.iter().map(|b| b.abs()).fold(0., largest)
 }
-
-/// How far a merged layer may be from the unmerged one, relative to the largest output.
-///
-/// f32 and f64 add up some hundred products in another order; half types round the weight to 11 and
-/// 8 bits, and the rotated input once more on the unmerged side.
-pub fn merged_tolerance(dtype: DType) -> f64 {
-    match dtype {
-        DType::F64 => 1e-12,
-        DType::F32 => 1e-5,
-        DType::F16 => 4e-3,
-        _ => 3e-2,
-    }
-}
