@@ -71,9 +71,6 @@ fn run(flags: &Flags) -> Result<()> {
     for adapter in &flags.adapter {
         merge = merge.with_file(adapter, &options, strength)?;
     }
-    for warning in merge.warnings() {
-        eprintln!("warning: {warning}");
-    }
     let bar = support::progress::bar(0, "merge");
     let mut progress = |done: u64, total: u64| {
         bar.set_length(total >> 20);
@@ -84,6 +81,9 @@ fn run(flags: &Flags) -> Result<()> {
     how.progress = Some(&mut progress);
     let report = merge.checkpoint(&flags.base, &flags.output, how)?;
     bar.finish_and_clear();
+    for warning in merge.warnings() {
+        eprintln!("warning: {warning}");
+    }
     println!(
         "{}: {} tensors merged, {} copied",
         flags.output.display(),

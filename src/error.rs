@@ -176,7 +176,7 @@ pub enum Error {
     /// A part of a loaded file was asked for by no layer.
     #[error(
         "{}: {count} of {total} layers and extra tensors match nothing in the model, \
-         the first is `{first}`; {}", .file.display(), near(.nearest)
+         the first is `{first}`{}", .file.display(), listed(.nearest)
     )]
     FileUnused {
         /// The file.
@@ -250,5 +250,12 @@ fn near(names: &[String]) -> String {
     match names {
         [] => "the adapter has no layers".to_string(),
         names => format!("the nearest are `{}`", names.join("`, `")),
+    }
+}
+
+fn listed(names: &[String]) -> String {
+    match names {
+        [] => "; allow a partial use to go on without them".to_string(),
+        names => format!("; {}", near(names)),
     }
 }

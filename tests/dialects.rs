@@ -306,5 +306,18 @@ fn one_component_can_be_read_and_modules_renamed() -> candle_doft::Result<()> {
     let adapter = Adapter::load_with(&file, &CPU, &options)?;
     assert!(!adapter.wrap_linear("another", base)?.is_adapted());
     assert!(adapter.check_complete().is_err(), "nothing matched at all");
+    let folder = golden("onetrainer", "mangled_mixture");
+    let file = folder.join("adapter.safetensors");
+    let adapter = Adapter::load_with(&file, &CPU, &options)?;
+    let (path, base) = linears(&folder.join("base.safetensors"))?.remove(0);
+    adapter.wrap_linear(&path, base)?;
+    adapter.check_complete()?;
+    let warnings = adapter.warnings();
+    assert_eq!(warnings.len(), 1);
+    assert!(
+        warnings[0]
+            .message
+            .starts_with("1 modules match no layer so far")
+    );
     Ok(())
 }

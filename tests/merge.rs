@@ -431,3 +431,38 @@ fn half_precision_bases_are_computed_in_f32_and_rounded_once() -> candle_doft::R
     }
     Ok(())
 }
+
+#[test]
+fn a_partial_merge_is_a_choice_and_says_what_it_left_out() -> candle_doft::Result<()> {
+    let home = tempfile::tempdir().unwrap();
+    let (from, file) = (
+        home.path().join("base.safetensors"),
+        home.path().join("adapter.safetensors"),
+    );
+    let mut tensors = base(DType::F32)?;
+    tensors.remove("b.weight");
+    safetensors::save(&tensors, &from)?;
+    adapter(DoftConfig::default(), 0.5)?.save(&file)?;
+    let output = home.path().join("out");
+    let strict = one(&file, &LoadOptions::default(), Strength::default())?;
+    assert!(
+        strict
+            .checkpoint(&from, &output, CheckpointOptions::default())
+            .is_err()
+    );
+    let partial = LoadOptions::default().with_allow_partial(true);
+    let merge = one(&file, &partial, Strength::default())?;
+    let report = merge.checkpoint(&from, &output, CheckpointOptions::default())?;
+    assert_eq!(report.merged, ["a.weight"]);
+    let warnings: Vec<String> = merge.warnings().iter().map(ToString::to_string).collect();
+    assert_eq!(warnings, ["`b`: it matches no weight and was not merged"]);
+    // Asked of a `VarBuilder`, the same is told afterwards.
+    let vb = strict.var_builder(VarBuilder::from_tensors(tensors, DType::F32, &CPU));
+    vb.get((12, 32), "a.weight")?;
+    let error = strict.check_used().unwrap_err().to_string();
+    assert!(
+        error.ends_with("the first is `b`; allow a partial use to go on without them"),
+        "{error}"
+    );
+    Ok(())
+}

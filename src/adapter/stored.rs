@@ -319,7 +319,24 @@ impl Source {
     pub(super) fn warnings(&self) -> Vec<Warning> {
         let mut warnings = self.stored.warnings.clone();
         warnings.extend(locked(&self.warnings).iter().cloned());
+        let unused = self.unused();
+        if let (true, Some(first)) = (self.stored.allow_partial, unused.first()) {
+            warnings.push(Warning {
+                subject: first.clone(),
+                message: format!(
+                    "{} modules match no layer so far, this one first",
+                    unused.len()
+                ),
+            });
+        }
         warnings
+    }
+
+    /// What no layer has asked for.
+    fn unused(&self) -> Vec<String> {
+        let asked = locked(&self.asked);
+        let all = self.stored.layers.keys().chain(self.stored.extras.keys());
+        all.filter(|name| !asked.contains(*name)).cloned().collect()
     }
 
     /// Refuses a model that left a part of the file unused.
@@ -327,13 +344,11 @@ impl Source {
         &self,
         paths: impl Iterator<Item = &'a str> + Clone,
     ) -> Result<()> {
-        let asked = locked(&self.asked);
-        let all = self.stored.layers.keys().chain(self.stored.extras.keys());
-        let unused: Vec<&String> = all.filter(|name| !asked.contains(*name)).collect();
+        let unused = self.unused();
         let Some(first) = unused.first() else {
             return Ok(());
         };
-        if self.stored.allow_partial && !asked.is_empty() {
+        if self.stored.allow_partial && !locked(&self.asked).is_empty() {
             return Ok(());
         }
         Err(Error::FileUnused {

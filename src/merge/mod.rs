@@ -167,12 +167,26 @@ impl Merge {
         })
     }
 
-    /// What is worth knowing about the files.
+    /// What is worth knowing about the files; after a merge also which modules of a partial one went
+    /// unused.
     pub fn warnings(&self) -> Vec<Warning> {
-        self.parts
-            .iter()
-            .flat_map(|part| part.stored.warnings.clone())
-            .collect()
+        let mut warnings = Vec::new();
+        for part in self.parts.iter() {
+            warnings.extend(part.stored.warnings.iter().cloned());
+            let used = part.used.lock().unwrap_or_else(|e| e.into_inner());
+            let unused = part
+                .stored
+                .layers
+                .keys()
+                .filter(|name| !used.contains(*name));
+            if part.stored.allow_partial && !used.is_empty() {
+                warnings.extend(unused.map(|name| Warning {
+                    subject: name.clone(),
+                    message: "it matches no weight and was not merged".into(),
+                }));
+            }
+        }
+        warnings
     }
 
     /// A `VarBuilder` that answers merged weights where an adapter has the path, and what `base`
