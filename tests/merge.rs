@@ -466,3 +466,43 @@ fn a_partial_merge_is_a_choice_and_says_what_it_left_out() -> candle_doft::Resul
     );
     Ok(())
 }
+
+#[test]
+fn what_a_file_and_its_weight_disagree_on_is_told() -> candle_doft::Result<()> {
+    let folder = golden("onetrainer").join("doft_g1_linear");
+    let file = folder.join("adapter.safetensors");
+    let merge = one(&file, &LoadOptions::default(), Strength::default())?;
+    let tensors = load(&folder.join("base.safetensors"))?;
+    let (name, weight) = tensors
+        .iter()
+        .find(|(name, _)| name.ends_with(".weight"))
+        .unwrap();
+    let path = name.trim_end_matches(".weight");
+    let told = |merge: &Merge| {
+        merge
+            .warnings()
+            .iter()
+            .any(|w| w.message.contains("initial_norm"))
+    };
+    merge.weight(path, weight, false)?;
+    assert!(!told(&merge));
+    merge.weight(path, &(weight * 1.5)?, false)?;
+    assert!(told(&merge));
+    // Its magnitude has the axes of a matrix.
+    let kernel = weight.reshape((12, 48, 1, 1))?;
+    let error = merge.weight(path, &kernel, false).unwrap_err().to_string();
+    assert!(
+        error.contains("is a Conv2d layer, trained was a Linear layer"),
+        "{error}"
+    );
+    let peft = golden("peft").join("conv3x3");
+    let merge = one(&peft, &LoadOptions::default(), Strength::default())?;
+    merged(&merge, &peft.join("base.safetensors"))?;
+    assert!(
+        merge
+            .warnings()
+            .iter()
+            .any(|w| w.message.starts_with("PEFT's own forward"))
+    );
+    Ok(())
+}

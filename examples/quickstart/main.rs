@@ -205,7 +205,7 @@ fn adapt(
         ..Default::default()
     };
     let mut optimizer = AdamW::new(adapter.vars()?, params)?;
-    let mut batches = Batches::new(&turned.train, BATCH, flags.seed + 1);
+    let mut batches = Batches::new(&turned.train, BATCH, flags.seed.wrapping_add(1));
     let mut curve = vec![(0, validate()?)];
     let bar = progress::bar(steps, "DOFT");
     for step in 0..steps {

@@ -13,7 +13,7 @@ pub use gradients::GradientReport;
 pub(crate) use matching::flat;
 pub use report::{LayerReport, Report};
 pub use stored::Warning;
-pub(crate) use stored::{Stored, StoredLayer, differs, fingerprint};
+pub(crate) use stored::{NORMS_DIFFER, Stored, StoredLayer, differs, fingerprint};
 
 use crate::config::DoftConfig;
 use crate::error::{Error, Result};

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 /// Something that a file holds and a reader should know, though it loads.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[non_exhaustive]
 pub struct Warning {
     /// The layer, tensor or field that is meant.
@@ -27,6 +27,10 @@ impl std::fmt::Display for Warning {
         write!(f, "`{}`: {}", self.subject, self.message)
     }
 }
+
+/// What to say where the norms of a file are not those of the weight at hand.
+pub(crate) const NORMS_DIFFER: &str =
+    "its `initial_norm` is more than 1 % off the row norms of the base; the file's own counts";
 
 /// One adapted layer as a file holds it.
 #[derive(Clone, Debug)]
@@ -106,6 +110,19 @@ impl StoredLayer {
             }
             _ => value,
         }))
+    }
+
+    /// Whether the norms that it stores are more than 1 % off those of a weight.
+    pub(crate) fn norms_differ(&self, norms: &Tensor) -> Result<bool> {
+        let Some(stored) = &self.norms else {
+            return Ok(false);
+        };
+        let wide = |t: &Tensor| t.to_dtype(DType::F64)?.to_vec1::<f64>();
+        let (stored, found) = (wide(stored)?, wide(norms)?);
+        Ok(stored
+            .iter()
+            .zip(&found)
+            .any(|(s, n)| (s - n).abs() > 0.01 * n))
     }
 
     /// Checks that its tensors fit a weight.
@@ -273,15 +290,19 @@ impl Source {
     }
 
     fn compare_base(&self, path: &str, layer: &StoredLayer, norms: &Tensor) -> Result<()> {
-        let (Some(stored), Some(found)) = (layer.base, fingerprint(norms)?) else {
-            return Ok(());
-        };
-        if differs(&stored, &found) {
+        let mut warn = |message: &str| {
             locked(&self.warnings).push(Warning {
                 subject: path.to_string(),
-                message: "the base weight is not the one it was trained on, by its row norms"
-                    .into(),
+                message: message.into(),
             });
+        };
+        if let (Some(stored), Some(found)) = (layer.base, fingerprint(norms)?)
+            && differs(&stored, &found)
+        {
+            warn("the base weight is not the one it was trained on, by its row norms");
+        }
+        if layer.norms_differ(norms)? {
+            warn(NORMS_DIFFER);
         }
         Ok(())
     }

@@ -7,7 +7,7 @@ use super::layer::{Description, Values, check_factor, magnitude, packed, warning
 use super::options::{Divisor, LoadOptions};
 use super::tensors::{Marker, Tensors, refused, shown};
 use crate::adapter::{StoredLayer, Warning};
-use crate::config::{Magnitude, Map};
+use crate::config::{LayerKind, Magnitude, Map};
 use crate::error::Result;
 use candle_core::{DType, Tensor};
 use std::collections::BTreeMap;
@@ -130,7 +130,7 @@ impl Group<'_> {
         let max_norm = self.cap(warnings)?;
         let (magnitude, value, norms) = self.magnitude(warnings)?;
         let description = Description {
-            kind: None,
+            kind: self.kind()?,
             map: self.options.map.unwrap_or(map),
             divisor,
             kernel_divisor,
@@ -146,6 +146,20 @@ impl Group<'_> {
             norms,
         };
         description.layer(b, values)
+    }
+
+    /// The axes of the first two generations of magnitude are those of the weight.
+    fn kind(&self) -> Result<Option<LayerKind>> {
+        let roles = ["dora_scale", "dora_multiplier"];
+        let Some(key) = roles.iter().find_map(|role| self.roles.get(role)) else {
+            return Ok(None);
+        };
+        Ok(match self.tensors.read(key)?.rank() {
+            2 => Some(LayerKind::Linear),
+            3 => Some(LayerKind::Conv1d),
+            4 => Some(LayerKind::Conv2d),
+            _ => None,
+        })
     }
 
     fn key(&self, role: &str) -> Result<&str> {

@@ -30,7 +30,7 @@ mod untie;
 pub use checkpoint::{CheckpointOptions, MergeReport};
 pub use inspect::{Inspection, LayerInspection, inspect, weight_shapes};
 
-use crate::adapter::{Adapter, Stored, StoredLayer, Warning, differs, fingerprint};
+use crate::adapter::{Adapter, NORMS_DIFFER, Stored, StoredLayer, Warning, differs, fingerprint};
 use crate::config::{LayerKind, Magnitude};
 use crate::error::{Error, Result};
 use crate::file::{self, LoadOptions};
@@ -118,6 +118,8 @@ struct Part {
     stored: Stored,
     strength: Strength,
     used: Mutex<BTreeSet<String>>,
+    /// What came up when it met its weights.
+    met: Mutex<BTreeSet<Warning>>,
 }
 
 impl Merge {
@@ -161,6 +163,7 @@ impl Merge {
             stored,
             strength,
             used: Mutex::default(),
+            met: Mutex::default(),
         });
         Ok(Self {
             parts: Arc::new(parts),
@@ -173,6 +176,13 @@ impl Merge {
         let mut warnings = Vec::new();
         for part in self.parts.iter() {
             warnings.extend(part.stored.warnings.iter().cloned());
+            warnings.extend(
+                part.met
+                    .lock()
+                    .unwrap_or_else(|e| e.into_inner())
+                    .iter()
+                    .cloned(),
+            );
             let used = part.used.lock().unwrap_or_else(|e| e.into_inner());
             let unused = part
                 .stored
@@ -291,7 +301,18 @@ impl Part {
             stored: self.stored.clone(),
             strength: self.strength,
             used: Mutex::default(),
+            met: Mutex::default(),
         }
+    }
+
+    fn warn(&self, path: &str, message: &str) {
+        self.met
+            .lock()
+            .unwrap_or_else(|e| e.into_inner())
+            .insert(Warning {
+                subject: path.to_string(),
+                message: message.into(),
+            });
     }
 
     fn check(
@@ -303,8 +324,18 @@ impl Part {
         norms: &Tensor,
         allow_changed_base: bool,
     ) -> Result<()> {
-        self.kind(layer, path, weight)?;
+        let kind = self.kind(layer, path, weight)?;
         layer.check_shape(&self.stored.file, module, path, weight.dims())?;
+        let patch: usize = weight.dims().iter().skip(2).product();
+        if kind.is_kernel() && layer.kernel_factor == 1. && patch > 1 {
+            self.warn(
+                path,
+                "PEFT's own forward of such a kernel differs from its merged weight",
+            );
+        }
+        if layer.norms_differ(norms)? {
+            self.warn(path, NORMS_DIFFER);
+        }
         let (Some(stored), Some(found)) = (layer.base, fingerprint(norms)?) else {
             return Ok(());
         };
