@@ -290,7 +290,7 @@ impl Source {
     }
 
     fn compare_base(&self, path: &str, layer: &StoredLayer, norms: &Tensor) -> Result<()> {
-        let mut warn = |message: &str| {
+        let warn = |message: &str| {
             locked(&self.warnings).push(Warning {
                 subject: path.to_string(),
                 message: message.into(),
