@@ -154,6 +154,7 @@ pub enum Indivisible {
 /// | `scaled` | true | step normalisation: divide by [`Map::divisor`] | |
 /// | `max_norm` | none | cap on the spectral norm of `Q` | above 0 |
 /// | `magnitude` | [`Magnitude::Log`] | scale of each output channel | |
+/// | `embedding_magnitude` | [`Magnitude::None`] | the same for embeddings, one per token: vocabularies are large | |
 /// | `dropout` | 0 | chance that a block is the identity in a training step | `0 <= p < 1` |
 /// | `seed` | 0 | of the dropout masks | |
 /// | `indivisible` | [`Indivisible::Nearest`] | block size that does not divide a width | |
@@ -186,6 +187,9 @@ pub struct DoftConfig {
     pub max_norm: Option<f64>,
     /// Parametrisation of the magnitude.
     pub magnitude: Magnitude,
+    /// Parametrisation of the magnitude of embeddings, one for each token. A [`Rule`] that sets a
+    /// magnitude sets this one, too.
+    pub embedding_magnitude: Magnitude,
     /// Chance that a block becomes the identity, in training.
     pub dropout: f64,
     /// Seed of the dropout masks.
@@ -209,6 +213,7 @@ impl Default for DoftConfig {
             scaled: true,
             max_norm: None,
             magnitude: Magnitude::default(),
+            embedding_magnitude: Magnitude::None,
             dropout: 0.,
             seed: 0,
             indivisible: Indivisible::default(),
@@ -316,6 +321,12 @@ impl DoftConfig {
     /// Sets the kind of magnitude.
     pub fn with_magnitude(mut self, magnitude: Magnitude) -> Self {
         self.magnitude = magnitude;
+        self
+    }
+
+    /// Sets the kind of magnitude of embeddings.
+    pub fn with_embedding_magnitude(mut self, magnitude: Magnitude) -> Self {
+        self.embedding_magnitude = magnitude;
         self
     }
 
@@ -477,6 +488,14 @@ impl DoftConfig {
             scaled: self.scaled,
             max_norm: self.max_norm,
         })
+    }
+
+    /// The kind of magnitude that a kind of layer has.
+    pub(crate) fn magnitude_of(&self, kind: LayerKind) -> Magnitude {
+        match kind {
+            LayerKind::Embedding => self.embedding_magnitude,
+            _ => self.magnitude,
+        }
     }
 
     fn without_patterns(mut self) -> Self {

@@ -17,4 +17,4 @@ pub mod rotation;
 pub use adapter::Adapter;
 pub use config::{DoftConfig, Magnitude, Map, Pattern, Targets};
 pub use error::{Error, Result};
-pub use layer::DoftLinear;
+pub use layer::{DoftConv1d, DoftConv2d, DoftEmbedding, DoftLinear};

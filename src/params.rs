@@ -3,6 +3,7 @@
 
 use crate::config::{BlockLayout, Magnitude};
 use crate::error::{Error, Result};
+use crate::ops::Weight;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Init, VarBuilder};
 
@@ -128,20 +129,41 @@ impl Params {
     ///
     /// Those of candle's elementwise operations.
     pub fn ratio(&self) -> Result<Option<Tensor>> {
+        self.ratio_of(|of_all| Ok(of_all.clone()))
+    }
+
+    /// `m / n0` of the rows that `ids` `(n)` (u32) name, shape `(n)`.
+    ///
+    /// # Errors
+    ///
+    /// When an id is out of range.
+    pub fn ratio_at(&self, ids: &Tensor) -> Result<Option<Tensor>> {
+        self.ratio_of(|of_all| of_all.index_select(ids, 0))
+    }
+
+    fn ratio_of(
+        &self,
+        rows: impl Fn(&Tensor) -> candle_core::Result<Tensor>,
+    ) -> Result<Option<Tensor>> {
         let Some(p) = &self.magnitude else {
             return Ok(None);
         };
+        let (p, norms) = (rows(p)?, || rows(&self.norms));
         // `keep` is 1 for live rows and 0 for dead ones.
         let ratio = match (self.kind, &self.alive) {
             (Magnitude::Log, None) => p.exp()?,
-            (Magnitude::Log, Some(keep)) => p.mul(keep)?.exp()?,
-            (Magnitude::Absolute, None) => p.div(&self.norms)?,
+            (Magnitude::Log, Some(keep)) => p.mul(&rows(keep)?)?.exp()?,
+            (Magnitude::Absolute, None) => p.div(&norms()?)?,
             (Magnitude::Absolute, Some(keep)) => {
+                let keep = rows(keep)?;
                 let dead = keep.affine(-1., 1.)?;
-                p.mul(keep)?.add(&dead)?.div(&self.norms.add(&dead)?)?
+                p.mul(&keep)?.add(&dead)?.div(&norms()?.add(&dead)?)?
             }
-            (_, None) => p.clone(),
-            (_, Some(keep)) => p.mul(keep)?.add(&keep.affine(-1., 1.)?)?,
+            (_, None) => p,
+            (_, Some(keep)) => {
+                let keep = rows(keep)?;
+                p.mul(&keep)?.add(&keep.affine(-1., 1.)?)?
+            }
         };
         Ok(Some(ratio))
     }
@@ -199,4 +221,20 @@ pub fn row_norms(weight: &Tensor) -> Result<Tensor> {
         norms.push(chunk.sqr()?.sum(1)?.sqrt()?.to_dtype(dtype)?);
     }
     Ok(Tensor::cat(&norms, 0)?)
+}
+
+/// [`row_norms`] of a weight that may be quantized. A panel of rows is expanded at a time on CPU, the
+/// whole elsewhere.
+pub(crate) fn row_norms_of(weight: &Weight) -> Result<Tensor> {
+    if weight.qtensor().is_none() || !matches!(weight.device(), Device::Cpu) {
+        return row_norms(&weight.tensor()?);
+    }
+    let mut norms = Vec::with_capacity(weight.out_dim());
+    weight.panels::<f32>(0..weight.out_dim(), |_, panel| {
+        for row in 0..panel.rows() {
+            let squares = (0..panel.cols()).map(|col| f64::from(panel.at(row, col)).powi(2));
+            norms.push(squares.sum::<f64>().sqrt() as f32);
+        }
+    })?;
+    Ok(Tensor::new(norms, &Device::Cpu)?)
 }

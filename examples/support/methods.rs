@@ -174,7 +174,7 @@ impl Tuned {
             Self::Full(layer) => {
                 Linear::new(layer.weight().detach(), layer.bias().map(Tensor::detach))
             }
-            Self::Frozen(layer) => Linear::new(layer.weight().clone(), layer.bias().cloned()),
+            Self::Frozen(layer) => Linear::new(layer.weight()?, layer.bias().cloned()),
         })
     }
 }
@@ -218,7 +218,7 @@ impl LoraLinear {
     }
 
     fn merge(&self) -> Result<Linear> {
-        let weight = self.product.weight();
+        let weight = self.product.weight()?;
         let merged = weight.to_dtype(self.a.dtype())?.add(&self.delta()?)?;
         Ok(Linear::new(
             merged.to_dtype(weight.dtype())?,
@@ -251,7 +251,7 @@ impl DoraLinear {
     fn norms(&self) -> Result<Tensor> {
         let LoraLinear { a, b, scale, .. } = &self.lora;
         let (a, b) = (a.detach(), b.detach());
-        let weight = self.lora.product.weight().dtype();
+        let weight = self.lora.product.dtype();
         let wa = self.lora.product.forward(&a.to_dtype(weight)?)?;
         let cross = wa.to_dtype(a.dtype())?.t()?.mul(&b)?.sum(1)?;
         let square = b.matmul(&a.matmul(&a.t()?)?)?.mul(&b)?.sum(1)?;

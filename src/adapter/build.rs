@@ -3,11 +3,12 @@
 use super::{Adapter, Entry, select};
 use crate::config::{DoftConfig, LayerKind};
 use crate::error::{Error, Result};
-use crate::frozen;
-use crate::layer::{DoftLinear, check_weight};
-use crate::params::row_norms;
+use crate::frozen::{self, QuantizedVarBuilder};
+use crate::layer::{Base, DoftConv1d, DoftConv2d, DoftEmbedding, DoftLinear, check_weight};
+use crate::ops::Weight;
+use candle_core::quantized::QMatMul;
 use candle_core::{Device, Tensor};
-use candle_nn::VarBuilder;
+use candle_nn::{Conv1dConfig, Conv2dConfig, VarBuilder};
 use std::collections::btree_map;
 
 impl Adapter {
@@ -50,48 +51,259 @@ impl Adapter {
         self.wrap_linear(&path, candle_nn::linear_b(in_dim, out_dim, bias, vb)?)
     }
 
-    /// Wraps a linear layer that exists already. The weight is shared, not copied.
+    /// A linear layer with bias over quantized rows.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`frozen::quantized_linear`] and [`Adapter::wrap_linear`].
+    pub fn quantized_linear(
+        &self,
+        in_dim: usize,
+        out_dim: usize,
+        vb: QuantizedVarBuilder,
+    ) -> Result<DoftLinear> {
+        let path = vb.prefix();
+        self.wrap_linear(&path, frozen::quantized_linear(in_dim, out_dim, vb)?)
+    }
+
+    /// A linear layer without bias over quantized rows.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`frozen::quantized_linear_no_bias`] and [`Adapter::wrap_linear`].
+    pub fn quantized_linear_no_bias(
+        &self,
+        in_dim: usize,
+        out_dim: usize,
+        vb: QuantizedVarBuilder,
+    ) -> Result<DoftLinear> {
+        let path = vb.prefix();
+        let base = frozen::quantized_linear_no_bias(in_dim, out_dim, vb)?;
+        self.wrap_linear(&path, base)
+    }
+
+    /// A two-dimensional convolution with bias and a square kernel, as [`candle_nn::conv2d()`] makes
+    /// it.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`candle_nn::conv2d()`] and [`Adapter::wrap_conv2d`].
+    pub fn conv2d(
+        &self,
+        in_channels: usize,
+        out_channels: usize,
+        kernel_size: usize,
+        config: Conv2dConfig,
+        vb: VarBuilder,
+    ) -> Result<DoftConv2d> {
+        let path = vb.prefix();
+        let base = candle_nn::conv2d(in_channels, out_channels, kernel_size, config, vb)?;
+        self.wrap_conv2d(&path, base)
+    }
+
+    /// A two-dimensional convolution without bias, as [`candle_nn::conv2d_no_bias`] makes it.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`candle_nn::conv2d_no_bias`] and [`Adapter::wrap_conv2d`].
+    pub fn conv2d_no_bias(
+        &self,
+        in_channels: usize,
+        out_channels: usize,
+        kernel_size: usize,
+        config: Conv2dConfig,
+        vb: VarBuilder,
+    ) -> Result<DoftConv2d> {
+        let path = vb.prefix();
+        let base = candle_nn::conv2d_no_bias(in_channels, out_channels, kernel_size, config, vb)?;
+        self.wrap_conv2d(&path, base)
+    }
+
+    /// A one-dimensional convolution with bias, as [`candle_nn::conv1d()`] makes it.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`candle_nn::conv1d()`] and [`Adapter::wrap_conv1d`].
+    pub fn conv1d(
+        &self,
+        in_channels: usize,
+        out_channels: usize,
+        kernel_size: usize,
+        config: Conv1dConfig,
+        vb: VarBuilder,
+    ) -> Result<DoftConv1d> {
+        let path = vb.prefix();
+        let base = candle_nn::conv1d(in_channels, out_channels, kernel_size, config, vb)?;
+        self.wrap_conv1d(&path, base)
+    }
+
+    /// A one-dimensional convolution without bias, as [`candle_nn::conv1d_no_bias`] makes it.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`candle_nn::conv1d_no_bias`] and [`Adapter::wrap_conv1d`].
+    pub fn conv1d_no_bias(
+        &self,
+        in_channels: usize,
+        out_channels: usize,
+        kernel_size: usize,
+        config: Conv1dConfig,
+        vb: VarBuilder,
+    ) -> Result<DoftConv1d> {
+        let path = vb.prefix();
+        let base = candle_nn::conv1d_no_bias(in_channels, out_channels, kernel_size, config, vb)?;
+        self.wrap_conv1d(&path, base)
+    }
+
+    /// An embedding, as [`candle_nn::embedding()`] makes it.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`candle_nn::embedding()`] and [`Adapter::wrap_embedding`].
+    pub fn embedding(
+        &self,
+        in_size: usize,
+        out_size: usize,
+        vb: VarBuilder,
+    ) -> Result<DoftEmbedding> {
+        let path = vb.prefix();
+        self.wrap_embedding(&path, candle_nn::embedding(in_size, out_size, vb)?)
+    }
+
+    /// An embedding over quantized rows.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`frozen::quantized_embedding`] and [`Adapter::wrap_embedding`].
+    pub fn quantized_embedding(
+        &self,
+        in_size: usize,
+        out_size: usize,
+        vb: QuantizedVarBuilder,
+    ) -> Result<DoftEmbedding> {
+        let path = vb.prefix();
+        self.wrap_embedding(&path, frozen::quantized_embedding(in_size, out_size, vb)?)
+    }
+
+    /// Wraps a linear layer that exists already: candle's, or a frozen one, dense or quantized. The
+    /// weight is shared, not copied.
     ///
     /// # Errors
     ///
     /// [`Error::LayerExists`] when the path is taken, [`Error::Device`] when the layer lives
     /// elsewhere, and those of [`DoftLinear::new`].
-    pub fn wrap_linear(&self, path: &str, base: candle_nn::Linear) -> Result<DoftLinear> {
-        let base = frozen::Linear::from(base);
-        let layer = if self.wants(path, LayerKind::Linear, base.weight())? {
-            let setting = self.setting(path, LayerKind::Linear, base.weight())?;
-            DoftLinear::adapted(base, &setting.config, setting.norms, self.vb(path))?
-        } else {
-            DoftLinear::plain(path, base)
+    pub fn wrap_linear(&self, path: &str, base: impl Into<frozen::Linear>) -> Result<DoftLinear> {
+        let base = base.into();
+        let weight = Base {
+            weight: base.frozen_weight(),
+            shape: base.frozen_weight().dims(),
         };
-        self.register(path, layer.base().weight().elem_count(), layer.adaptation())?;
+        let layer = match self.setting(path, LayerKind::Linear, &weight)? {
+            Some(of) => DoftLinear::adapted(base, &of.config, of.norms, self.vb(path))?,
+            None => DoftLinear::plain(path, base),
+        };
+        self.register(path, layer.base().frozen_weight(), layer.adaptation())?;
+        Ok(layer)
+    }
+
+    /// Wraps the weight of a `QMatMul`, quantized or dense.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`frozen::Linear::from_qmatmul`] and [`Adapter::wrap_linear`].
+    pub fn wrap_qmatmul(&self, path: &str, base: QMatMul) -> Result<DoftLinear> {
+        self.wrap_linear(path, frozen::Linear::from_qmatmul(base, None)?)
+    }
+
+    /// Wraps a two-dimensional convolution that exists already. The kernel is shared, not copied.
+    ///
+    /// # Errors
+    ///
+    /// As [`Adapter::wrap_linear`], and those of [`DoftConv2d::new`].
+    pub fn wrap_conv2d(&self, path: &str, base: impl Into<frozen::Conv2d>) -> Result<DoftConv2d> {
+        let base = base.into();
+        let weight = Base {
+            weight: base.frozen_weight(),
+            shape: base.dims(),
+        };
+        let layer = match self.setting(path, LayerKind::Conv2d, &weight)? {
+            Some(of) => DoftConv2d::adapted(base, &of.config, of.norms, self.vb(path))?,
+            None => DoftConv2d::plain(path, base),
+        };
+        self.register(path, layer.base().frozen_weight(), layer.adaptation())?;
+        Ok(layer)
+    }
+
+    /// Wraps a one-dimensional convolution that exists already. The kernel is shared, not copied.
+    ///
+    /// # Errors
+    ///
+    /// As [`Adapter::wrap_linear`], and those of [`DoftConv1d::new`].
+    pub fn wrap_conv1d(&self, path: &str, base: impl Into<frozen::Conv1d>) -> Result<DoftConv1d> {
+        let base = base.into();
+        let weight = Base {
+            weight: base.frozen_weight(),
+            shape: base.dims(),
+        };
+        let layer = match self.setting(path, LayerKind::Conv1d, &weight)? {
+            Some(of) => DoftConv1d::adapted(base, &of.config, of.norms, self.vb(path))?,
+            None => DoftConv1d::plain(path, base),
+        };
+        self.register(path, layer.base().frozen_weight(), layer.adaptation())?;
+        Ok(layer)
+    }
+
+    /// Wraps an embedding that exists already: candle's, or a frozen one, dense or quantized.
+    ///
+    /// # Errors
+    ///
+    /// As [`Adapter::wrap_linear`], and those of [`DoftEmbedding::new`].
+    pub fn wrap_embedding(
+        &self,
+        path: &str,
+        base: impl Into<frozen::Embedding>,
+    ) -> Result<DoftEmbedding> {
+        let base = base.into();
+        let weight = Base {
+            weight: base.frozen_weight(),
+            shape: base.frozen_weight().dims(),
+        };
+        let layer = match self.setting(path, LayerKind::Embedding, &weight)? {
+            Some(of) => DoftEmbedding::adapted(base, &of.config, of.norms, self.vb(path))?,
+            None => DoftEmbedding::plain(path, base),
+        };
+        self.register(path, layer.base().frozen_weight(), layer.adaptation())?;
         Ok(layer)
     }
 
     /// What a layer is made from: the adapter's configuration, or what a loaded file says of it.
-    fn setting(&self, path: &str, kind: LayerKind, weight: &Tensor) -> Result<Setting> {
+    /// Nothing for a layer that stays frozen.
+    fn setting(&self, path: &str, kind: LayerKind, base: &Base) -> Result<Option<Setting>> {
+        if !self.wants(path, kind, base)? {
+            return Ok(None);
+        }
         let Some(source) = &self.inner.source else {
-            return Ok(Setting {
+            return Ok(Some(Setting {
                 config: self.inner.config.clone(),
                 norms: None,
-            });
+            }));
         };
-        check_weight(path, kind, weight.dims(), weight.dtype())?;
-        let norms = row_norms(weight)?;
-        let config = source.check(path, kind, weight.dims(), &norms)?;
+        check_weight(path, kind, base.shape, base.weight.dtype())?;
+        let norms = base.norms()?;
+        let config = source.check(path, kind, base.shape, &norms)?;
         let stored = source.layer(path)?.and_then(|layer| layer.norms.as_ref());
         let norms = match stored {
             Some(stored) => stored.to_dtype(norms.dtype())?.to_device(norms.device())?,
             None => norms,
         };
-        Ok(Setting {
+        Ok(Some(Setting {
             config,
             norms: Some(norms),
-        })
+        }))
     }
 
     /// Whether the layer is to be adapted, after the checks that hold for every layer.
-    fn wants(&self, path: &str, kind: LayerKind, weight: &Tensor) -> Result<bool> {
+    fn wants(&self, path: &str, kind: LayerKind, base: &Base) -> Result<bool> {
         if self.inner.layers().contains_key(path) {
             return Err(exists(path));
         }
@@ -102,7 +314,7 @@ impl Adapter {
         if !selected {
             return Ok(false);
         }
-        let (found, expected) = (weight.device(), &self.inner.device);
+        let (found, expected) = (&base.weight.device(), &self.inner.device);
         if !found.same_device(expected) {
             return Err(Error::Device {
                 layer: path.to_string(),
@@ -122,7 +334,7 @@ impl Adapter {
     fn register(
         &self,
         path: &str,
-        parameters: usize,
+        weight: &Weight,
         adaptation: Option<&std::sync::Arc<crate::layer::Adaptation>>,
     ) -> Result<()> {
         if let (Some(source), Some(adaptation)) = (&self.inner.source, adaptation) {
@@ -130,7 +342,9 @@ impl Adapter {
         }
         let entry = match adaptation {
             Some(adaptation) => Entry::Adapted(adaptation.clone()),
-            None => Entry::Frozen { parameters },
+            None => Entry::Frozen {
+                parameters: weight.dims().iter().product(),
+            },
         };
         match self.inner.layers().entry(path.to_string()) {
             btree_map::Entry::Occupied(_) => Err(exists(path)),

@@ -256,6 +256,7 @@ impl Source {
         config.scaled = layer.scaled;
         config.max_norm = layer.max_norm;
         config.magnitude = layer.magnitude;
+        config.embedding_magnitude = layer.magnitude;
         config
     }
 

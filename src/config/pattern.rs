@@ -245,6 +245,7 @@ impl Rule {
             None => config.max_norm,
         };
         config.magnitude = self.magnitude.unwrap_or(config.magnitude);
+        config.embedding_magnitude = self.magnitude.unwrap_or(config.embedding_magnitude);
         config.dropout = self.dropout.unwrap_or(config.dropout);
         config
     }

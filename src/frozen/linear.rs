@@ -1,8 +1,12 @@
-//! [`Linear`]: a linear layer whose weight never enters the graph.
+//! [`Linear`]: a linear layer whose weight, dense or quantized, never enters the graph.
 
+use super::QuantizedVarBuilder;
+use crate::error::Error;
 use crate::ops::{self, Weight};
+use candle_core::quantized::{QMatMul, QTensor};
 use candle_core::{DType, Result, Tensor};
 use candle_nn::{Module, VarBuilder};
+use std::sync::Arc;
 
 /// A linear layer of frozen weight and bias.
 ///
@@ -18,7 +22,19 @@ use candle_nn::{Module, VarBuilder};
 /// # Shapes
 ///
 /// `weight` is `(out, in)`, `bias` is `(out)`; `x` is `(.., in)` of rank 2 or more, the answer
-/// `(.., out)`.
+/// `(.., out)` in the dtype of `x`.
+///
+/// # Dtypes
+///
+/// | weight | `x` | computed in |
+/// |---|---|---|
+/// | f32, f64 | the same | the same, by candle's product |
+/// | f16, bf16 | the same, or f32 | f32 |
+/// | quantized, any GGML type | f32, f16, bf16 | f32 |
+///
+/// On CPU a half or quantized weight is expanded in panels of 2 MiB that stay in cache, on the way
+/// forward and again on the way back; the whole of it never exists in f32. On other devices it is
+/// expanded for as long as its product runs.
 ///
 /// # Examples
 ///
@@ -64,6 +80,33 @@ pub fn linear_no_bias(in_dim: usize, out_dim: usize, vb: VarBuilder) -> Result<L
     Ok(Linear::new(vb.get((out_dim, in_dim), "weight")?, None))
 }
 
+/// A frozen linear layer with bias over quantized rows, its tensors from `vb`.
+///
+/// # Errors
+///
+/// When `vb` lacks `weight` `(out_dim, in_dim)` or `bias` `(out_dim)`.
+pub fn quantized_linear(in_dim: usize, out_dim: usize, vb: QuantizedVarBuilder) -> Result<Linear> {
+    let bias = vb.get(out_dim, "bias")?.dequantize(vb.device())?;
+    let weight = vb.get((out_dim, in_dim), "weight")?;
+    Ok(Linear::quantized(weight, Some(bias))?)
+}
+
+/// A frozen linear layer without bias over quantized rows, its weight from `vb`.
+///
+/// # Errors
+///
+/// When `vb` lacks `weight` `(out_dim, in_dim)`.
+pub fn quantized_linear_no_bias(
+    in_dim: usize,
+    out_dim: usize,
+    vb: QuantizedVarBuilder,
+) -> Result<Linear> {
+    Ok(Linear::quantized(
+        vb.get((out_dim, in_dim), "weight")?,
+        None,
+    )?)
+}
+
 impl Linear {
     /// Freezes a weight `(out, in)` and a bias `(out)`.
     pub fn new(weight: Tensor, bias: Option<Tensor>) -> Self {
@@ -73,9 +116,74 @@ impl Linear {
         }
     }
 
-    /// The frozen weight, `(out, in)`.
-    pub fn weight(&self) -> &Tensor {
+    /// A layer over quantized rows `(out, in)`, which are shared and stay quantized.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Argument`] when the weight is not a matrix, or the bias not of shape `(out)`.
+    pub fn quantized(weight: Arc<QTensor>, bias: Option<Tensor>) -> crate::Result<Self> {
+        let refuse = |what, found: &[usize], expected: String| {
+            Err(Error::Argument {
+                function: "Linear::quantized",
+                what,
+                found: format!("{found:?}"),
+                expected,
+            })
+        };
+        let dims = weight.shape().dims();
+        let &[out, width] = dims else {
+            return refuse("the shape of the weight", dims, "(out, in)".into());
+        };
+        if out == 0 || width == 0 {
+            return refuse("the shape of the weight", dims, "no empty axis".into());
+        }
+        if let Some(bias) = &bias
+            && bias.dims() != [out]
+        {
+            return refuse("the shape of the bias", bias.dims(), format!("[{out}]"));
+        }
+        Ok(Self {
+            weight: Weight::quantized(weight),
+            bias: bias.map(|bias| bias.detach()),
+        })
+    }
+
+    /// A layer over the weight of a `QMatMul`, quantized or dense.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Linear::quantized`].
+    pub fn from_qmatmul(weight: QMatMul, bias: Option<Tensor>) -> crate::Result<Self> {
+        match weight {
+            QMatMul::QTensor(weight) => Self::quantized(weight, bias),
+            QMatMul::Tensor(weight) | QMatMul::TensorF16(weight) => Ok(Self::new(weight, bias)),
+        }
+    }
+
+    pub(crate) fn over(weight: Weight) -> Self {
+        Self { weight, bias: None }
+    }
+
+    /// Lets candle's quantized product answer inputs of up to 8 rows that need no gradient: several
+    /// times faster when one token is decoded. It rounds the activations to 8 bits, so it is not the
+    /// product that was trained; off by default. Without effect on a dense weight.
+    pub fn with_fast_decode(mut self, on: bool) -> Self {
+        self.weight.set_fast_decode(on);
+        self
+    }
+
+    /// The frozen weight, `(out, in)`: shared when dense, expanded to f32 when quantized.
+    ///
+    /// # Errors
+    ///
+    /// Those of expanding a quantized weight.
+    pub fn weight(&self) -> Result<Tensor> {
         self.weight.tensor()
+    }
+
+    /// The quantized weight, if it is one.
+    pub fn qtensor(&self) -> Option<&Arc<QTensor>> {
+        self.weight.qtensor()
     }
 
     /// The frozen bias, `(out)`.
@@ -93,13 +201,24 @@ impl Linear {
         self.weight.out_dim()
     }
 
-    /// Dtype of the weight.
+    /// Dtype of the weight; f32 for a quantized one, which is what it expands to.
     pub fn dtype(&self) -> DType {
         self.weight.dtype()
     }
 
     pub(crate) fn frozen_weight(&self) -> &Weight {
         &self.weight
+    }
+
+    /// The input dtypes that the layer takes.
+    pub(crate) fn input_dtypes(&self) -> &'static [DType] {
+        match (self.weight.qtensor(), self.dtype()) {
+            (Some(_), _) => &[DType::F32, DType::F16, DType::BF16],
+            (None, DType::F16) => &[DType::F16, DType::F32],
+            (None, DType::BF16) => &[DType::BF16, DType::F32],
+            (None, DType::F64) => &[DType::F64],
+            (None, _) => &[DType::F32],
+        }
     }
 }
 

@@ -2,13 +2,27 @@
 
 use crate::config::{BlockLayout, DoftConfig, LayerKind};
 use crate::error::{Error, Result};
-use crate::params::{Params, names, row_norms};
+use crate::ops::Weight;
+use crate::params::{Params, names, row_norms_of};
 use crate::rng::SplitMix64;
 use crate::rotation;
 use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
 use std::sync::RwLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+/// The frozen weight that an adapter stands on: its rows, and the shape it has in its layer.
+pub(crate) struct Base<'a> {
+    pub(crate) weight: &'a Weight,
+    pub(crate) shape: &'a [usize],
+}
+
+impl Base<'_> {
+    /// Norms of the rows; of a quantized weight a few rows are expanded at a time.
+    pub(crate) fn norms(&self) -> Result<Tensor> {
+        row_norms_of(self.weight)
+    }
+}
 
 /// What a layer needs of its adapter in one pass: the blocks `R` (1 or `D`, b, b) and `m / n0`.
 #[derive(Clone, Debug)]
@@ -41,22 +55,23 @@ impl Adaptation {
     /// whose prefix is the layer's path. `norms` are its row norms, where they are known already.
     pub(crate) fn new(
         kind: LayerKind,
-        weight: &Tensor,
+        weight: &Base,
         config: &DoftConfig,
         norms: Option<Tensor>,
         vb: VarBuilder,
     ) -> Result<Self> {
-        let (path, shape) = (vb.prefix(), weight.dims());
-        check_weight(&path, kind, shape, weight.dtype())?;
+        let (path, shape) = (vb.prefix(), weight.shape);
+        check_weight(&path, kind, shape, weight.weight.dtype())?;
         let norms = match norms {
             Some(norms) => norms,
-            None => row_norms(weight)?,
+            None => weight.norms()?,
         };
         let config = config.for_layer(&path)?;
         let width = shape.iter().skip(1).product();
         let layout = config.layout(&path, width)?;
         let name = names::rotation(kind);
-        let params = Params::new(&layout, config.magnitude, norms, name, vb)?;
+        let magnitude = config.magnitude_of(kind);
+        let params = Params::new(&layout, magnitude, norms, name, vb)?;
         Ok(Self {
             path,
             kind,
@@ -122,7 +137,13 @@ impl Adaptation {
         {
             return Ok(Some(constants));
         }
-        let mut factors = self.fresh()?;
+        // An embedding looks up the ratios that it needs.
+        let ratio = match self.kind {
+            LayerKind::Embedding => None,
+            _ => self.params.ratio()?,
+        };
+        let r = self.rotation()?;
+        let mut factors = Factors { r, ratio };
         if train && self.dropout > 0. {
             factors.r = self.drop_blocks(&factors.r)?;
         }
@@ -139,11 +160,18 @@ impl Adaptation {
         self.factors(false)
     }
 
-    fn fresh(&self) -> Result<Factors> {
-        Ok(Factors {
-            r: self.rotation()?,
-            ratio: self.params.ratio()?,
-        })
+    /// The weight that acts when the layer's is `weight`: computed in f32 or wider, rounded once.
+    pub(crate) fn effective_weight(&self, weight: &Tensor) -> Result<Tensor> {
+        let Some(Factors { r, ratio }) = self.factors(false)? else {
+            return Ok(weight.clone());
+        };
+        let (r, ratio) = match self.kind {
+            // A row of an embedding turns by R, that of a weight by its transpose.
+            LayerKind::Embedding => (r.transpose(1, 2)?.contiguous()?, self.params.ratio()?),
+            _ => (r, ratio),
+        };
+        let ratio = ratio.map(|ratio| ratio.detach());
+        rotation::effective_weight(weight, &r.detach(), ratio.as_ref())
     }
 
     fn constants(&self) -> Option<Factors> {
@@ -153,10 +181,11 @@ impl Adaptation {
 
     /// Fixes rotation and ratio at their present values, outside any graph.
     pub(crate) fn set_constants(&self) -> Result<()> {
-        let Factors { r, ratio } = self.fresh()?;
+        // A factor is its own ratio: without the copy it would go on training.
+        let ratio = self.params.ratio()?;
         let factors = Factors {
-            r: r.detach(),
-            ratio: ratio.map(|ratio| ratio.detach()),
+            r: self.rotation()?.detach(),
+            ratio: ratio.map(|ratio| ratio.detach().copy()).transpose()?,
         };
         *self.constants.write().unwrap_or_else(|e| e.into_inner()) = Some(factors);
         Ok(())

@@ -1,12 +1,12 @@
 //! [`DoftLinear`]: a frozen linear layer with a rotated input side and scaled outputs.
 
-use super::Adaptation;
 use super::adaptation::Factors;
-use crate::config::{BlockLayout, DoftConfig, LayerKind};
+use super::common::layer_methods;
+use super::{Adaptation, Base};
+use crate::config::{DoftConfig, LayerKind};
 use crate::error::{Error, Result};
 use crate::frozen;
 use crate::ops;
-use crate::rotation;
 use candle_core::Tensor;
 use candle_nn::{Module, VarBuilder};
 use std::sync::Arc;
@@ -33,7 +33,9 @@ use std::sync::Arc;
 ///
 /// # Shapes
 ///
-/// `x` is `(.., in)` of rank 2 or more, of the weight's dtype; the answer is `(.., out)`.
+/// `x` is `(.., in)` of rank 2 or more; the answer is `(.., out)` in the dtype of `x`.
+/// [`frozen::Linear`] has the table of dtypes. Parameters are f32 (f64 over an f64 weight), and
+/// rotation and magnitude are applied in f32 or wider.
 ///
 /// # Examples
 ///
@@ -75,7 +77,11 @@ impl DoftLinear {
     ///
     /// When the weight is not a float matrix, the configuration does not fit its width (see
     /// [`DoftConfig::layout`]), or `vb` holds a parameter of another shape.
-    pub fn new(base: candle_nn::Linear, config: &DoftConfig, vb: VarBuilder) -> Result<Self> {
+    pub fn new(
+        base: impl Into<frozen::Linear>,
+        config: &DoftConfig,
+        vb: VarBuilder,
+    ) -> Result<Self> {
         Self::adapted(base.into(), config, None, vb)
     }
 
@@ -85,83 +91,16 @@ impl DoftLinear {
         norms: Option<Tensor>,
         vb: VarBuilder,
     ) -> Result<Self> {
-        let adaptation = Adaptation::new(LayerKind::Linear, base.weight(), config, norms, vb)?;
+        let weight = Base {
+            weight: base.frozen_weight(),
+            shape: base.frozen_weight().dims(),
+        };
+        let adaptation = Adaptation::new(LayerKind::Linear, &weight, config, norms, vb)?;
         Ok(Self {
             path: adaptation.path().into(),
             base,
             adaptation: Some(Arc::new(adaptation)),
         })
-    }
-
-    /// The plain frozen layer.
-    pub(crate) fn plain(path: &str, base: frozen::Linear) -> Self {
-        Self {
-            path: path.into(),
-            base,
-            adaptation: None,
-        }
-    }
-
-    pub(crate) fn adaptation(&self) -> Option<&Arc<Adaptation>> {
-        self.adaptation.as_ref()
-    }
-
-    /// Whether the layer has an adapter at all, enabled or not.
-    pub fn is_adapted(&self) -> bool {
-        self.adaptation.is_some()
-    }
-
-    /// The frozen layer.
-    pub fn base(&self) -> &frozen::Linear {
-        &self.base
-    }
-
-    /// How the input side is cut into blocks; none for a plain frozen layer.
-    pub fn layout(&self) -> Option<&BlockLayout> {
-        self.adaptation.as_deref().map(Adaptation::layout)
-    }
-
-    /// Switches the adapter on again.
-    pub fn enable(&self) {
-        self.switch(true);
-    }
-
-    /// Makes the layer answer what its base answers, for all its clones.
-    pub fn disable(&self) {
-        self.switch(false);
-    }
-
-    fn switch(&self, enabled: bool) {
-        if let Some(adaptation) = &self.adaptation {
-            adaptation.set_enabled(enabled);
-        }
-    }
-
-    /// The rotation blocks `R`, `(D, b, b)`, or `(1, b, b)` when shared.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::NotAdapted`] for a plain frozen layer.
-    pub fn rotation(&self) -> Result<Tensor> {
-        self.required()?.rotation()
-    }
-
-    /// The rotation angles of each block in radians, the largest first.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::NotAdapted`] for a plain frozen layer.
-    pub fn angles(&self) -> Result<Vec<Vec<f64>>> {
-        rotation::angles(&self.rotation()?)
-    }
-
-    /// The magnitude `m` of each output in units of norm, `(out)`, whatever its parametrisation.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::NotAdapted`] for a plain frozen layer.
-    pub fn magnitude(&self) -> Result<Tensor> {
-        self.required()?.params().magnitude()
     }
 
     /// The weight that acts, `diag(m / n0) W blockdiag(R)^T`, `(out, in)` in the dtype of the base.
@@ -171,17 +110,10 @@ impl DoftLinear {
     ///
     /// Those of candle's operations.
     pub fn effective_weight(&self) -> Result<Tensor> {
-        let factors = match &self.adaptation {
-            Some(adaptation) => adaptation.factors(false)?,
-            None => None,
-        };
-        match factors {
-            Some(Factors { r, ratio }) => {
-                let weight = self.base.weight();
-                let ratio = ratio.map(|ratio| ratio.detach());
-                rotation::effective_weight(weight, &r.detach(), ratio.as_ref())
-            }
-            None => Ok(self.base.weight().clone()),
+        let weight = self.base.weight()?;
+        match &self.adaptation {
+            Some(adaptation) => adaptation.effective_weight(&weight),
+            None => Ok(weight),
         }
     }
 
@@ -193,37 +125,6 @@ impl DoftLinear {
     pub fn merge(&self) -> Result<candle_nn::Linear> {
         let bias = self.base.bias().cloned();
         Ok(candle_nn::Linear::new(self.effective_weight()?, bias))
-    }
-
-    /// A copy for inference: `R` and `m / n0` are constants, taken now. It builds no graph, costs no
-    /// rotation to rebuild for each token, and does not see later training.
-    ///
-    /// # Errors
-    ///
-    /// Those of candle's operations.
-    pub fn inference(&self) -> Result<Self> {
-        let adaptation = match &self.adaptation {
-            Some(adaptation) => Some(Arc::new(adaptation.inference()?)),
-            None => None,
-        };
-        Ok(Self {
-            path: self.path.clone(),
-            base: self.base.clone(),
-            adaptation,
-        })
-    }
-
-    /// Runs the layer, with dropout when `train` is true.
-    ///
-    /// # Errors
-    ///
-    /// When `x` is not `(.., in)` or not of the weight's dtype and device.
-    pub fn forward_t(&self, x: &Tensor, train: bool) -> candle_core::Result<Tensor> {
-        let factors = match &self.adaptation {
-            Some(adaptation) => adaptation.factors(train)?,
-            None => None,
-        };
-        self.run(x, factors)
     }
 
     fn run(&self, x: &Tensor, factors: Option<Factors>) -> candle_core::Result<Tensor> {
@@ -251,30 +152,21 @@ impl DoftLinear {
                 expected: format!("(.., {width}) of rank 2 or more"),
             });
         }
-        if x.dtype() != self.base.dtype() {
+        let dtypes = self.base.input_dtypes();
+        if !dtypes.contains(&x.dtype()) {
+            let expected = match dtypes {
+                [one] => format!("{one:?}, the dtype of the weight"),
+                some => format!("one of {some:?}, which its weight can be multiplied with"),
+            };
             return Err(Error::DType {
                 layer: layer(),
                 what: "the input",
                 found: x.dtype(),
-                expected: format!("{:?}, the dtype of the weight", self.base.dtype()),
+                expected,
             });
         }
         Ok(())
     }
-
-    fn required(&self) -> Result<&Adaptation> {
-        self.adaptation.as_deref().ok_or_else(|| Error::NotAdapted {
-            layer: self.path.to_string(),
-        })
-    }
 }
 
-impl Module for DoftLinear {
-    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        let factors = match &self.adaptation {
-            Some(adaptation) => adaptation.factors_of_forward()?,
-            None => None,
-        };
-        self.run(x, factors)
-    }
-}
+layer_methods!(DoftLinear, frozen::Linear);

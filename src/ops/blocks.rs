@@ -21,7 +21,13 @@ impl<'a, T: Real> Blocks<'a, T> {
         Self { data, count, b }
     }
 
-    fn get(&self, d: usize) -> Mat<'a, T> {
+    /// The size `b` of a block.
+    pub(crate) fn size(&self) -> usize {
+        self.b
+    }
+
+    /// The block that acts at place `d`.
+    pub(crate) fn get(&self, d: usize) -> Mat<'a, T> {
         let d = if self.count == 1 { 0 } else { d };
         let size = self.b * self.b;
         Mat::row_major(&self.data[d * size..(d + 1) * size], self.b, self.b)

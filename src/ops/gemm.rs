@@ -97,6 +97,22 @@ impl<'a, T: Real> MatMut<'a, T> {
 
 /// `dst = lhs rhs`, or `dst += lhs rhs`, on the calling thread.
 pub(crate) fn multiply<T: Real>(dst: MatMut<T>, lhs: Mat<T>, rhs: Mat<T>, accumulate: bool) {
+    run(dst, lhs, rhs, accumulate, Parallelism::None);
+}
+
+/// The same on rayon's threads, for large products.
+pub(crate) fn multiply_wide<T: Real>(dst: MatMut<T>, lhs: Mat<T>, rhs: Mat<T>, accumulate: bool) {
+    let threads = Parallelism::Rayon(rayon::current_num_threads());
+    run(dst, lhs, rhs, accumulate, threads);
+}
+
+fn run<T: Real>(
+    dst: MatMut<T>,
+    lhs: Mat<T>,
+    rhs: Mat<T>,
+    accumulate: bool,
+    parallelism: Parallelism,
+) {
     assert!(
         lhs.cols == rhs.rows && dst.rows == lhs.rows && dst.cols == rhs.cols,
         "matrices that do not fit"
@@ -125,7 +141,7 @@ pub(crate) fn multiply<T: Real>(dst: MatMut<T>, lhs: Mat<T>, rhs: Mat<T>, accumu
             false,
             false,
             false,
-            Parallelism::None,
+            parallelism,
         );
     }
 }

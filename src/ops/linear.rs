@@ -10,23 +10,35 @@
 //! `W` and the bias live inside the op: they get no gradient, and no buffer of their size is made.
 //! The op keeps x and y and nothing else; the rotated input is made again where a gradient needs it.
 //!
-//! On CPU in f32 and f64 all of it is one op. The large products are candle's own, with its
-//! parameters, so that a rotation by the identity changes no bit, also where candle uses a vendor
-//! BLAS; the small ones are `gemm`'s. Everywhere else the [composed](super::composed) twin runs.
+//! On CPU all of it is one op. With a dense weight in f32 or f64 the large products are candle's own,
+//! with its parameters, so that a rotation by the identity changes no bit, also where candle uses a
+//! vendor BLAS; the small ones are `gemm`'s. A half or quantized weight is widened in
+//! [panels](super::Weight::panels) that stay in cache, on the way forward and again on the way back;
+//! half activations are computed in f32 and rounded once. On other devices the
+//! [composed](super::composed) twin runs.
 
 use super::Weight;
 use super::blocks::{Blocks, gradient, rotate, rotate_back};
 use super::composed;
-use super::gemm::{Mat, MatMut, multiply};
-use super::real::{Real, has_kernel, slice, tensor, with_slice};
+use super::gemm::{Mat, MatMut, multiply, multiply_wide};
+use super::real::{
+    Real, by_dtype, elements, has_kernel, narrowed, slice, tensor, tensor_as, with_elements,
+    with_slice,
+};
 use candle_core::backend::BackendStorage;
 use candle_core::{
     CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor,
 };
 use rayon::prelude::*;
 
+/// Rows up to which candle's quantized product beats dequantizing, where it is allowed.
+const DECODE_ROWS: usize = 8;
+
 /// `x . W^T + bias`, with a gradient to `x` alone. `x` is `(.., in)` of rank 2 or more.
 pub(crate) fn frozen(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tensor> {
+    if decodes(x, weight) {
+        return composed::decode(x, None, None, weight, bias);
+    }
     if !has_kernel(x) {
         return composed::frozen(x, weight, bias);
     }
@@ -43,6 +55,10 @@ pub(crate) fn doft(
     weight: &Weight,
     bias: Option<&Tensor>,
 ) -> Result<Tensor> {
+    let constant = !r.track_op() && ratio.is_none_or(|ratio| !ratio.track_op());
+    if constant && decodes(x, weight) {
+        return composed::decode(x, Some(r), ratio, weight, bias);
+    }
     if !has_kernel(x) {
         return composed::doft(x, r, ratio, weight, bias);
     }
@@ -54,6 +70,12 @@ pub(crate) fn doft(
             None => x.apply_op2(&r, product),
         }
     })
+}
+
+/// Whether candle's quantized product may answer: asked for, few rows, nothing to train.
+fn decodes(x: &Tensor, weight: &Weight) -> bool {
+    let rows = x.elem_count() / weight.in_dim().max(1);
+    weight.decoder().is_some() && !x.track_op() && (1..=DECODE_ROWS).contains(&rows)
 }
 
 /// Runs `f` on `x` as a matrix and gives the answer the leading axes of `x`.
@@ -97,6 +119,15 @@ impl Product {
         r: Option<(&CpuStorage, &Layout)>,
         ratio: Option<(&CpuStorage, &Layout)>,
     ) -> Result<(CpuStorage, Shape)> {
+        if x.0.dtype() != T::DTYPE {
+            let wide = elements::<T>(x.0, x.1)?.into_owned();
+            let (wide, layout) = (
+                T::to_cpu_storage_owned(wide),
+                Layout::contiguous(x.1.shape()),
+            );
+            let (y, shape) = self.forward::<T>((&wide, &layout), r, ratio)?;
+            return Ok((narrowed(T::cpu_storage_data(y)?, x.0.dtype())?, shape));
+        }
         let (rows, width) = x.1.shape().dims2()?;
         let out = self.weight.out_dim();
         let shape = Shape::from((rows, out));
@@ -104,13 +135,13 @@ impl Product {
             return Ok((T::to_cpu_storage_owned(Vec::new()), shape));
         }
         let y = match r {
-            None => self.times_weight(x.0, x.1, true)?,
+            None => self.times_weight::<T>(x.0, x.1, true)?,
             Some((r, layout)) => {
                 let (count, b, _) = layout.shape().dims3()?;
                 let x = matrix::<T>(slice(x.0, x.1)?, x.1)?;
                 let rotated = rotate(x, Blocks::new(slice(r, layout)?, count, b));
                 let rotated = T::to_cpu_storage_owned(rotated);
-                self.times_weight(&rotated, &Layout::contiguous((rows, width)), true)?
+                self.times_weight::<T>(&rotated, &Layout::contiguous((rows, width)), true)?
             }
         };
         let mut y = T::cpu_storage_data(y)?;
@@ -132,14 +163,23 @@ impl Product {
         Ok((T::to_cpu_storage_owned(y), shape))
     }
 
-    /// `a W^T`, or `a W`, as candle computes it.
-    fn times_weight(
+    /// `a W^T`, or `a W`: as candle computes it, or in panels of the weight.
+    fn times_weight<T: Real>(
         &self,
         a: &CpuStorage,
         layout: &Layout,
         transposed: bool,
     ) -> Result<CpuStorage> {
-        let (storage, weight) = self.weight.tensor().storage_and_layout();
+        let (rows, inner) = layout.shape().dims2()?;
+        let Some(weight) = self.weight.native(T::DTYPE) else {
+            let a = matrix::<T>(slice(a, layout)?, layout)?;
+            let y = match transposed {
+                true => self.forward_panels(a)?,
+                false => self.backward_panels(a)?,
+            };
+            return Ok(T::to_cpu_storage_owned(y));
+        };
+        let (storage, weight) = weight.storage_and_layout();
         let Storage::Cpu(storage) = &*storage else {
             let message = "the input is on CPU, the frozen weight is not".to_string();
             return Err(candle_core::Error::Msg(message));
@@ -148,13 +188,34 @@ impl Product {
             true => weight.transpose(0, 1)?,
             false => weight.clone(),
         };
-        let (rows, inner) = layout.shape().dims2()?;
         let (_, cols) = weight.shape().dims2()?;
         a.matmul(storage, (1, rows, cols, inner), layout, &weight)
     }
 
+    fn forward_panels<T: Real>(&self, x: Mat<T>) -> Result<Vec<T>> {
+        let out = self.weight.out_dim();
+        let mut y = vec![T::zero(); x.rows() * out];
+        self.weight.panels::<T>(0..out, |start, panel| {
+            let columns = MatMut::new(&mut y[start..], (x.rows(), panel.rows()), out);
+            multiply_wide(columns, x, panel.t(), false);
+        })?;
+        Ok(y)
+    }
+
+    fn backward_panels<T: Real>(&self, dy: Mat<T>) -> Result<Vec<T>> {
+        let (out, width) = (self.weight.out_dim(), self.weight.in_dim());
+        let mut h = vec![T::zero(); dy.rows() * width];
+        self.weight.panels::<T>(0..out, |start, panel| {
+            let dy = dy.part((0, dy.rows()), (start, panel.rows()));
+            let h = MatMut::new(&mut h, (dy.rows(), width), width);
+            multiply_wide(h, dy, panel, start > 0);
+        })?;
+        Ok(h)
+    }
+
     fn bias<T: Real>(&self) -> Result<Option<Vec<T>>> {
-        self.bias.as_ref().map(Tensor::to_vec1).transpose()
+        let wide = |bias: &Tensor| with_elements(bias, |bias| Ok(bias.to_vec()));
+        self.bias.as_ref().map(wide).transpose()
     }
 
     fn backward<T: Real>(
@@ -164,14 +225,16 @@ impl Product {
         dy: &Tensor,
     ) -> Result<Gradients> {
         let (rows, width) = x.dims2()?;
-        let dy = dy.contiguous()?;
+        let (need_x, need_r) = (x.track_op(), r.is_some_and(Tensor::track_op));
+        let dtype = x.dtype();
+        let dy = wide::<T>(dy)?.contiguous()?;
+        let x = &wide::<T>(x)?;
         let dratio = match (ratio, r) {
             (Some(ratio), Some(r)) if ratio.track_op() => {
                 Some(self.ratio_gradient::<T>(x, r, ratio, y, &dy)?)
             }
             _ => None,
         };
-        let (need_x, need_r) = (x.track_op(), r.is_some_and(Tensor::track_op));
         if !(need_x || need_r) {
             return Ok((None, None, dratio));
         }
@@ -180,7 +243,8 @@ impl Product {
             _ => self.back_through_weight::<T>(&dy, ratio)?,
         };
         let Some(r) = r else {
-            return Ok((Some(tensor(h, (rows, width))?), None, dratio));
+            let dx = tensor_as(h, (rows, width), dtype)?;
+            return Ok((Some(dx), None, dratio));
         };
         let (blocks, b, _) = r.dims3()?;
         let dr = match need_r {
@@ -198,7 +262,7 @@ impl Product {
                     rotate_back::<T>(&mut h, width, Blocks::new(data, blocks, b));
                     Ok(())
                 })?;
-                Some(tensor(h, (rows, width))?)
+                Some(tensor_as(h, (rows, width), dtype)?)
             }
         };
         Ok((dx, dr, dratio))
@@ -223,7 +287,7 @@ impl Product {
                 Ok(scaled)
             })
         })?;
-        let h = self.times_weight(&T::to_cpu_storage_owned(h), &layout, false)?;
+        let h = self.times_weight::<T>(&T::to_cpu_storage_owned(h), &layout, false)?;
         T::cpu_storage_data(h)
     }
 
@@ -238,9 +302,11 @@ impl Product {
     ) -> Result<Tensor> {
         let bias = self.bias::<T>()?;
         let values = ratio.to_vec1::<T>()?;
-        let sums = with_slice::<T, _>(y, |y, _| {
+        let swamped = swamped(y.dtype());
+        let sums = with_elements::<T, _>(y, |y| {
             with_slice::<T, _>(dy, |dy, _| {
-                Ok(column_sums(y, dy, bias.as_deref(), &values, x.dims()[0]))
+                let bias = bias.as_deref();
+                Ok(column_sums((y, dy), bias, &values, x.dims()[0], swamped))
             })
         })?;
         let (mut grad, lost): (Vec<T>, Vec<bool>) = sums.into_iter().unzip();
@@ -268,30 +334,35 @@ impl Product {
         let rotated = Mat::row_major(&rotated, rows, width);
         with_slice::<T, _>(dy, |dy, _| {
             let dy = Mat::row_major(dy, rows, marked.len());
-            with_slice::<T, _>(self.weight.tensor(), |weight, layout| {
-                let weight = matrix(weight, layout)?;
-                for (start, count) in runs(marked) {
-                    // One row of the weight's gradient for each: thin, and gone after its run.
-                    let mut thin = vec![T::zero(); count * width];
-                    let of_run = dy.part((0, rows), (start, count)).t();
-                    multiply(
-                        MatMut::new(&mut thin, (count, width), width),
-                        of_run,
-                        rotated,
-                        false,
-                    );
-                    for (o, thin) in (start..).zip(thin.chunks_exact(width)) {
-                        let terms = thin.iter().enumerate();
-                        let sum: f64 = terms
-                            .map(|(i, v)| v.to_f64() * weight.at(o, i).to_f64())
-                            .sum();
-                        grad[o] = T::from_f64(sum);
-                    }
-                }
-                Ok(())
-            })
+            for (start, count) in runs(marked) {
+                self.weight
+                    .panels::<T>(start..start + count, |first, weight| {
+                        // One row of the weight's gradient for each: thin, and gone after its run.
+                        let count = weight.rows();
+                        let mut thin = vec![T::zero(); count * width];
+                        let dy = dy.part((0, rows), (first, count)).t();
+                        let to = MatMut::new(&mut thin, (count, width), width);
+                        multiply(to, dy, rotated, false);
+                        for (o, thin) in thin.chunks_exact(width).enumerate() {
+                            let terms = thin.iter().enumerate();
+                            let sum: f64 = terms
+                                .map(|(i, v)| v.to_f64() * weight.at(o, i).to_f64())
+                                .sum();
+                            grad[first + o] = T::from_f64(sum);
+                        }
+                    })?;
+            }
+            Ok(())
         })
     }
+}
+
+/// The tensor outside any graph, in the dtype the kernels compute in.
+fn wide<T: Real>(x: &Tensor) -> Result<Tensor> {
+    if x.dtype() == T::DTYPE {
+        return Ok(x.detach());
+    }
+    with_elements::<T, _>(x, |values| tensor(values.to_vec(), x.shape()))
 }
 
 /// A CPU tensor of rank 2 as a matrix.
@@ -308,20 +379,25 @@ fn matrix<'a, T: Real>(data: &'a [T], layout: &Layout) -> Result<Mat<'a, T>> {
 const COLUMNS: usize = 64;
 
 /// How much larger than the product the bias may be before `y - bias` has lost too much of it: five
-/// bits.
-const SWAMPED: f64 = 32.;
+/// bits of a y in f32 or f64, none of a half one.
+pub(crate) fn swamped(y: DType) -> f64 {
+    match y {
+        DType::F16 | DType::BF16 => 1.,
+        _ => 32.,
+    }
+}
 
 /// Ratios below this divide the rounding of y up too far.
-const TINY: f64 = 1e-12;
+pub(crate) const TINY: f64 = 1e-12;
 
 /// For each column `sum_t dy (y - bias) / ratio`, and whether that is not to be trusted. Summed in
 /// f64 from the first row to the last.
 fn column_sums<T: Real>(
-    y: &[T],
-    dy: &[T],
+    (y, dy): (&[T], &[T]),
     bias: Option<&[T]>,
     ratio: &[T],
     rows: usize,
+    limit: f64,
 ) -> Vec<(T, bool)> {
     let out = ratio.len();
     let mut sums = vec![(T::zero(), false); out];
@@ -343,7 +419,7 @@ fn column_sums<T: Real>(
             for (c, sum) in sums.iter_mut().enumerate() {
                 let ratio = ratio[start + c].to_f64();
                 let bias = bias.map_or(0., |bias| bias[start + c].to_f64());
-                let swamped = bias * bias * rows as f64 > SWAMPED * SWAMPED * squares[c];
+                let swamped = bias * bias * rows as f64 > limit * limit * squares[c];
                 let lost = swamped || ratio.abs() < TINY;
                 *sum = (T::from_f64(if lost { 0. } else { slopes[c] / ratio }), lost);
             }
@@ -361,15 +437,6 @@ fn runs(marked: &[bool]) -> Vec<(usize, usize)> {
         }
     }
     runs
-}
-
-macro_rules! by_dtype {
-    ($tensor:expr, $call:ident($($arg:expr),*), $op:expr) => {
-        match $tensor.dtype() {
-            DType::F64 => $op.$call::<f64>($($arg),*),
-            _ => $op.$call::<f32>($($arg),*),
-        }
-    };
 }
 
 impl CustomOp1 for Product {

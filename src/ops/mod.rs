@@ -3,6 +3,8 @@
 
 mod blocks;
 pub(crate) mod composed;
+pub(crate) mod conv;
+pub(crate) mod embedding;
 mod gemm;
 pub(crate) mod linear;
 pub(crate) mod maps;

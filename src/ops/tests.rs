@@ -1,6 +1,7 @@
 //! The fused products against their composed twins.
 
-use super::{Weight, composed, linear};
+use super::conv::Geometry;
+use super::{Weight, composed, conv, embedding, linear};
 use crate::rng::SplitMix64;
 use candle_core::{DType, Device, Result, Shape, Tensor, Var};
 
@@ -176,18 +177,166 @@ fn the_frozen_product_equals_its_composed_twin() -> Result<()> {
 }
 
 #[test]
-fn half_types_take_the_composed_way_with_gradients() -> Result<()> {
-    for dtype in [DType::F16, DType::BF16] {
-        let weight = Weight::dense(&seeded((5, 8), 1, dtype)?);
-        let x = Var::from_tensor(&seeded((3, 8), 3, dtype)?)?;
-        let r = Var::from_tensor(&Tensor::eye(4, DType::F32, &Device::Cpu)?.repeat((2, 1, 1))?)?;
-        let ratio = Var::ones(5, DType::F32, &Device::Cpu)?;
-        let y = linear::doft(&x, &r, Some(&ratio), &weight, None)?;
-        assert_eq!(y.dtype(), dtype);
-        let grads = y.sum_all()?.backward()?;
-        assert!(grads.get(&x).is_some());
+fn half_types_are_computed_in_f32_and_rounded_once() -> Result<()> {
+    for (dtype, tolerance) in [(DType::F16, 2e-3), (DType::BF16, 1.6e-2)] {
+        // Values that are exact in the half type, so that both sides start alike.
+        let exact = |shape: (usize, usize), seed| seeded(shape, seed, dtype);
+        let weight = exact((37, 64), 1)?;
+        let x = Var::from_tensor(&exact((70, 64), 3)?)?;
+        let wide = Var::from_tensor(&x.to_dtype(DType::F32)?)?;
+        let r = Var::from_tensor(&seeded((4, 16, 16), 5, DType::F32)?)?;
+        let ratio = Var::from_tensor(&seeded(37, 6, DType::F32)?)?;
+        let bias = seeded(37, 7, DType::F32)?;
+        let upstream = seeded((70, 37), 8, dtype)?;
+        let run = |x: &Var, weight: Weight| -> Result<_> {
+            let y = linear::doft(x, &r, Some(&ratio), &weight, Some(&bias))?;
+            let upstream = upstream.to_dtype(y.dtype())?;
+            let grads = (&y * upstream)?.sum_all()?.backward()?;
+            let of = |v: &Var| grads.get(v).expect("a gradient").clone();
+            Ok([y, of(x), of(&r), of(&ratio)])
+        };
+        let half = run(&x, Weight::dense(&weight))?;
+        let mixed = run(&wide, Weight::dense(&weight))?;
+        let full = run(&wide, Weight::dense(&weight.to_dtype(DType::F32)?))?;
+        assert_eq!(half[0].dtype(), dtype);
+        assert_eq!(mixed[0].dtype(), DType::F32);
+        for (i, what) in ["y", "dx", "dr", "dratio"].into_iter().enumerate() {
+            assert_near(
+                &format!("{dtype:?} with f32: {what}"),
+                &mixed[i],
+                &full[i],
+                1e-5,
+            )?;
+            let wide = half[i].to_dtype(DType::F32)?;
+            assert_near(&format!("{dtype:?}: {what}"), &wide, &full[i], tolerance)?;
+        }
+    }
+    Ok(())
+}
+
+fn geometries() -> Vec<Geometry> {
+    let base = Geometry {
+        kernel: (3, 3),
+        stride: (1, 1),
+        padding: (0, 0),
+        dilation: (1, 1),
+        groups: 1,
+        one_dimensional: false,
+    };
+    vec![
+        base,
+        Geometry {
+            stride: (2, 2),
+            padding: (1, 1),
+            ..base
+        },
+        Geometry {
+            kernel: (3, 2),
+            padding: (2, 2),
+            ..base
+        },
+        Geometry {
+            dilation: (2, 2),
+            padding: (1, 1),
+            ..base
+        },
+        Geometry {
+            groups: 2,
+            stride: (2, 2),
+            padding: (1, 1),
+            ..base
+        },
+        Geometry {
+            groups: 4,
+            padding: (1, 1),
+            ..base
+        },
+        Geometry {
+            kernel: (1, 1),
+            stride: (3, 3),
+            ..base
+        },
+        Geometry {
+            kernel: (2, 5),
+            padding: (3, 3),
+            stride: (2, 2),
+            dilation: (1, 1),
+            ..base
+        },
+    ]
+}
+
+#[test]
+fn convolutions_equal_their_composed_twins() -> Result<()> {
+    for geometry in geometries() {
+        for (height, width) in [(8, 7), (7, 8), (9, 9)] {
+            // 2 outputs of a group take the weight's way to dR, 24 that of the patches.
+            for (outputs, images, shared) in [(2, 3, false), (24, 1, false), (24, 2, true)] {
+                for (rotates, magnitude) in [(true, true), (true, false), (false, false)] {
+                    let (groups, kernel) = (geometry.groups, geometry.kernel);
+                    let (out, patch) = (outputs * groups, 2 * kernel.0 * kernel.1);
+                    let dtype = DType::F64;
+                    let weight = Weight::dense(&seeded((out, patch), 1, dtype)?);
+                    let bias = seeded(out, 2, dtype)?;
+                    let shape = (images, 2 * groups, height, width);
+                    let x = Var::from_tensor(&seeded(shape, 3, dtype)?)?;
+                    let blocks = if shared { 1 } else { patch / 2 };
+                    let r = Var::from_tensor(&seeded((blocks, 2, 2), 4, dtype)?)?;
+                    // A ratio of 0 and a bias that swamps the product: the recomputed gradient.
+                    let mut ratio = seeded(out, 5, dtype)?.to_vec1::<f64>()?;
+                    ratio[0] = 0.;
+                    let ratio = Var::new(ratio, &Device::Cpu)?;
+                    let factors = (r.as_tensor(), magnitude.then_some(ratio.as_tensor()));
+                    let factors = rotates.then_some(factors);
+                    let bias = (bias * 1e6)?;
+                    let fused = conv::conv(&x, factors, &weight, Some(&bias), geometry)?;
+                    let twin = composed::conv(&x, factors, &weight, Some(&bias), geometry)?;
+                    let what = format!("{geometry:?} {height}x{width} {outputs} {magnitude}");
+                    assert_near(&what, &fused, &twin, 1e-13)?;
+                    let upstream = seeded(fused.shape().clone(), 6, dtype)?;
+                    let of = |y: &Tensor| (y * &upstream)?.sum_all()?.backward();
+                    let (fused, twin) = (of(&fused)?, of(&twin)?);
+                    let mut wanted = vec![("x", &x)];
+                    if rotates {
+                        wanted.push(("r", &r));
+                    }
+                    if magnitude {
+                        wanted.push(("ratio", &ratio));
+                    }
+                    for (name, var) in wanted {
+                        let (fused, twin) = (fused.get(var), twin.get(var));
+                        let (Some(fused), Some(twin)) = (fused, twin) else {
+                            panic!("{what}: no gradient for {name}");
+                        };
+                        assert_near(&format!("{what}: d{name}"), fused, twin, 1e-12)?;
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn embeddings_equal_their_composed_twins() -> Result<()> {
+    let table = seeded((11, 12), 1, DType::F64)?;
+    let ids = Tensor::new(&[3u32, 0, 10, 3], &Device::Cpu)?;
+    for shared in [false, true] {
+        let blocks = if shared { 1 } else { 3 };
+        let r = Var::from_tensor(&seeded((blocks, 4, 4), 2, DType::F64)?)?;
+        let ratio = Var::from_tensor(&seeded(4, 3, DType::F64)?)?;
+        let upstream = seeded((4, 12), 4, DType::F64)?;
+        let fused = embedding::doft(&Weight::dense(&table), &ids, &r, Some(&ratio))?;
+        let twin = composed::rotate(&table.index_select(&ids, 0)?, &r)?;
+        let twin = twin.broadcast_mul(&ratio.unsqueeze(1)?)?;
+        assert_near("y", &fused, &twin, 1e-13)?;
+        let of = |y: &Tensor| (y * &upstream)?.sum_all()?.backward();
+        let (fused, twin) = (of(&fused)?, of(&twin)?);
         for var in [&r, &ratio] {
-            assert_eq!(grads.get(var).expect("a gradient").dtype(), DType::F32);
+            let (Some(fused), Some(twin)) = (fused.get(var), twin.get(var)) else {
+                panic!("no gradient");
+            };
+            assert_near("a gradient", fused, twin, 1e-13)?;
         }
     }
     Ok(())

@@ -1,0 +1,126 @@
+//! [`DoftEmbedding`]: a frozen table whose looked-up rows are rotated, and scaled on request.
+
+use super::adaptation::Factors;
+use super::common::layer_methods;
+use super::{Adaptation, Base};
+use crate::config::{DoftConfig, LayerKind};
+use crate::error::Result;
+use crate::frozen;
+use crate::ops;
+use candle_core::Tensor;
+use candle_nn::VarBuilder;
+use std::sync::Arc;
+
+/// A frozen embedding, its rows rotated.
+///
+/// ```text
+/// y = (m_id / n0_id) * (E[id] . blockdiag(R))
+/// ```
+///
+/// that is, an embedding of table `diag(m / n0) E blockdiag(R)`. The magnitude, one for each token, is
+/// off unless [`DoftConfig::embedding_magnitude`] or a rule asks for it. A pass reads and turns the
+/// rows in use, no others.
+///
+/// Dropout, switches and the meaning of "not adapted" are those of [`DoftLinear`](crate::DoftLinear).
+///
+/// # Shapes
+///
+/// Ids of any shape `(..)`, u8, u32 or i64; the answer is `(.., hidden)` in the dtype of a dense
+/// table, f32 from a quantized one.
+///
+/// # Examples
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_doft::{DoftConfig, DoftEmbedding};
+/// use candle_nn::{Embedding, Module, VarBuilder};
+///
+/// let table = Tensor::randn(0f32, 1., (10, 32), &Device::Cpu)?;
+/// let vb = VarBuilder::zeros(DType::F32, &Device::Cpu).pp("embed_tokens");
+/// let layer = DoftEmbedding::new(Embedding::new(table, 32), &DoftConfig::default(), vb)?;
+/// assert_eq!(layer.forward(&Tensor::new(&[3u32, 1], &Device::Cpu)?)?.dims(), [2, 32]);
+/// # Ok::<(), candle_doft::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct DoftEmbedding {
+    path: Arc<str>,
+    base: frozen::Embedding,
+    adaptation: Option<Arc<Adaptation>>,
+}
+
+impl DoftEmbedding {
+    /// Wraps `base`. Parameters are taken from `vb` under the names of adapter files; the prefix of
+    /// `vb` is the layer's path.
+    ///
+    /// # Errors
+    ///
+    /// When the table is not a float matrix, the configuration does not fit its width (see
+    /// [`DoftConfig::layout`]), or `vb` holds a parameter of another shape.
+    pub fn new(
+        base: impl Into<frozen::Embedding>,
+        config: &DoftConfig,
+        vb: VarBuilder,
+    ) -> Result<Self> {
+        Self::adapted(base.into(), config, None, vb)
+    }
+
+    pub(crate) fn adapted(
+        base: frozen::Embedding,
+        config: &DoftConfig,
+        norms: Option<Tensor>,
+        vb: VarBuilder,
+    ) -> Result<Self> {
+        let weight = Base {
+            weight: base.frozen_weight(),
+            shape: base.frozen_weight().dims(),
+        };
+        let adaptation = Adaptation::new(LayerKind::Embedding, &weight, config, norms, vb)?;
+        Ok(Self {
+            path: adaptation.path().into(),
+            base,
+            adaptation: Some(Arc::new(adaptation)),
+        })
+    }
+
+    /// The table that acts, `diag(m / n0) E blockdiag(R)`, computed in f32 or wider. The base's own
+    /// when disabled or not adapted.
+    ///
+    /// # Errors
+    ///
+    /// Those of candle's operations.
+    pub fn effective_weight(&self) -> Result<Tensor> {
+        let table = self.base.embeddings()?;
+        match &self.adaptation {
+            Some(adaptation) => adaptation.effective_weight(&table),
+            None => Ok(table),
+        }
+    }
+
+    /// The same layer as a candle layer, for inference without this crate.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`DoftEmbedding::effective_weight`].
+    pub fn merge(&self) -> Result<candle_nn::Embedding> {
+        let hidden = self.base.hidden_size();
+        Ok(candle_nn::Embedding::new(self.effective_weight()?, hidden))
+    }
+
+    fn run(&self, ids: &Tensor, factors: Option<Factors>) -> candle_core::Result<Tensor> {
+        let table = self.base.frozen_weight();
+        let flat = self.base.check(&self.path, ids)?;
+        let rows = match (factors, &self.adaptation) {
+            (Some(Factors { r, ratio }), Some(adaptation)) => {
+                let ratio = match ratio {
+                    Some(constant) => Some(constant.index_select(&flat, 0)?),
+                    None => adaptation.params().ratio_at(&flat)?,
+                };
+                ops::embedding::doft(table, &flat, &r, ratio.as_ref())?
+            }
+            _ => ops::embedding::rows(table, &flat)?,
+        };
+        rows.reshape(self.base.answer(ids))
+    }
+}
+
+layer_methods!(DoftEmbedding, frozen::Embedding);
