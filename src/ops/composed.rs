@@ -81,7 +81,7 @@ pub(crate) fn rotate(x: &Tensor, r: &Tensor) -> Result<Tensor> {
         .transpose(0, 1)?
         .contiguous()?;
     by_block
-        .matmul(&r)?
+        .matmul(r)?
         .transpose(0, 1)?
         .contiguous()?
         .reshape(x.shape())

@@ -33,3 +33,7 @@ pub fn merged(dtype: DType) -> f64 {
         _ => 3e-2,
     }
 }
+
+/// A quantized layer against the dense one it expands to, relative to the largest: the same f32
+/// products, added in another order.
+pub const QUANTIZED: f64 = 1e-5;
