@@ -1,11 +1,12 @@
 //! What a training step allocates: nothing of the weight's size, and nothing that stays.
 
+use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_doft::{DoftConfig, DoftLinear};
+use candle_doft::{DoftConfig, DoftLinear, frozen};
 use candle_nn::{Linear, Module, VarBuilder, VarMap};
 use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
 
 /// Counts what is asked of the system's allocator.
 struct Counting;
@@ -138,5 +139,50 @@ fn the_forward_pass_keeps_its_answer_and_nothing_of_its_size_besides() -> Result
         kept < answer + 8 * parameters,
         "{kept} bytes kept, y has {answer}"
     );
+    Ok(())
+}
+
+/// Beside inputs and answers, a step through a half or quantized weight needs its panels alone.
+#[test]
+fn a_step_through_a_quantized_or_half_weight_never_widens_the_whole() -> Result<()> {
+    let _alone = ALONE.lock();
+    const WIDE: usize = 4096;
+    const LIMIT: usize = 8 << 20;
+    let weight = Tensor::randn(0f32, 0.02, (WIDE, WIDE), &Device::Cpu)?;
+    let quantized = QTensor::quantize(&weight, GgmlDType::Q4_0)?;
+    let bases = [
+        frozen::Linear::quantized(Arc::new(quantized), None)?,
+        frozen::Linear::new(weight.to_dtype(DType::BF16)?, None),
+        frozen::Linear::new(weight.to_dtype(DType::F16)?, None),
+    ];
+    drop(weight);
+    for base in bases {
+        let dtype = base.dtype();
+        let x = Var::randn(0f32, 1., (16, WIDE), &Device::Cpu)?;
+        let x = Var::from_tensor(&x.to_dtype(dtype)?)?;
+        let varmap = VarMap::new();
+        let vb = VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu);
+        let config = DoftConfig::default().with_block_size(8);
+        let (layer, _, peak) = counted(|| DoftLinear::new(base, &config, vb));
+        let layer = layer?;
+        assert!(peak < LIMIT, "{dtype:?}: {peak} bytes to make the layer");
+        let step = || -> Result<()> {
+            let grads = layer.forward(&x)?.sqr()?.mean_all()?.backward()?;
+            assert!(grads.get(&x).is_some());
+            Ok(())
+        };
+        step()?;
+        let live = LIVE.load(SeqCst);
+        let (done, _, peak) = counted(step);
+        done?;
+        assert!(
+            peak < LIMIT,
+            "{dtype:?}: {peak} bytes at the peak of a step"
+        );
+        assert!(
+            LIVE.load(SeqCst) <= live + 4096,
+            "{dtype:?}: the step kept memory"
+        );
+    }
     Ok(())
 }
