@@ -1,14 +1,19 @@
 //! Every custom op: its forward kernel, its backward, and the composed twin that runs where there is
 //! no kernel. The only place with `unsafe`.
 
+pub(crate) mod attention;
 mod blocks;
 pub(crate) mod composed;
 pub(crate) mod conv;
 pub(crate) mod embedding;
 mod gemm;
 pub(crate) mod linear;
+pub(crate) mod loss;
 pub(crate) mod maps;
-mod real;
+pub(crate) mod norm;
+pub(crate) mod pointwise;
+pub(crate) mod real;
+mod rows;
 mod weight;
 
 pub(crate) use weight::Weight;

@@ -16,6 +16,9 @@ pub(crate) trait Real: WithDType + Send + Sync {
 
     /// The slice itself where f32 is meant.
     fn as_f32(values: &[Self]) -> Option<&[f32]>;
+
+    /// `e^self`; of minus infinity 0, of NaN NaN.
+    fn exp(self) -> Self;
 }
 
 impl Real for f32 {
@@ -26,6 +29,34 @@ impl Real for f32 {
     fn as_f32(values: &[Self]) -> Option<&[f32]> {
         Some(values)
     }
+
+    // The standard library's is a call for each element; this one is straight code, which the
+    // compiler turns into wide instructions. Within 2 ulp of the true value.
+    #[inline(always)]
+    fn exp(self) -> Self {
+        // Adding and taking away 1.5 * 2^23 rounds to a whole number.
+        const ROUND: f32 = 12_582_912.;
+        let x = if self > 89. { 89. } else { self };
+        let x = if x < -87.3 { -87.3 } else { x };
+        let n = (x * std::f32::consts::LOG2_E + ROUND) - ROUND;
+        // ln 2 in two parts, the first with few bits, so that the products are exact.
+        let r = x - n * 0.693_359_4 - n * -2.121_944_4e-4;
+        // Taylor's series of exp(r), |r| <= ln 2 / 2, to 7 terms: what is left is below 6e-8.
+        let p = 1. / 5040.;
+        let p = p * r + 1. / 720.;
+        let p = p * r + 1. / 120.;
+        let p = p * r + 1. / 24.;
+        let p = p * r + 1. / 6.;
+        let p = p * r + 0.5;
+        let p = p * r + 1.;
+        let p = p * r + 1.;
+        // 2^n in two factors: 2^128 is no f32, though p * 2^128 may be one.
+        let (n, half) = (n as i32, n as i32 >> 1);
+        let power = |n: i32| f32::from_bits(((n + 127) << 23) as u32);
+        let y = p * power(half) * power(n - half);
+        let y = if self > 88.8 { f32::INFINITY } else { y };
+        if self < -87.3 { 0. } else { y }
+    }
 }
 
 impl Real for f64 {
@@ -35,6 +66,10 @@ impl Real for f64 {
 
     fn as_f32(_: &[Self]) -> Option<&[f32]> {
         None
+    }
+
+    fn exp(self) -> Self {
+        self.exp()
     }
 }
 
@@ -171,5 +206,25 @@ pub(crate) fn with_elements<T: Real, A>(
     match &*storage {
         Storage::Cpu(storage) => f(&elements::<T>(storage, layout)?),
         _ => Err(not_on_cpu()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_exponential_is_within_two_ulp_and_keeps_its_ends() {
+        let exp = |x: f32| <f32 as Real>::exp(x);
+        for i in -8_700..8_872 {
+            let x = i as f32 / 100. + 1e-4;
+            let (found, expected) = (f64::from(exp(x)), f64::from(x).exp());
+            let off = (found - expected).abs() / expected;
+            assert!(off < 2.4e-7, "exp({x}) is {found:e}, off by {off:e}");
+        }
+        assert_eq!(exp(0.), 1.);
+        assert_eq!(exp(f32::NEG_INFINITY), 0.);
+        assert_eq!(exp(f32::INFINITY), f32::INFINITY);
+        assert!(exp(f32::NAN).is_nan());
     }
 }

@@ -1,7 +1,10 @@
 //! The fused products against their composed twins.
 
+use super::attention::Attention;
 use super::conv::Geometry;
-use super::{Weight, composed, conv, embedding, linear};
+use super::norm::Norm;
+use super::pointwise::{Rope, SiluMul, Softmax};
+use super::{Weight, composed, conv, embedding, linear, loss};
 use crate::rng::SplitMix64;
 use candle_core::{DType, Device, Result, Shape, Tensor, Var};
 
@@ -338,6 +341,159 @@ fn embeddings_equal_their_composed_twins() -> Result<()> {
             };
             assert_near("a gradient", fused, twin, 1e-13)?;
         }
+    }
+    Ok(())
+}
+
+/// One op and its composed twin: values and the gradient of every variable.
+fn twins(
+    what: &str,
+    vars: &[&Var],
+    fused: impl Fn() -> Result<Tensor>,
+    twin: impl Fn() -> Result<Tensor>,
+    tolerance: f64,
+) -> Result<()> {
+    let (fused, twin) = (fused()?, twin()?);
+    assert_near(what, &fused, &twin, tolerance)?;
+    let upstream = seeded(fused.shape().clone(), 90, fused.dtype())?;
+    let of = |y: &Tensor| (y * &upstream)?.sum_all()?.backward();
+    let (fused, twin) = (of(&fused)?, of(&twin)?);
+    for (i, var) in vars.iter().enumerate() {
+        let (Some(fused), Some(twin)) = (fused.get(var), twin.get(var)) else {
+            panic!("{what}: no gradient for variable {i}");
+        };
+        assert_near(&format!("{what}: gradient {i}"), fused, twin, tolerance)?;
+    }
+    Ok(())
+}
+
+fn var(shape: impl Into<Shape>, seed: u64, dtype: DType) -> Result<Var> {
+    Var::from_tensor(&seeded(shape, seed, dtype)?)
+}
+
+const DTYPES: [(DType, f64); 4] = [
+    (DType::F64, 1e-13),
+    (DType::F32, 3e-6),
+    (DType::F16, 5e-3),
+    (DType::BF16, 3e-2),
+];
+
+#[test]
+fn frozen_functions_equal_their_composed_twins() -> Result<()> {
+    for (dtype, tolerance) in DTYPES {
+        for width in [1, 7, 16, 40, 1000] {
+            let x = var((2, 3, width), 1, dtype)?;
+            let other = var((2, 3, width), 2, dtype)?;
+            for (remove_mean, bias) in [(true, true), (true, false), (false, false)] {
+                if width == 1 {
+                    continue; // The gradient is what eps leaves of it.
+                }
+                let norm = Norm {
+                    weight: seeded(width, 3, dtype)?,
+                    bias: bias.then(|| seeded(width, 4, dtype)).transpose()?,
+                    eps: 1e-5,
+                    remove_mean,
+                };
+                let what = format!("norm, {dtype:?}, {width}, {remove_mean}");
+                let twin = || norm.composed(&x);
+                twins(&what, &[&x], || norm.forward(&x), twin, tolerance)?;
+                let both = |(sum, normed): (Tensor, Tensor)| Tensor::cat(&[sum, normed], 0);
+                let fused = || both(norm.forward_residual(&x, &other)?);
+                let twin = || {
+                    let sum = (x.as_tensor() + other.as_tensor())?;
+                    let normed = norm.composed(&sum)?;
+                    both((sum, normed))
+                };
+                twins(&what, &[&x, &other], fused, twin, tolerance)?;
+            }
+            let what = format!("{dtype:?}, {width}");
+            let (fused, twin) = (|| x.apply_op1(Softmax), || Softmax::composed(&x));
+            twins(&format!("softmax, {what}"), &[&x], fused, twin, tolerance)?;
+            let fused = || x.apply_op2(&other, SiluMul);
+            let twin = || SiluMul::composed(&x, &other);
+            twins(
+                &format!("silu, {what}"),
+                &[&x, &other],
+                fused,
+                twin,
+                tolerance,
+            )?;
+            let logits = var((5, width), 6, dtype)?;
+            let targets: Vec<u32> = (0..5).map(|i| (i * 7) % width as u32).collect();
+            let fused = || loss::cross_entropy(&logits, targets.clone());
+            let twin = || loss::composed_cross_entropy(&logits, &targets);
+            if width > 1 {
+                twins(&format!("loss, {what}"), &[&logits], fused, twin, tolerance)?;
+            }
+        }
+        for (interleaved, batched) in [(false, false), (true, false), (false, true)] {
+            let x = var((2, 3, 5, 8), 1, dtype)?;
+            let table = |seed| match batched {
+                true => seeded((2, 6, 4), seed, dtype),
+                false => seeded((6, 4), seed, dtype),
+            };
+            let (cos, sin) = (table(2)?, table(3)?);
+            let rope = Rope {
+                cos,
+                sin,
+                interleaved,
+            };
+            let (fused, twin) = (|| x.apply_op1(rope.clone()), || rope.composed(&x));
+            twins(&format!("rope, {dtype:?}"), &[&x], fused, twin, tolerance)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn attention_equals_its_composed_twin() -> Result<()> {
+    for (dtype, tolerance) in DTYPES {
+        // With and without earlier keys, one block of rows and several, groups of 1, 2 and 4.
+        for (steps, keys, heads, kinds) in
+            [(5, 5, 4, 4), (1, 9, 4, 2), (70, 70, 4, 1), (3, 130, 2, 2)]
+        {
+            let (q, k) = (
+                var((2, steps, heads, 8), 1, dtype)?,
+                var((2, kinds, keys, 8), 2, dtype)?,
+            );
+            let v = var((2, kinds, keys, 8), 3, dtype)?;
+            // A transposed view, as projections give it.
+            let fused = || {
+                let q = q.transpose(1, 2)?;
+                q.apply_op3(&k, &v, Attention::new(0.3))
+            };
+            let twin = || Attention::composed(&q.transpose(1, 2)?.contiguous()?, &k, &v, 0.3);
+            let what = format!("attention, {dtype:?}, {steps} of {keys}, {heads}/{kinds}");
+            twins(&what, &[&q, &k, &v], fused, twin, tolerance)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_loss_over_a_head_equals_the_loss_over_its_logits() -> Result<()> {
+    for (dtype, tolerance) in DTYPES {
+        // Several chunks of rows, and several panels of a half head.
+        let (rows, width, classes) = (300, 16, 50);
+        let head = Weight::dense(&seeded((classes, width), 1, dtype)?);
+        let bias = seeded(classes, 2, dtype)?;
+        let hidden = var((rows, width), 3, dtype)?;
+        let targets: Vec<u32> = (0..rows as u32).map(|t| t * 13 % classes as u32).collect();
+        for bias in [None, Some(&bias)] {
+            let fused = || loss::linear_cross_entropy(&hidden, &head, bias, targets.clone());
+            let twin = || {
+                let logits = composed::frozen(&hidden, &head, bias)?;
+                loss::composed_cross_entropy(&logits, &targets)
+            };
+            let detached = || loss::elsewhere(&hidden, &head, bias, &targets);
+            let what = format!("head, {dtype:?}");
+            twins(&what, &[&hidden], fused, twin, tolerance)?;
+            twins(&what, &[&hidden], detached, twin, 3. * tolerance)?;
+        }
+        let constant = hidden.detach();
+        let loss = loss::linear_cross_entropy(&constant, &head, None, targets.clone())?;
+        let twin = loss::linear_cross_entropy(&hidden, &head, None, targets.clone())?;
+        assert_near("without a gradient", &loss, &twin, 0.)?;
     }
     Ok(())
 }

@@ -1,0 +1,228 @@
+//! Functions without parameters that pass gradients on where candle's cut the graph.
+
+use super::check_float;
+use crate::error::Error;
+use crate::ops::attention::{Attention, one_dtype};
+use crate::ops::pointwise::{Rope, SiluMul, Softmax};
+use crate::ops::real::has_kernel;
+use candle_core::{DType, Result, Tensor};
+
+const FLOATS: &[DType] = &[DType::F16, DType::BF16, DType::F32, DType::F64];
+
+fn refuse<A>(
+    function: &'static str,
+    what: &'static str,
+    found: String,
+    expected: impl Into<String>,
+) -> Result<A> {
+    Err(Error::Argument {
+        function,
+        what,
+        found,
+        expected: expected.into(),
+    }
+    .into())
+}
+
+/// Softmax over the last axis: `y = exp(x - max x) / sum exp(x - max x)`, `dx = y * (dy - sum(dy * y))`.
+///
+/// [`candle_nn::ops::softmax_last_dim`] has no backward; this keeps y alone. Any shape of rank 1 or
+/// more; half types are computed in f32.
+///
+/// # Errors
+///
+/// When `x` is not a float tensor of rank 1 or more.
+///
+/// # Examples
+///
+/// ```
+/// use candle_core::{Device, Var};
+/// use candle_doft::frozen::softmax_last_dim;
+///
+/// let x = Var::new(&[[0f32, 3f32.ln()]], &Device::Cpu)?;
+/// let y = softmax_last_dim(&x)?;
+/// assert!((y.to_vec2::<f32>()?[0][1] - 0.75).abs() < 1e-6);
+/// assert!(y.backward()?.get(&x).is_some());
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn softmax_last_dim(x: &Tensor) -> Result<Tensor> {
+    check_float("softmax_last_dim", x, FLOATS)?;
+    if x.rank() == 0 {
+        return refuse(
+            "softmax_last_dim",
+            "`x`",
+            "a scalar".into(),
+            "rank 1 or more",
+        );
+    }
+    match has_kernel(x) && x.elem_count() > 0 {
+        true => x.apply_op1(Softmax),
+        false => Softmax::composed(x),
+    }
+}
+
+/// `silu(gate) * up`, with `silu(g) = g / (1 + exp(-g))`: the gated product of SwiGLU
+/// (arXiv:2002.05202, equation 5) in one pass. Both of one shape and dtype.
+///
+/// # Errors
+///
+/// When the two differ in shape or dtype, or are not float tensors.
+///
+/// # Examples
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// let gate = Tensor::new(&[0f32, 100.], &Device::Cpu)?;
+/// let up = Tensor::new(&[5f32, 2.], &Device::Cpu)?;
+/// assert_eq!(candle_doft::frozen::silu_mul(&gate, &up)?.to_vec1::<f32>()?, [0., 200.]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    check_float("silu_mul", gate, FLOATS)?;
+    if gate.dims() != up.dims() || gate.dtype() != up.dtype() {
+        return refuse(
+            "silu_mul",
+            "`up`",
+            format!("{:?} of {:?}", up.dims(), up.dtype()),
+            format!("{:?} of {:?}, as `gate`", gate.dims(), gate.dtype()),
+        );
+    }
+    match has_kernel(gate) {
+        true => gate.apply_op2(up, SiluMul),
+        false => SiluMul::composed(gate, up),
+    }
+}
+
+/// Rotary position embedding of the pairs `(x_i, x_{i + d/2})`, as Llama in Hugging Face's layout.
+///
+/// ```text
+/// (a, b) -> (a cos - b sin, a sin + b cos),   angle of (t, i) from `cos` and `sin`
+/// ```
+///
+/// Backward turns back. [`candle_nn::rotary_emb::rope`] has no backward.
+///
+/// # Shapes
+///
+/// `x` is `(B, H, T, d)`; `cos` and `sin` are `(S, d/2)`, or `(B, S, d/2)`, with `S >= T`.
+///
+/// # Errors
+///
+/// When the shapes do not fit.
+///
+/// # References
+///
+/// "RoFormer", arXiv:2104.09864, equation 34.
+pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    turned("rope", x, cos, sin, false)
+}
+
+/// The same for neighbouring pairs `(x_{2i}, x_{2i + 1})`, as in the original Llama files.
+///
+/// # Errors
+///
+/// When the shapes do not fit; see [`rope`].
+pub fn rope_i(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    turned("rope_i", x, cos, sin, true)
+}
+
+fn turned(
+    function: &'static str,
+    x: &Tensor,
+    cos: &Tensor,
+    sin: &Tensor,
+    interleaved: bool,
+) -> Result<Tensor> {
+    check_float(function, x, FLOATS)?;
+    let (batch, _, steps, width) = match x.dims() {
+        &[b, h, t, d] if d % 2 == 0 && d > 0 => (b, h, t, d),
+        dims => {
+            return refuse(
+                function,
+                "`x`",
+                format!("{dims:?}"),
+                "(B, H, T, d) of even d",
+            );
+        }
+    };
+    for (what, table) in [("`cos`", cos), ("`sin`", sin)] {
+        let fits = match table.dims() {
+            &[s, half] => s >= steps && half * 2 == width,
+            &[b, s, half] => b == batch && s >= steps && half * 2 == width,
+            _ => false,
+        };
+        if !fits || table.rank() != cos.rank() || table.dims() != cos.dims() {
+            let expected = format!(
+                "(S, {}) or ({batch}, S, {}), S from {steps}",
+                width / 2,
+                width / 2
+            );
+            return refuse(function, what, format!("{:?}", table.dims()), expected);
+        }
+    }
+    let rope = Rope {
+        cos: cos.detach(),
+        sin: sin.detach(),
+        interleaved,
+    };
+    match has_kernel(x) {
+        true => x.apply_op1(rope),
+        false => rope.composed(x),
+    }
+}
+
+/// Causal attention with grouped queries: `softmax(scale * q k^T + mask) v`.
+///
+/// Query `i` of `T` sees the keys `0 ..= S - T + i`, so that the last query sees them all, with a
+/// cache of earlier keys or without. Query head `h` uses the keys of head `h / (H / G)`.
+///
+/// Kept for the backward pass are q, k, v, the output and one number for each row, never the scores.
+///
+/// # Shapes
+///
+/// `q` is `(B, H, T, d)`, `k` and `v` are `(B, G, S, d)` with `G` a divisor of `H` and `S >= T`; the
+/// answer is `(B, H, T, d)`, in memory `(B, T, H, d)`: `y.transpose(1, 2)?.reshape((B, T, H * d))`
+/// copies nothing.
+///
+/// # Errors
+///
+/// When the shapes do not fit, or the three differ in dtype.
+///
+/// # Examples
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_doft::frozen::causal_attention;
+///
+/// let q = Tensor::randn(0f32, 1., (1, 4, 3, 8), &Device::Cpu)?;
+/// let kv = Tensor::randn(0f32, 1., (1, 2, 3, 8), &Device::Cpu)?;
+/// let y = causal_attention(&q, &kv, &kv, 8f64.powf(-0.5))?;
+/// assert_eq!(y.dims(), [1, 4, 3, 8]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+///
+/// # References
+///
+/// "FlashAttention-2", arXiv:2307.08691, algorithms 1 and 2.
+pub fn causal_attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<Tensor> {
+    const NAME: &str = "causal_attention";
+    check_float(NAME, q, FLOATS)?;
+    if !one_dtype(q, k, v) {
+        let found = format!("{:?}, {:?} and {:?}", q.dtype(), k.dtype(), v.dtype());
+        return refuse(NAME, "the dtype of q, k and v", found, "one float dtype");
+    }
+    let fits = match (q.dims(), k.dims()) {
+        (&[b, h, t, d], &[kb, g, s, kd]) => {
+            b == kb && d == kd && d > 0 && g > 0 && h > 0 && h % g == 0 && s >= t
+        }
+        _ => false,
+    };
+    if !fits || k.dims() != v.dims() {
+        let found = format!("{:?}, {:?}, {:?}", q.dims(), k.dims(), v.dims());
+        let expected = "(B, H, T, d), (B, G, S, d) twice, G a divisor of H, S at least T";
+        return refuse(NAME, "the shapes of q, k and v", found, expected);
+    }
+    match has_kernel(q) {
+        true => q.apply_op3(k, v, Attention::new(scale))?.transpose(1, 2),
+        false => Attention::composed(q, k, v, scale)?.transpose(1, 2),
+    }
+}

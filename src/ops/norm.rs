@@ -1,0 +1,239 @@
+//! Normalisation of rows by a frozen scale.
+//!
+//! ```text
+//! z = (x - mean) * s,   s = 1 / sqrt(mean((x - mean)^2) + eps),   y = z * w + c
+//! dx = s * (dz - mean(dz) - z * mean(dz * z)),   dz = dy * w
+//! ```
+//!
+//! RmsNorm is the same with the two means of x and dz left out.
+
+use super::real::{Real, by_dtype, elements, has_kernel, narrowed, tensor_as, with_elements};
+use super::rows::{for_rows, sum_of, zip_map};
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, DType, Layout, Result, Shape, Tensor};
+use std::sync::{Arc, OnceLock};
+
+/// The frozen parameters of a normalisation.
+#[derive(Clone, Debug)]
+pub(crate) struct Norm {
+    pub(crate) weight: Tensor,
+    pub(crate) bias: Option<Tensor>,
+    pub(crate) eps: f64,
+    pub(crate) remove_mean: bool,
+}
+
+impl Norm {
+    /// The normalised rows, with a gradient to `x` alone.
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        if !has_kernel(x) {
+            return self.composed(x);
+        }
+        x.apply_op1(Rows::new(self, None))
+    }
+
+    /// `(x + residual, norm(x + residual))`: the sum takes the scales of its rows along.
+    pub(crate) fn forward_residual(
+        &self,
+        x: &Tensor,
+        residual: &Tensor,
+    ) -> Result<(Tensor, Tensor)> {
+        if !has_kernel(x) || self.remove_mean || x.dtype() != residual.dtype() {
+            let sum = (x + residual)?;
+            let normed = self.forward(&sum)?;
+            return Ok((sum, normed));
+        }
+        let scales = Arc::new(OnceLock::new());
+        let eps = self.eps;
+        let add = Add {
+            eps,
+            scales: scales.clone(),
+        };
+        let sum = x.apply_op2(residual, add)?;
+        let normed = sum.apply_op1(Rows::new(self, Some(scales)))?;
+        Ok((sum, normed))
+    }
+
+    /// The same out of candle's operations.
+    pub(crate) fn composed(&self, x: &Tensor) -> Result<Tensor> {
+        let wide = match x.dtype() {
+            DType::F16 | DType::BF16 => DType::F32,
+            dtype => dtype,
+        };
+        let mut z = x.to_dtype(wide)?;
+        if self.remove_mean {
+            z = z.broadcast_sub(&z.mean_keepdim(D::Minus1)?)?;
+        }
+        let square = (z.sqr()?.mean_keepdim(D::Minus1)? + self.eps)?;
+        let mut y = z
+            .broadcast_div(&square.sqrt()?)?
+            .broadcast_mul(&self.weight.to_dtype(wide)?)?;
+        if let Some(bias) = &self.bias {
+            y = y.broadcast_add(&bias.to_dtype(wide)?)?;
+        }
+        y.to_dtype(x.dtype())
+    }
+}
+
+/// Scales of rows, once they are known.
+type Scales = Arc<OnceLock<Vec<f64>>>;
+
+fn row_scale<T: Real>(row: &[T], mean: T, eps: f64) -> f64 {
+    let square = sum_of(row, row, |v, _| (v - mean) * (v - mean)).to_f64();
+    1. / (square / row.len() as f64 + eps).sqrt()
+}
+
+fn mean<T: Real>(row: &[T]) -> T {
+    let sum = sum_of(row, row, |v, _| v).to_f64();
+    T::from_f64(sum / row.len() as f64)
+}
+
+struct Rows {
+    norm: Norm,
+    scales: Option<Scales>,
+}
+
+impl Rows {
+    fn new(norm: &Norm, scales: Option<Scales>) -> Self {
+        Self {
+            norm: norm.clone(),
+            scales,
+        }
+    }
+
+    fn moments<T: Real>(&self, index: usize, row: &[T]) -> (T, T) {
+        let mean = match self.norm.remove_mean {
+            true => mean(row),
+            false => T::zero(),
+        };
+        let known = self.scales.as_ref().and_then(|scales| scales.get());
+        let scale = match known {
+            Some(scales) => scales[index],
+            None => row_scale(row, mean, self.norm.eps),
+        };
+        (mean, T::from_f64(scale))
+    }
+
+    fn forward<T: Real>(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let values = elements::<T>(x, layout)?;
+        let width = self.norm.weight.elem_count();
+        let mut y = vec![T::zero(); values.len()];
+        with_elements::<T, _>(&self.norm.weight, |weight| {
+            let bias = self.norm.bias.as_ref();
+            let bias = bias.map(|bias| with_elements::<T, _>(bias, |bias| Ok(bias.to_vec())));
+            let bias = bias.transpose()?;
+            for_rows(&mut y, width, |i, y| {
+                let row = &values[i * width..][..width];
+                let (mean, scale) = self.moments(i, row);
+                let inputs = row.iter().zip(weight);
+                for (y, (x, w)) in y.iter_mut().zip(inputs) {
+                    *y = (*x - mean) * scale * *w;
+                }
+                if let Some(bias) = &bias {
+                    y.iter_mut().zip(bias).for_each(|(y, c)| *y += *c);
+                }
+            });
+            Ok(())
+        })?;
+        Ok((narrowed(y, x.dtype())?, layout.shape().clone()))
+    }
+
+    fn backward<T: Real>(&self, x: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        let width = self.norm.weight.elem_count();
+        let dx = with_elements::<T, _>(x, |x| {
+            with_elements::<T, _>(dy, |dy| {
+                with_elements::<T, _>(&self.norm.weight, |weight| {
+                    let mut dx = vec![T::zero(); x.len()];
+                    for_rows(&mut dx, width, |i, dx| {
+                        let x = &x[i * width..][..width];
+                        let dy = &dy[i * width..][..width];
+                        let (mean, scale) = self.moments(i, x);
+                        // dx holds dz = dy * w until the last line.
+                        let products = dy.iter().zip(weight);
+                        dx.iter_mut()
+                            .zip(products)
+                            .for_each(|(dz, (dy, w))| *dz = *dy * *w);
+                        let count = width as f64;
+                        let along = sum_of(dx, x, |dz, x| dz * (x - mean) * scale);
+                        let along = T::from_f64(along.to_f64() / count);
+                        let level = match self.norm.remove_mean {
+                            true => T::from_f64(sum_of(dx, dx, |dz, _| dz).to_f64() / count),
+                            false => T::zero(),
+                        };
+                        for (dx, x) in dx.iter_mut().zip(x) {
+                            *dx = scale * (*dx - level - (*x - mean) * scale * along);
+                        }
+                    });
+                    Ok(dx)
+                })
+            })
+        })?;
+        tensor_as(dx, x.shape(), x.dtype()).map(Some)
+    }
+}
+
+impl CustomOp1 for Rows {
+    fn name(&self) -> &'static str {
+        "frozen-norm"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
+        by_dtype!(x, forward(x, l), self)
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        by_dtype!(x, backward(x, dy), self)
+    }
+}
+
+/// The sum of two tensors, which notes the scales of its rows for the norm that follows.
+struct Add {
+    eps: f64,
+    scales: Scales,
+}
+
+impl Add {
+    fn forward<T: Real>(
+        &self,
+        (x, xl): (&CpuStorage, &Layout),
+        (r, rl): (&CpuStorage, &Layout),
+    ) -> Result<(CpuStorage, Shape)> {
+        let (a, b) = (elements::<T>(x, xl)?, elements::<T>(r, rl)?);
+        let sum = zip_map(&a, &b, |a, b| a + b);
+        // A half sum is rounded, and the norm is of what it was rounded to.
+        if x.dtype() == T::DTYPE {
+            let width = xl.dims().last().copied().unwrap_or(1).max(1);
+            let mut scales = vec![0f64; sum.len() / width];
+            for_rows(&mut scales, 1, |i, scale| {
+                scale[0] = row_scale(&sum[i * width..][..width], T::zero(), self.eps);
+            });
+            let _ = self.scales.set(scales);
+        }
+        Ok((narrowed(sum, x.dtype())?, xl.shape().clone()))
+    }
+}
+
+impl CustomOp2 for Add {
+    fn name(&self) -> &'static str {
+        "residual"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        xl: &Layout,
+        r: &CpuStorage,
+        rl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        by_dtype!(x, forward((x, xl), (r, rl)), self)
+    }
+
+    fn bwd(
+        &self,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        Ok((Some(dy.clone()), Some(dy.clone())))
+    }
+}

@@ -1,0 +1,339 @@
+//! The frozen functions against candle's: the same results, and gradients where candle's have none.
+
+mod support;
+
+use candle_core::quantized::{GgmlDType, QMatMul, QTensor};
+use candle_core::{DType, Result, Tensor, Var};
+use candle_doft::{Adapter, DoftConfig, frozen};
+use candle_nn::{Linear, Module, VarBuilder};
+use std::sync::Arc;
+use support::slopes::check_slopes;
+use support::tensors::{CPU, relative, seeded};
+
+/// 2^-17, which f32 holds.
+const EPS: f64 = 7.62939453125e-6;
+
+type Function = Box<dyn Fn(&Tensor) -> Result<Tensor>>;
+
+/// candle's function and ours, for one shape of input.
+struct Pair {
+    name: &'static str,
+    shape: Vec<usize>,
+    candle: Function,
+    ours: Function,
+    /// Whether candle's passes a gradient on.
+    whole: bool,
+}
+
+fn pair(
+    name: &'static str,
+    shape: &[usize],
+    candle: impl Fn(&Tensor) -> Result<Tensor> + 'static,
+    ours: impl Fn(&Tensor) -> Result<Tensor> + 'static,
+) -> Pair {
+    Pair {
+        name,
+        shape: shape.to_vec(),
+        candle: Box::new(candle),
+        ours: Box::new(ours),
+        whole: false,
+    }
+}
+
+fn pairs(dtype: DType) -> Result<Vec<Pair>> {
+    let of = move |shape: &[usize], seed| seeded(shape, seed).to_dtype(dtype);
+    let (scale, shift) = (of(&[32], 1)?, of(&[32], 2)?);
+    let (w, c) = (scale.clone(), shift.clone());
+    let layer_norm = candle_nn::LayerNorm::new(w.clone(), c.clone(), EPS);
+    let ours_layer_norm = frozen::LayerNorm::new(w, c, EPS);
+    let rms_norm = candle_nn::RmsNorm::new(scale.clone(), EPS);
+    let ours_rms_norm = frozen::RmsNorm::new(scale, EPS);
+    let (cos, sin) = (of(&[9, 4], 3)?, of(&[9, 4], 4)?);
+    let (cos_i, sin_i) = (cos.clone(), sin.clone());
+    let (cos_o, sin_o) = (cos.clone(), sin.clone());
+    let (cos_oi, sin_oi) = (cos.clone(), sin.clone());
+    let targets = Tensor::new(&[3u32, 0, 31, 7, 7], &CPU)?;
+    let targets_o = targets.clone();
+    let up = of(&[2, 5, 32], 5)?;
+    let up_o = up.clone();
+    use candle_nn::rotary_emb;
+    let mut all = vec![
+        pair(
+            "LayerNorm",
+            &[2, 5, 32],
+            // Its kernels have no f64; the slow functions that it has besides pass gradients.
+            move |x| match x.dtype() {
+                DType::F64 => candle_nn::ops::layer_norm_slow(
+                    x,
+                    layer_norm.weight(),
+                    layer_norm.bias().unwrap(),
+                    EPS as f32,
+                ),
+                _ => layer_norm.forward(x),
+            },
+            move |x| ours_layer_norm.forward(x),
+        ),
+        pair(
+            "RmsNorm",
+            &[2, 5, 32],
+            move |x| match x.dtype() {
+                DType::F64 => candle_nn::ops::rms_norm_slow(x, rms_norm.weight(), EPS as f32),
+                _ => rms_norm.forward(x),
+            },
+            move |x| ours_rms_norm.forward(x),
+        ),
+        pair(
+            "softmax_last_dim",
+            &[2, 5, 32],
+            candle_nn::ops::softmax_last_dim,
+            frozen::softmax_last_dim,
+        ),
+        pair(
+            "rope",
+            &[2, 3, 5, 8],
+            move |x| rotary_emb::rope(x, &cos, &sin),
+            move |x| frozen::rope(x, &cos_o, &sin_o),
+        ),
+        pair(
+            "rope_i",
+            &[2, 3, 5, 8],
+            move |x| rotary_emb::rope_i(x, &cos_i, &sin_i),
+            move |x| frozen::rope_i(x, &cos_oi, &sin_oi),
+        ),
+    ];
+    all[0].whole = dtype == DType::F64;
+    all[1].whole = dtype == DType::F64;
+    if dtype == DType::F32 {
+        let quantized = seeded((16, 32), 6).to_dtype(dtype)?;
+        let quantized = Arc::new(QTensor::quantize(&quantized, GgmlDType::Q8_0)?);
+        let candle = QMatMul::from_arc(quantized.clone())?;
+        let ours = frozen::Linear::quantized(quantized, None)?;
+        let product = pair(
+            "QMatMul",
+            &[2, 5, 32],
+            move |x| candle.forward(x),
+            move |x| ours.forward(x),
+        );
+        all.push(product);
+    }
+    let loss = pair(
+        "cross_entropy",
+        &[5, 32],
+        move |x| candle_nn::loss::cross_entropy(x, &targets),
+        move |x| frozen::cross_entropy(x, &targets_o),
+    );
+    let silu = pair(
+        "silu_mul",
+        &[2, 5, 32],
+        move |x| x.silu()? * &up,
+        move |x| frozen::silu_mul(x, &up_o),
+    );
+    all.extend([loss, silu].map(|pair| Pair {
+        whole: true,
+        ..pair
+    }));
+    Ok(all)
+}
+
+#[test]
+fn results_are_those_of_candle() -> Result<()> {
+    for (dtype, tolerance) in [(DType::F32, 2e-6), (DType::F64, 1e-13)] {
+        for pair in pairs(dtype)? {
+            let x = seeded(pair.shape.as_slice(), 10).to_dtype(dtype)?;
+            let off = relative(&(pair.ours)(&x)?, &(pair.candle)(&x)?);
+            // candle rounds the input of a quantized product to 8 bits.
+            let tolerance = if pair.name == "QMatMul" {
+                1e-2
+            } else {
+                tolerance
+            };
+            assert!(off < tolerance, "{}: off by {off:e}", pair.name);
+            // Through a strided view the result is the same.
+            let last = pair.shape.len() - 1;
+            let view = x
+                .transpose(last - 1, last)?
+                .contiguous()?
+                .transpose(last - 1, last)?;
+            assert!(
+                relative(&(pair.ours)(&view)?, &(pair.ours)(&x)?) < 1e-12,
+                "{}",
+                pair.name
+            );
+        }
+    }
+    Ok(())
+}
+
+/// A layer is trained in front of each function. Behind candle's the gradient vanishes, which
+/// `check_gradients` names; behind ours it is the slope of the loss.
+#[test]
+fn a_parameter_in_front_trains_behind_ours_and_is_missed_behind_candle_s() -> Result<()> {
+    for dtype in [DType::F64, DType::F32] {
+        for pair in pairs(dtype)? {
+            let width = *pair.shape.last().unwrap();
+            let adapter = Adapter::new(DoftConfig::default().with_block_size(4), &CPU)?;
+            let weight = seeded((width, width), 11).to_dtype(dtype)?;
+            let layer = adapter.wrap_linear("front", Linear::new(weight, None))?;
+            let x = seeded(pair.shape.as_slice(), 12).to_dtype(dtype)?;
+            let through = |f: &Function| f(&layer.forward(&x)?);
+
+            let y = through(&pair.candle)?;
+            let upstream = seeded(y.shape().clone(), 13).to_dtype(dtype)?;
+            let grads = (y * &upstream)?.sum_all()?.backward()?;
+            match adapter.check_gradients(&grads) {
+                Ok(_) => assert!(pair.whole, "candle's {} has a backward now", pair.name),
+                Err(error) => {
+                    let error = error.to_string();
+                    let named = error.contains("`front.oft_R.weight`, `front.dora_log_multiplier`");
+                    assert!(!pair.whole && named, "{}: {error}", pair.name);
+                }
+            }
+            let grads = (through(&pair.ours)? * &upstream)?.sum_all()?.backward()?;
+            assert_eq!(adapter.check_gradients(&grads)?.checked, 2, "{}", pair.name);
+            if dtype == DType::F64 {
+                check_slopes(pair.name, &adapter.named_vars()?, || through(&pair.ours))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn attention_and_the_loss_over_a_head_have_the_slopes_of_their_loss() -> Result<()> {
+    let q = Var::from_tensor(&seeded((2, 4, 5, 4), 1))?;
+    let k = Var::from_tensor(&seeded((2, 2, 7, 4), 2))?;
+    let v = Var::from_tensor(&seeded((2, 2, 7, 4), 3))?;
+    let vars: Vec<(String, Var)> = [("q", &q), ("k", &k), ("v", &v)]
+        .map(|(name, var)| (name.to_string(), var.clone()))
+        .to_vec();
+    check_slopes("attention", &vars, || {
+        frozen::causal_attention(&q, &k, &v, 0.5)
+    })?;
+
+    let head = frozen::Linear::new(seeded((11, 6), 4), Some(seeded(11, 5)));
+    let hidden = Var::from_tensor(&seeded((2, 3, 6), 6))?;
+    let targets = Tensor::new(&[[0u32, 10, 3], [3, 3, 1]], &CPU)?;
+    let vars = [("hidden".to_string(), hidden.clone())];
+    check_slopes("head", &vars, || {
+        frozen::linear_cross_entropy(&hidden, &head, &targets)
+    })?;
+    let norm = frozen::RmsNorm::new(seeded(6, 7), 1e-5);
+    let other = Var::from_tensor(&seeded((2, 3, 6), 8))?;
+    let vars = [
+        ("x".to_string(), hidden.clone()),
+        ("residual".into(), other.clone()),
+    ];
+    check_slopes("residual", &vars, || {
+        let (sum, normed) = norm.forward_residual(&hidden, &other)?;
+        // The sum goes on as the residual stream.
+        (sum.sqr()? * 0.3)? + normed
+    })
+}
+
+#[test]
+fn attention_does_not_look_ahead_and_continues_a_cache() -> Result<()> {
+    let (q, k) = (seeded((1, 2, 6, 4), 1), seeded((1, 1, 6, 4), 2));
+    let v = seeded((1, 1, 6, 4), 3);
+    let all = frozen::causal_attention(&q, &k, &v, 0.5)?;
+    assert_eq!(all.dims(), [1, 2, 6, 4]);
+    assert!(all.transpose(1, 2)?.is_contiguous());
+    let part = |t: &Tensor, end| t.narrow(2, 0, end);
+    for end in 1..=6 {
+        let last = q.narrow(2, end - 1, 1)?;
+        let one = frozen::causal_attention(&last, &part(&k, end)?, &part(&v, end)?, 0.5)?;
+        assert!(relative(&one, &all.narrow(2, end - 1, 1)?) < 1e-12);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_quantized_head_has_the_loss_of_the_head_it_expands_to() -> Result<()> {
+    let weight = seeded((3000, 256), 1).to_dtype(DType::F32)?;
+    let quantized = Arc::new(QTensor::quantize(&weight, GgmlDType::Q4K)?);
+    let dense = frozen::Linear::new(quantized.dequantize(&CPU)?, None);
+    let quantized = frozen::Linear::quantized(quantized, None)?;
+    let hidden = Var::from_tensor(&(seeded((200, 256), 2) * 0.1)?.to_dtype(DType::F32)?)?;
+    let targets = Tensor::arange(0u32, 200, &CPU)?;
+    let a = frozen::linear_cross_entropy(&hidden, &quantized, &targets)?;
+    let b = frozen::linear_cross_entropy(&hidden, &dense, &targets)?;
+    assert!(relative(&a, &b) < 1e-6);
+    let (a, b) = (a.backward()?, b.backward()?);
+    let (a, b) = (a.get(&hidden).expect("dh"), b.get(&hidden).expect("dh"));
+    assert!(relative(a, b) < 1e-5);
+    Ok(())
+}
+
+#[test]
+fn bad_input_is_refused_with_what_was_expected() -> Result<()> {
+    let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &CPU).unwrap();
+    let text = |error: candle_core::Error| error.to_string();
+    let (q, k) = (zeros(&[1, 4, 3, 8]), zeros(&[1, 3, 3, 8]));
+    assert_eq!(
+        text(frozen::causal_attention(&q, &k, &k, 1.).unwrap_err()),
+        "`causal_attention`: the shapes of q, k and v is [1, 4, 3, 8], [1, 3, 3, 8], [1, 3, 3, 8], \
+         expected (B, H, T, d), (B, G, S, d) twice, G a divisor of H, S at least T"
+    );
+    let table = zeros(&[2, 4]);
+    assert_eq!(
+        text(frozen::rope(&q, &table, &table).unwrap_err()),
+        "`rope`: `cos` is [2, 4], expected (S, 4) or (1, S, 4), S from 3"
+    );
+    let norm = frozen::RmsNorm::new(zeros(&[8]), 1e-5);
+    assert_eq!(
+        text(norm.forward(&zeros(&[2, 7])).unwrap_err()),
+        "`RmsNorm::forward`: the shape of `x` is [2, 7], expected (.., 8), the size of the norm"
+    );
+    let ids = Tensor::zeros((2, 8), DType::U32, &CPU)?;
+    assert_eq!(
+        text(norm.forward(&ids).unwrap_err()),
+        "`RmsNorm::forward`: the dtype of the input is U32, expected one of [F16, BF16, F32, F64]"
+    );
+    let targets = Tensor::new(&[1u32, 8], &CPU)?;
+    assert_eq!(
+        text(frozen::cross_entropy(&zeros(&[2, 8]), &targets).unwrap_err()),
+        "`cross_entropy`: a target is 8, expected below 8, the classes"
+    );
+    assert_eq!(
+        text(frozen::cross_entropy(&zeros(&[3, 8]), &targets).unwrap_err()),
+        "`cross_entropy`: the shape of the targets is [2], expected one for each of 3 rows, and at \
+         least one row"
+    );
+    let head = frozen::Linear::new(zeros(&[8, 4]), None);
+    assert_eq!(
+        text(frozen::linear_cross_entropy(&zeros(&[2, 5]), &head, &targets).unwrap_err()),
+        "`linear_cross_entropy`: the shape of `hidden` is [2, 5], expected (.., 4) of rank 2 or more"
+    );
+    assert_eq!(
+        text(frozen::silu_mul(&zeros(&[2, 5]), &zeros(&[2, 4])).unwrap_err()),
+        "`silu_mul`: `up` is [2, 4] of F32, expected [2, 5] of F32, as `gate`"
+    );
+    Ok(())
+}
+
+#[test]
+fn constructors_take_what_candle_s_take() -> Result<()> {
+    let varmap = candle_nn::VarMap::new();
+    let vb = VarBuilder::from_varmap(&varmap, DType::F32, &CPU);
+    let x = seeded((3, 8), 1).to_dtype(DType::F32)?;
+    let ours = frozen::rms_norm(8, 1e-6, vb.pp("a"))?.forward(&x)?;
+    let theirs = candle_nn::rms_norm(8, 1e-6, vb.pp("a"))?.forward(&x)?;
+    assert!(relative(&ours, &theirs) < 1e-6);
+    for config in [
+        candle_nn::LayerNormConfig::from(1e-6),
+        candle_nn::LayerNormConfig {
+            eps: 1e-6,
+            remove_mean: false,
+            affine: false,
+        },
+    ] {
+        let ours = frozen::layer_norm(8, config, vb.pp("b"))?.forward(&x)?;
+        let theirs = candle_nn::layer_norm(8, config, vb.pp("b"))?.forward(&x)?;
+        assert!(relative(&ours, &theirs) < 1e-6);
+    }
+    let ids = Tensor::new(&[1u32, 0], &CPU)?;
+    assert_eq!(
+        frozen::embedding(4, 8, vb.pp("c"))?.forward(&ids)?.dims(),
+        [2, 8]
+    );
+    Ok(())
+}
