@@ -1,5 +1,6 @@
 //! One training step of one linear layer: forward, then backward to the input and to the adapter.
 
+#[allow(dead_code, reason = "each bench uses a part")]
 mod support;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};

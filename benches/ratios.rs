@@ -1,11 +1,14 @@
 //! Ratios between methods, the two sides of each interleaved, so that a drift of the machine meets
 //! both. Writes `target/ratios.json`.
 //!
-//!     cargo bench --bench ratios [-- --quick]
+//!     cargo bench --bench ratios [-- --quick] [WHAT]
 
+#[allow(dead_code, reason = "each bench uses a part")]
 mod support;
 
+use candle_core::Result;
 use std::time::Instant;
+use support::{Run, conv, quantized};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -37,42 +40,122 @@ const QUICK: f64 = 1.;
 /// Fewer rounds than this give no interval.
 const ROUNDS: usize = 7;
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
-    // Cargo hands `--bench` to every bench.
-    let quick = std::env::args().any(|arg| arg == "--quick");
-    let budget = if quick { QUICK } else { SECONDS };
-    let mut found = Vec::new();
+/// What is timed against what, and how to make the two sides.
+struct Comparison {
+    what: &'static str,
+    shape: String,
+    numerator: &'static str,
+    denominator: &'static str,
+    make: Box<dyn Fn() -> Result<[Run; 2]>>,
+}
+
+fn comparisons() -> Vec<Comparison> {
+    let mut all = Vec::new();
     for shape in SHAPES {
         for (numerator, denominator) in PAIRS {
-            let steps = support::steps(&[numerator, denominator], shape, 32)?;
-            let mut ratios = Vec::new();
-            let start = Instant::now();
-            while ratios.len() < ROUNDS || start.elapsed().as_secs_f64() < budget {
-                let time = |step: &support::Step| -> candle_core::Result<f64> {
-                    let start = Instant::now();
-                    step.run()?;
-                    Ok(start.elapsed().as_secs_f64())
-                };
-                let (above, below) = (time(&steps[0])?, time(&steps[1])?);
-                ratios.push(above / below);
-            }
-            // The first round fills caches and pools.
-            ratios.remove(0);
-            let (median, low, high) = interval(&mut ratios);
-            let shape = support::name(shape);
-            println!(
-                "{shape:>15}  {numerator:>13} / {denominator:<7} {median:.3}  [{low:.3}, {high:.3}]"
-            );
-            found.push(serde_json::json!({
-                "what": "linear_step",
-                "shape": shape,
-                "numerator": numerator,
-                "denominator": denominator,
-                "median": median,
-                "low": low,
-                "high": high,
-            }));
+            all.push(Comparison {
+                what: "linear_step",
+                shape: support::name(shape),
+                numerator,
+                denominator,
+                make: Box::new(move || {
+                    let steps = support::steps(&[numerator, denominator], shape, 32)?;
+                    let mut runs = steps
+                        .into_iter()
+                        .map(|step| Box::new(move || step.run()) as Run);
+                    match (runs.next(), runs.next()) {
+                        (Some(above), Some(below)) => Ok([above, below]),
+                        _ => candle_core::bail!("two steps were asked for"),
+                    }
+                }),
+            });
         }
+    }
+    let types = quantized::TYPES.iter().map(|(name, _)| (*name, "dense"));
+    let others = [("bf16", "dense"), ("qmatmul", "forward")];
+    for (numerator, denominator) in types.chain(others) {
+        all.push(Comparison {
+            what: "quantized_step",
+            shape: support::name(quantized::SHAPE),
+            numerator,
+            denominator,
+            make: Box::new(move || Ok([quantized::run(numerator)?, quantized::run(denominator)?])),
+        });
+    }
+    all.push(Comparison {
+        what: "loss",
+        shape: "512x576x49152".into(),
+        numerator: "fused",
+        denominator: "plain",
+        make: Box::new(|| Ok([quantized::loss("fused")?, quantized::loss("plain")?])),
+    });
+    for setting in conv::SETTINGS {
+        for (numerator, denominator) in [("doft", "frozen"), ("candle", "doft")] {
+            all.push(Comparison {
+                what: "conv_step",
+                shape: setting.name.into(),
+                numerator,
+                denominator,
+                make: Box::new(move || {
+                    Ok([
+                        conv::run(numerator, setting)?,
+                        conv::run(denominator, setting)?,
+                    ])
+                }),
+            });
+        }
+    }
+    all
+}
+
+fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
+    // Cargo hands `--bench` to every bench.
+    let mut arguments = std::env::args().skip(1).filter(|arg| arg != "--bench");
+    let (mut quick, mut only) = (false, None);
+    for argument in &mut arguments {
+        match argument.as_str() {
+            "--quick" => quick = true,
+            // What is measured alone, such as `conv_step`.
+            what => only = Some(what.to_string()),
+        }
+    }
+    let budget = if quick { QUICK } else { SECONDS };
+    let mut found = Vec::new();
+    let wanted = |c: &Comparison| only.as_deref().is_none_or(|only| c.what == only);
+    for comparison in comparisons().into_iter().filter(wanted) {
+        let [above, below] = (comparison.make)()?;
+        let mut ratios = Vec::new();
+        let start = Instant::now();
+        while ratios.len() < ROUNDS || start.elapsed().as_secs_f64() < budget {
+            let time = |run: &Run| -> Result<f64> {
+                let start = Instant::now();
+                run()?;
+                Ok(start.elapsed().as_secs_f64())
+            };
+            ratios.push(time(&above)? / time(&below)?);
+        }
+        // The first round fills caches and pools.
+        ratios.remove(0);
+        let (median, low, high) = interval(&mut ratios);
+        let Comparison {
+            what,
+            shape,
+            numerator,
+            denominator,
+            ..
+        } = comparison;
+        println!(
+            "{what:>14} {shape:>21}  {numerator:>13} / {denominator:<7} {median:.3}  [{low:.3}, {high:.3}]"
+        );
+        found.push(serde_json::json!({
+            "what": what,
+            "shape": shape,
+            "numerator": numerator,
+            "denominator": denominator,
+            "median": median,
+            "low": low,
+            "high": high,
+        }));
     }
     std::fs::create_dir_all("target")?;
     std::fs::write("target/ratios.json", serde_json::to_string_pretty(&found)?)?;

@@ -186,3 +186,26 @@ fn a_step_through_a_quantized_or_half_weight_never_widens_the_whole() -> Result<
     }
     Ok(())
 }
+
+/// The loss over a head holds the logits of 128 rows, the plain one those of all, several times.
+#[test]
+fn the_loss_over_a_head_needs_less_than_a_quarter_of_the_plain_one() -> Result<()> {
+    let _alone = ALONE.lock();
+    let (rows, width, classes) = (512, 64, 49_152);
+    let head = Tensor::randn(0f32, 0.1, (classes, width), &Device::Cpu)?;
+    let head = frozen::Linear::new(head, None);
+    let hidden = Var::randn(0f32, 1., (rows, width), &Device::Cpu)?;
+    let targets = Tensor::arange(0u32, rows as u32, &Device::Cpu)?;
+    let (fused, _, ours) = counted(|| {
+        frozen::linear_cross_entropy(&hidden, &head, &targets).and_then(|loss| loss.backward())
+    });
+    let (plain, _, theirs) = counted(|| {
+        let logits = head.forward(&hidden)?;
+        candle_nn::loss::cross_entropy(&logits, &targets)?.backward()
+    });
+    assert!(4 * ours < theirs, "{ours} bytes, plain {theirs}");
+    let (fused, plain) = (fused?, plain?);
+    let off = (fused.get(&hidden).expect("dh") - plain.get(&hidden).expect("dh"))?;
+    assert!(off.abs()?.max_all()?.to_scalar::<f32>()? < 1e-7);
+    Ok(())
+}

@@ -4,7 +4,8 @@
 mod support;
 
 use candle_core::{DType, Result, Tensor, Var, safetensors};
-use candle_doft::{Adapter, DoftConfig, DoftConv1d, DoftConv2d, Magnitude};
+use candle_doft::config::Rule;
+use candle_doft::{Adapter, DoftConfig, DoftConv1d, DoftConv2d, Magnitude, Pattern};
 use candle_nn::{Conv1d, Conv1dConfig, Conv2d, Conv2dConfig, Module, VarBuilder, VarMap};
 use std::path::{Path, PathBuf};
 use support::slopes::check_slopes;
@@ -337,5 +338,79 @@ fn dropout_repeats_by_seed() -> Result<()> {
             .to_string()
             .contains("`conv` has dropout")
     );
+    Ok(())
+}
+
+/// Kernels are stored the way OneTrainer turns them; what was trained is what is loaded and merged.
+#[test]
+fn trained_kernels_survive_saving_loading_and_merging() -> candle_doft::Result<()> {
+    let two = conv2d(config2d((2, 1, 1, 2)), (3, 3), DType::F32)?;
+    let weight = seeded((12, 6, 3), 1).to_dtype(DType::F32)?;
+    let one = Conv1d::new(weight, None, config1d((1, 1, 1, 1)));
+    let config = DoftConfig::default().with_block_size(3);
+    let adapter = Adapter::new(config, &CPU)?;
+    let first = adapter.wrap_conv2d("down", two.clone())?;
+    let second = adapter.wrap_conv1d("audio", one.clone())?;
+    for (seed, var) in adapter.vars()?.into_iter().enumerate() {
+        let noise = seeded(var.dims(), seed as u64).to_dtype(DType::F32)?;
+        var.set(&var.add(&(noise * 0.2)?)?)?;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("adapter.safetensors");
+    adapter.save(&file)?;
+
+    let x = seeded((1, 6, 8, 7), 5).to_dtype(DType::F32)?;
+    let again = Adapter::load(&file, &CPU)?;
+    let loaded = again.wrap_conv2d("down", two.clone())?;
+    assert_eq!(bits(&loaded.forward(&x)?), bits(&first.forward(&x)?));
+    let line = x.narrow(2, 0, 1)?.squeeze(2)?;
+    let other = again.wrap_conv1d("audio", one.clone())?;
+    assert_eq!(bits(&other.forward(&line)?), bits(&second.forward(&line)?));
+
+    let tensors = [
+        ("down.weight", two.weight().clone()),
+        ("down.bias", two.bias().unwrap().clone()),
+        ("audio.weight", one.weight().clone()),
+    ];
+    let tensors = tensors.map(|(name, tensor)| (name.to_string(), tensor));
+    let vb = VarBuilder::from_tensors(tensors.into_iter().collect(), DType::F32, &CPU);
+    let merged = adapter.merged(vb)?;
+    let kernel = merged.get((12, 3, 3, 3), "down.weight")?;
+    assert!(relative(&kernel, &first.effective_weight()?) < 1e-6);
+    let kernel = merged.get((12, 6, 3), "audio.weight")?;
+    assert!(relative(&kernel, &second.effective_weight()?) < 1e-6);
+
+    let error = adapter.wrap_conv2d("down", two).unwrap_err().to_string();
+    assert!(error.contains("`down` is wrapped already"), "{error}");
+    let wrong = Adapter::load(&file, &CPU)?;
+    let linear = candle_nn::Linear::new(Tensor::zeros((12, 27), DType::F32, &CPU)?, None);
+    let error = wrong.wrap_linear("down", linear).unwrap_err().to_string();
+    assert!(error.contains("`down` is a Linear layer"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn layers_of_every_kind_take_their_settings_from_rules() -> candle_doft::Result<()> {
+    let config = DoftConfig::default()
+        .with_block_size(3)
+        .with_rule(Rule::new(Pattern::from("down")).with_block_size(9))
+        .with_rule(Rule::new(Pattern::from("up")).with_magnitude(Magnitude::None));
+    let adapter = Adapter::new(config, &CPU)?;
+    let base = || conv2d(config2d((1, 0, 1, 1)), (3, 3), DType::F32).unwrap();
+    let down = adapter.wrap_conv2d("down", base())?;
+    adapter.wrap_conv2d("up", base())?;
+    assert_eq!(down.layout().unwrap().block_size, 9);
+    let names: Vec<String> = adapter.named_vars()?.into_iter().map(|(n, _)| n).collect();
+    assert_eq!(
+        names,
+        [
+            "down.oft_R.weight",
+            "down.dora_log_multiplier",
+            "up.oft_R.weight"
+        ]
+    );
+    let linear_only = DoftConfig::default().with_targets(candle_doft::Targets::AllLinear);
+    let adapter = Adapter::new(linear_only, &CPU)?;
+    assert!(!adapter.wrap_conv2d("down", base())?.is_adapted());
     Ok(())
 }

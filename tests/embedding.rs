@@ -220,3 +220,25 @@ fn wrong_ids_are_named_with_their_layer() -> Result<()> {
     assert!(values(&layer.forward(&Tensor::new(&[0u32], &CPU)?)?).len() == 32);
     Ok(())
 }
+
+#[test]
+fn dropout_turns_blocks_off_and_repeats_by_seed() -> Result<()> {
+    let config = DoftConfig::default().with_block_size(4).with_dropout(0.5);
+    let make = || -> Result<DoftEmbedding> {
+        let (layer, varmap) = wrapped(Embedding::new(table(DType::F32)?, 32), &config)?;
+        disturb(&varmap, 0.3)?;
+        Ok(layer)
+    };
+    let (first, second) = (make()?, make()?);
+    let y = first.forward_t(&ids()?, true)?;
+    assert_eq!(bits(&y), bits(&second.forward_t(&ids()?, true)?));
+    // Where a block was dropped, its columns are those of the table.
+    let plain = first.base().forward(&ids()?)?;
+    let same = |d: usize| {
+        let part = |t: &Tensor| bits(&t.narrow(2, 4 * d, 4).unwrap().contiguous().unwrap());
+        part(&y) == part(&plain)
+    };
+    let dropped = (0..8).filter(|d| same(*d)).count();
+    assert!(dropped > 0 && dropped < 8, "{dropped} of 8");
+    Ok(())
+}

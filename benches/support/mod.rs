@@ -1,15 +1,21 @@
-//! One training step of one linear layer under each method, for every bench.
+//! What the benches time: one training step of one linear layer under each method, and of other kinds
+//! of layer.
 
+pub mod conv;
 #[path = "../../examples/support/methods.rs"]
 #[allow(dead_code, reason = "the examples use the rest")]
 pub mod methods;
 mod plain;
+pub mod quantized;
 
 use candle_core::{Device, Module, Result, Tensor, Var};
 use candle_doft::DoftConfig;
 use candle_doft::rng::SplitMix64;
 use candle_nn::Linear;
 use methods::{Method, Tuned, Tuner};
+
+/// One run of what is timed.
+pub type Run = Box<dyn Fn() -> Result<()>>;
 
 /// Rank of LoRA and DoRA: about the parameters of DOFT with blocks of 32.
 const RANK: usize = 8;

@@ -145,9 +145,9 @@ fn turned(
         }
     };
     for (what, table) in [("`cos`", cos), ("`sin`", sin)] {
-        let fits = match table.dims() {
-            &[s, half] => s >= steps && half * 2 == width,
-            &[b, s, half] => b == batch && s >= steps && half * 2 == width,
+        let fits = match *table.dims() {
+            [s, half] => s >= steps && half * 2 == width,
+            [b, s, half] => b == batch && s >= steps && half * 2 == width,
             _ => false,
         };
         if !fits || table.rank() != cos.rank() || table.dims() != cos.dims() {

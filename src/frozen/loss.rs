@@ -87,7 +87,7 @@ pub fn linear_cross_entropy(hidden: &Tensor, head: &Linear, targets: &Tensor) ->
     super::check_float(NAME, hidden, head.input_dtypes())?;
     let width = head.in_dim();
     if hidden.rank() < 2 || hidden.dims().last() != Some(&width) {
-        return Err(Error::Argument {
+        Err(Error::Argument {
             function: NAME,
             what: "the shape of `hidden`",
             found: format!("{:?}", hidden.dims()),

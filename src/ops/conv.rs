@@ -40,8 +40,18 @@ const PANEL: usize = 1 << 18;
 /// their order whatever the number of threads.
 const WAVE: usize = 16;
 
-/// The weight's way is taken for up to this many outputs of a group for each row of a block. Their
-/// arithmetic is equal at 2; `conv_step` measures where they cross.
+/// The weight's way is taken for up to this many outputs of a group for each row of a block. In
+/// arithmetic the two are equal at 2. Steps in units of the frozen one's (2 cores, f32, b = 32, and 9 in
+/// the last line; `cargo bench --bench ratios -- conv_step` with this constant at 0 and 1000):
+///
+/// | outputs of a group / b | layer | patches | weight |
+/// |---|---|---|---|
+/// | 20 | 640 -> 640, 1x1, 32x32 | 1.18 | 1.48 |
+/// | 10 | 320 -> 320, 3x3, 32x32 | 1.22 | 1.55 |
+/// | 4 | 128 -> 128, 3x3, 4 of 16x16 | 1.30 | 1.43 |
+/// | 1 | the same in 4 groups | 1.62 | 1.48 |
+/// | 1/8 | 320 -> 4, 3x3, 32x32 | 1.63 | 1.32 |
+/// | 1/9 | 128 -> 128, depthwise, 4 of 16x16 | 1.46 | 1.30 |
 const WEIGHT_WAY: usize = 3;
 
 /// What a convolution is beside its weight. One dimension is a kernel of height 1.
