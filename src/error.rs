@@ -202,6 +202,20 @@ pub enum Error {
         index: usize,
     },
 
+    /// A training step met a loss or a gradient that is not finite. Nothing was changed by it.
+    #[error(
+        "step {step}: {what} is {found}; the step was not made: lower the learning rate or look for \
+         an overflow, and go on from the last checkpoint"
+    )]
+    Diverged {
+        /// The step, counted from 1.
+        step: u64,
+        /// What is not finite.
+        what: String,
+        /// Its value.
+        found: f64,
+    },
+
     /// An argument of a function has a shape, dtype or value that it cannot have.
     #[error("`{function}`: {what} is {found}, expected {expected}")]
     Argument {

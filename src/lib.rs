@@ -13,6 +13,7 @@ mod ops;
 pub mod params;
 pub mod rng;
 pub mod rotation;
+pub mod train;
 
 pub use adapter::Adapter;
 pub use config::{DoftConfig, Magnitude, Map, Pattern, Targets};

@@ -8,7 +8,7 @@ use std::io::Write;
 use std::path::Path;
 
 /// A safetensors file: tensors by descending element width, then by name; metadata sorted.
-pub(super) fn safetensors(
+pub(crate) fn safetensors(
     tensors: &BTreeMap<String, Tensor>,
     metadata: &BTreeMap<String, String>,
 ) -> Result<Vec<u8>> {
@@ -78,7 +78,7 @@ pub(crate) fn raw_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
 
 /// Writes `bytes` beside `path` and renames them over it, so that a reader finds the old file or the
 /// new one.
-pub(super) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
+pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     let failed = |source| Error::Io {
         path: path.to_path_buf(),
         source,
@@ -88,7 +88,7 @@ pub(super) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
         _ => Path::new("."),
     };
     let mut builder = tempfile::Builder::new();
-    builder.prefix(".adapter").suffix(".tmp");
+    builder.prefix(".doft").suffix(".tmp");
     // A temporary file is readable by its owner alone; an adapter is as open as any other file.
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));

@@ -1,0 +1,211 @@
+//! [`Checkpoint`]: everything that a run needs to go on, in one file.
+
+use super::AdamW;
+use crate::error::{Error, Result};
+use crate::file::{replace, safetensors_bytes};
+use candle_core::{DType, Device, Tensor};
+use safetensors::{Dtype, SafeTensors};
+use serde::Serialize;
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+const FORMAT: &str = "doft-checkpoint";
+const VERSION: &str = "1";
+
+/// A point of a run to go on from: trained variables, the moments and steps of the optimizer, the
+/// configuration, and whatever else the run keeps (the position in its data, its random state).
+///
+/// One safetensors file, replaced as a whole: a reader finds the old checkpoint or the new one. Values
+/// are kept bit for bit. It is for going on, not for passing on: [`Adapter::save`](crate::Adapter::save)
+/// writes the adapter that others read.
+///
+/// | name | tensor |
+/// |---|---|
+/// | `trained.<name>` | the variable |
+/// | `first.<name>`, `second.<name>` | its moments |
+///
+/// Metadata: `format`, `format_version`, `steps`, and `config` and `state` as JSON.
+#[derive(Debug)]
+pub struct Checkpoint {
+    file: PathBuf,
+    steps: u64,
+    config: Value,
+    state: Value,
+    tensors: BTreeMap<String, Tensor>,
+}
+
+impl Checkpoint {
+    /// Writes a checkpoint. `config` is what a resumed run compares with its own, `state` what it goes
+    /// on from.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] when the file cannot be written; the previous one is then intact.
+    pub fn save(
+        path: impl AsRef<Path>,
+        optimizer: &AdamW,
+        config: &impl Serialize,
+        state: &impl Serialize,
+    ) -> Result<()> {
+        let path = path.as_ref();
+        let mut tensors = BTreeMap::new();
+        for (name, var) in optimizer.named_vars() {
+            tensors.insert(format!("trained.{name}"), var.as_tensor().clone());
+        }
+        for (name, first, second) in optimizer.moments() {
+            tensors.insert(format!("first.{name}"), first.clone());
+            tensors.insert(format!("second.{name}"), second.clone());
+        }
+        let json = |what: &str, value: serde_json::Result<String>| {
+            value.map_err(|error| refuse(path, format!("the {what} is no JSON: {error}")))
+        };
+        let metadata = BTreeMap::from([
+            ("format".to_string(), FORMAT.to_string()),
+            ("format_version".into(), VERSION.into()),
+            ("steps".into(), optimizer.steps().to_string()),
+            (
+                "config".into(),
+                json("configuration", serde_json::to_string(config))?,
+            ),
+            ("state".into(), json("state", serde_json::to_string(state))?),
+        ]);
+        replace(path, &safetensors_bytes(&tensors, &metadata)?)
+    }
+
+    /// Reads a checkpoint; nothing is changed by that.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`]; [`Error::File`] when the file is not a whole checkpoint of this version.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let bytes = std::fs::read(path).map_err(|source| Error::Io {
+            path: path.to_path_buf(),
+            source,
+        })?;
+        let whole = |error| refuse(path, format!("not a whole checkpoint: {error}"));
+        let (_, header) = SafeTensors::read_metadata(&bytes).map_err(whole)?;
+        let views = SafeTensors::deserialize(&bytes).map_err(whole)?;
+        let empty = std::collections::HashMap::new();
+        let metadata = header.metadata().as_ref().unwrap_or(&empty);
+        let get = |key: &str| metadata.get(key).map_or("", String::as_str);
+        if (get("format"), get("format_version")) != (FORMAT, VERSION) {
+            let reason = format!(
+                "not a checkpoint: its format is `{}` `{}`, expected `{FORMAT}` `{VERSION}`",
+                get("format"),
+                get("format_version")
+            );
+            return Err(refuse(path, reason));
+        }
+        let steps = get("steps").parse().map_err(|_| {
+            let found = get("steps").to_string();
+            refuse(
+                path,
+                format!("its `steps` are `{found}`, expected a number"),
+            )
+        })?;
+        let json = |key: &str| {
+            serde_json::from_str(get(key))
+                .map_err(|error| refuse(path, format!("its `{key}` cannot be read: {error}")))
+        };
+        let mut tensors = BTreeMap::new();
+        for (name, view) in views.tensors() {
+            let dtype = match view.dtype() {
+                Dtype::F64 => DType::F64,
+                Dtype::F32 => DType::F32,
+                Dtype::F16 => DType::F16,
+                Dtype::BF16 => DType::BF16,
+                other => {
+                    let reason = format!("tensor `{name}` is of {other:?}, expected floats");
+                    return Err(refuse(path, reason));
+                }
+            };
+            let tensor = Tensor::from_raw_buffer(view.data(), dtype, view.shape(), &Device::Cpu)?;
+            tensors.insert(name, tensor);
+        }
+        Ok(Self {
+            file: path.to_path_buf(),
+            steps,
+            config: json("config")?,
+            state: json("state")?,
+            tensors,
+        })
+    }
+
+    /// Steps that the run had made.
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// The configuration, as it was given.
+    pub fn config(&self) -> &Value {
+        &self.config
+    }
+
+    /// The state, as it was given.
+    pub fn state(&self) -> &Value {
+        &self.state
+    }
+
+    /// Sets the variables and moments of an optimizer over the same variables, bit for bit.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::FileTensor`] or [`Error::File`] when a variable is missing, another is there, or a
+    /// shape or dtype differs. Nothing is changed then.
+    pub fn restore(&self, optimizer: &mut AdamW) -> Result<()> {
+        let vars = optimizer.named_vars();
+        let expected = 3 * vars.len();
+        let mut found = Vec::with_capacity(vars.len());
+        for (name, var) in &vars {
+            let get = |role: &str| {
+                let key = format!("{role}.{name}");
+                let Some(tensor) = self.tensors.get(&key) else {
+                    return Err(refuse(
+                        &self.file,
+                        format!("it lacks `{key}`: the run trained other variables"),
+                    ));
+                };
+                if tensor.dims() != var.dims() || tensor.dtype() != var.dtype() {
+                    return Err(Error::FileTensor {
+                        file: self.file.clone(),
+                        tensor: key,
+                        found: format!("{:?} of {:?}", tensor.dims(), tensor.dtype()),
+                        expected: format!("{:?} of {:?}, as the model", var.dims(), var.dtype()),
+                        fix: "resume with the configuration that the run had",
+                    });
+                }
+                Ok(tensor.to_device(var.device())?)
+            };
+            found.push((var, name, get("trained")?, get("first")?, get("second")?));
+        }
+        if self.tensors.len() != expected {
+            let known = |key: &&String| {
+                let mut roles = ["trained.", "first.", "second."].into_iter();
+                let name = roles.find_map(|role| key.strip_prefix(role));
+                name.is_some_and(|name| vars.iter().any(|(var, _)| var == name))
+            };
+            let other = self.tensors.keys().find(|key| !known(key));
+            let reason = format!(
+                "it holds `{}`, which the model does not train",
+                other.map_or("", String::as_str)
+            );
+            return Err(refuse(&self.file, reason));
+        }
+        let mut moments = Vec::with_capacity(found.len());
+        for (var, name, trained, first, second) in found {
+            var.set(&trained)?;
+            moments.push((name.clone(), first, second));
+        }
+        optimizer.resume(self.steps, moments);
+        Ok(())
+    }
+}
+
+fn refuse(file: &Path, reason: String) -> Error {
+    Error::File {
+        file: file.to_path_buf(),
+        reason,
+    }
+}

@@ -1,0 +1,138 @@
+//! [`Gradients`]: the gradients of one step, summed over micro-batches.
+
+use crate::adapter::GradientReport;
+use crate::error::{Error, Result};
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Tensor, Var};
+
+/// The gradients of one optimizer step, one sum for each variable.
+///
+/// Made by [`AdamW::gradients`](super::AdamW::gradients).
+#[derive(Debug)]
+pub struct Gradients {
+    step: u64,
+    vars: Vec<(String, Var)>,
+    sums: Vec<Option<Tensor>>,
+}
+
+impl Gradients {
+    pub(super) fn new(step: u64, vars: Vec<(String, Var)>) -> Self {
+        let sums = vec![None; vars.len()];
+        Self { step, vars, sums }
+    }
+
+    /// Runs the backward pass of a micro-batch and adds `weight` times its gradients. Weights of a
+    /// step usually sum to 1, each the share of tokens or examples of its micro-batch.
+    ///
+    /// Answers all gradients, for [`Adapter::check_gradients`](crate::Adapter::check_gradients).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Diverged`] when the loss is not finite; those of candle's `backward`.
+    pub fn backward(&mut self, loss: &Tensor, weight: f64) -> Result<GradStore> {
+        let value = loss.detach().to_dtype(DType::F64)?.sum_all()?;
+        let value = value.to_scalar::<f64>()?;
+        if !value.is_finite() {
+            return self.diverged("the loss", value);
+        }
+        let grads = loss.backward()?;
+        self.add(&grads, weight)?;
+        Ok(grads)
+    }
+
+    /// Adds `weight` times the gradients of a backward pass that has run.
+    ///
+    /// # Errors
+    ///
+    /// Those of candle's elementwise operations.
+    pub fn add(&mut self, grads: &GradStore, weight: f64) -> Result<()> {
+        for ((_, var), sum) in self.vars.iter().zip(&mut self.sums) {
+            let Some(grad) = grads.get(var) else { continue };
+            let grad = match weight == 1. {
+                true => grad.clone(),
+                false => (grad * weight)?,
+            };
+            *sum = Some(match sum.take() {
+                Some(sum) => (sum + grad)?,
+                None => grad,
+            });
+        }
+        Ok(())
+    }
+
+    /// The norm over all variables, in f64.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Diverged`] with the first variable whose gradient is not finite.
+    pub fn norm(&self) -> Result<f64> {
+        let mut total = 0.;
+        for ((name, _), sum) in self.vars.iter().zip(&self.sums) {
+            let Some(sum) = sum else { continue };
+            let square = sum.to_dtype(DType::F64)?.sqr()?.sum_all()?;
+            let square = square.to_scalar::<f64>()?;
+            if !square.is_finite() {
+                return self.diverged(&format!("the squared gradient of `{name}`"), square);
+            }
+            total += square;
+        }
+        Ok(total.sqrt())
+    }
+
+    /// Scales everything so that the norm is at most `max_norm`; answers the norm before.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Gradients::norm`]; [`Error::Argument`] for a `max_norm` that is not above 0.
+    pub fn clip(&mut self, max_norm: f64) -> Result<f64> {
+        if max_norm.is_nan() || max_norm <= 0. {
+            return Err(Error::Argument {
+                function: "Gradients::clip",
+                what: "`max_norm`",
+                found: max_norm.to_string(),
+                expected: "a number above 0".into(),
+            });
+        }
+        let norm = self.norm()?;
+        if norm > max_norm {
+            for sum in self.sums.iter_mut().flatten() {
+                *sum = (&*sum * (max_norm / norm))?;
+            }
+        }
+        Ok(norm)
+    }
+
+    /// Each variable with its gradient, in order.
+    pub(super) fn each(&self) -> Result<Vec<(&str, &Var, &Tensor)>> {
+        let mut all = Vec::with_capacity(self.vars.len());
+        let mut missing = Vec::new();
+        for ((name, var), sum) in self.vars.iter().zip(&self.sums) {
+            match sum {
+                Some(sum) => all.push((name.as_str(), var, sum)),
+                None => missing.push(name.clone()),
+            }
+        }
+        if missing.is_empty() {
+            return Ok(all);
+        }
+        let report = GradientReport {
+            checked: self.vars.len(),
+            missing,
+            ..Default::default()
+        };
+        Err(Error::Gradients(Box::new(report)))
+    }
+
+    /// The step these are for, counted from 1.
+    pub fn step(&self) -> u64 {
+        self.step
+    }
+
+    fn diverged<T>(&self, what: &str, found: f64) -> Result<T> {
+        Err(Error::Diverged {
+            step: self.step,
+            what: what.to_string(),
+            found,
+        })
+    }
+}

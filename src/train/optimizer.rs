@@ -1,0 +1,284 @@
+//! [`AdamW`] over named variables in groups, with moments that can be saved.
+
+use super::Gradients;
+use crate::adapter::Adapter;
+use crate::error::{Error, Result};
+use crate::params::names;
+use candle_core::{DType, Tensor, Var};
+use candle_nn::ParamsAdamW;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Variables that share a learning rate and a decay.
+#[derive(Clone, Debug)]
+pub struct Group {
+    vars: Vec<(String, Var)>,
+    rate: f64,
+    weight_decay: Option<f64>,
+}
+
+impl Group {
+    /// A group with the optimizer's own rate and decay. Names are those of checkpoints.
+    pub fn new(vars: Vec<(String, Var)>) -> Self {
+        Self {
+            vars,
+            rate: 1.,
+            weight_decay: None,
+        }
+    }
+
+    /// Multiplies the optimizer's learning rate.
+    pub fn with_rate(mut self, factor: f64) -> Self {
+        self.rate = factor;
+        self
+    }
+
+    /// Sets the decay, instead of the optimizer's.
+    pub fn with_weight_decay(mut self, weight_decay: f64) -> Self {
+        self.weight_decay = Some(weight_decay);
+        self
+    }
+}
+
+/// The first and the second moment of a variable.
+#[derive(Clone, Debug)]
+struct Moments {
+    first: Tensor,
+    second: Tensor,
+}
+
+/// Adam with decoupled weight decay.
+///
+/// ```text
+/// m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2
+/// p = (1 - lr decay) p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+/// ```
+///
+/// What candle's own lacks: groups, a state that is saved and restored bit for bit (with
+/// [`Checkpoint`](super::Checkpoint)), and an error for a variable without gradient.
+///
+/// A decay pulls parameters towards 0, which for a rotation and a `Log` magnitude is the base; a
+/// `Factor` or `Absolute` magnitude it would shrink, so [`AdamW::for_adapter`] refuses that.
+///
+/// # References
+///
+/// "Decoupled Weight Decay Regularization", arXiv:1711.05101, algorithm 2.
+#[derive(Debug)]
+pub struct AdamW {
+    groups: Vec<Group>,
+    params: ParamsAdamW,
+    steps: u64,
+    moments: BTreeMap<String, Moments>,
+}
+
+impl AdamW {
+    /// An optimizer of the given groups.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Argument`] when there are no variables, two have one name, one is no float tensor, or
+    /// a parameter is out of its range.
+    pub fn new(groups: Vec<Group>, params: ParamsAdamW) -> Result<Self> {
+        let refuse = |what, found: String, expected: &str| {
+            Err(Error::Argument {
+                function: "AdamW::new",
+                what,
+                found,
+                expected: expected.to_string(),
+            })
+        };
+        let ParamsAdamW {
+            lr,
+            beta1,
+            beta2,
+            eps,
+            weight_decay,
+        } = params;
+        for (what, value) in [("`beta1`", beta1), ("`beta2`", beta2)] {
+            if !(0. ..1.).contains(&value) {
+                return refuse(what, value.to_string(), "at least 0 and below 1");
+            }
+        }
+        let rates = groups
+            .iter()
+            .map(|group| ("the rate of a group", group.rate));
+        let decays = groups.iter().filter_map(|group| group.weight_decay);
+        let decays = decays.map(|decay| ("the decay of a group", decay));
+        let all = [
+            ("`lr`", lr),
+            ("`eps`", eps),
+            ("`weight_decay`", weight_decay),
+        ];
+        for (what, value) in all.into_iter().chain(rates).chain(decays) {
+            if !(value >= 0. && value.is_finite()) {
+                return refuse(what, value.to_string(), "a finite number from 0");
+            }
+        }
+        let mut seen = BTreeSet::new();
+        let mut moments = BTreeMap::new();
+        for (name, var) in groups.iter().flat_map(|group| &group.vars) {
+            if !seen.insert(name.as_str()) {
+                return refuse("a variable", format!("`{name}` twice"), "names that differ");
+            }
+            if !matches!(
+                var.dtype(),
+                DType::F16 | DType::BF16 | DType::F32 | DType::F64
+            ) {
+                let found = format!("`{name}` of {:?}", var.dtype());
+                return refuse("a variable", found, "a float tensor");
+            }
+            let zero = var.zeros_like()?;
+            let start = Moments {
+                first: zero.clone(),
+                second: zero,
+            };
+            moments.insert(name.clone(), start);
+        }
+        if moments.is_empty() {
+            return refuse("the variables", "none".into(), "at least one");
+        }
+        Ok(Self {
+            groups,
+            params,
+            steps: 0,
+            moments,
+        })
+    }
+
+    /// An optimizer of everything that an adapter trains: rotations, magnitudes, extra tensors, a
+    /// group each in this order, for [`AdamW::set_group_rate`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Adapter::check_complete`] and [`AdamW::new`]; a weight decay above 0 with a `Factor`
+    /// or `Absolute` magnitude.
+    pub fn for_adapter(adapter: &Adapter, params: ParamsAdamW) -> Result<Self> {
+        let (mut rotations, mut magnitudes, mut extras) = (Vec::new(), Vec::new(), Vec::new());
+        for (name, var) in adapter.named_vars()? {
+            let ends = |role: &str| name.ends_with(&format!(".{role}"));
+            if ends(names::ROTATION) || ends(names::EMBEDDING_ROTATION) {
+                rotations.push((name, var));
+            } else if [names::LOG, names::FACTOR, names::ABSOLUTE]
+                .into_iter()
+                .any(ends)
+            {
+                let shrinks = !ends(names::LOG) && params.weight_decay > 0.;
+                if shrinks {
+                    return Err(Error::Argument {
+                        function: "AdamW::for_adapter",
+                        what: "`weight_decay`",
+                        found: params.weight_decay.to_string(),
+                        expected: format!("0 with `{name}`, whose start is not 0, or own groups"),
+                    });
+                }
+                magnitudes.push((name, var));
+            } else {
+                extras.push((name, var));
+            }
+        }
+        Self::new(
+            [rotations, magnitudes, extras].map(Group::new).into(),
+            params,
+        )
+    }
+
+    /// Steps that were made.
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// The learning rate before the groups' factors.
+    pub fn rate(&self) -> f64 {
+        self.params.lr
+    }
+
+    /// Sets the learning rate.
+    pub fn set_rate(&mut self, rate: f64) {
+        self.params.lr = rate;
+    }
+
+    /// Sets the factor of a group. Nothing happens when there is no such group.
+    pub fn set_group_rate(&mut self, group: usize, factor: f64) {
+        if let Some(group) = self.groups.get_mut(group) {
+            group.rate = factor;
+        }
+    }
+
+    /// The variables with their names, group by group.
+    pub fn named_vars(&self) -> Vec<(String, Var)> {
+        let vars = self.groups.iter().flat_map(|group| &group.vars);
+        vars.cloned().collect()
+    }
+
+    /// Empty sums for the next step.
+    pub fn gradients(&self) -> Gradients {
+        Gradients::new(self.steps + 1, self.named_vars())
+    }
+
+    /// Makes one step. Either every variable moves or none does.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Gradients`] when a variable got no gradient, [`Error::Diverged`] when one is not
+    /// finite.
+    pub fn step(&mut self, gradients: &Gradients) -> Result<()> {
+        gradients.norm()?;
+        let each = gradients.each()?;
+        let ParamsAdamW {
+            lr,
+            beta1,
+            beta2,
+            eps,
+            weight_decay,
+        } = self.params;
+        let t = (self.steps + 1) as f64;
+        let (scale1, scale2) = (1. / (1. - beta1.powf(t)), 1. / (1. - beta2.powf(t)));
+        let settings = self.groups.iter().flat_map(|group| {
+            let decay = group.weight_decay.unwrap_or(weight_decay);
+            group.vars.iter().map(move |_| (lr * group.rate, decay))
+        });
+        let mut changes = Vec::with_capacity(each.len());
+        for ((name, var, grad), (lr, decay)) in each.into_iter().zip(settings) {
+            let Some(moments) = self.moments.get(name) else {
+                return Err(Error::Argument {
+                    function: "AdamW::step",
+                    what: "a variable",
+                    found: format!("`{name}`"),
+                    expected: "gradients made by this optimizer".into(),
+                });
+            };
+            let first = ((&moments.first * beta1)? + (grad * (1. - beta1))?)?;
+            let second = ((&moments.second * beta2)? + (grad.sqr()? * (1. - beta2))?)?;
+            let down = ((&second * scale2)?.sqrt()? + eps)?;
+            let change = (&first * (lr * scale1))?.div(&down)?;
+            let kept = (var.as_tensor() * (1. - lr * decay))?;
+            let moved = (kept - change)?;
+            changes.push((
+                name.to_string(),
+                var.clone(),
+                moved,
+                Moments { first, second },
+            ));
+        }
+        for (name, var, moved, moments) in changes {
+            var.set(&moved)?;
+            self.moments.insert(name, moments);
+        }
+        self.steps += 1;
+        Ok(())
+    }
+
+    /// The first and second moment of each variable by name.
+    pub(super) fn moments(&self) -> impl Iterator<Item = (&String, &Tensor, &Tensor)> {
+        self.moments
+            .iter()
+            .map(|(name, m)| (name, &m.first, &m.second))
+    }
+
+    /// Takes up where another optimizer left off.
+    pub(super) fn resume(&mut self, steps: u64, moments: Vec<(String, Tensor, Tensor)>) {
+        self.steps = steps;
+        for (name, first, second) in moments {
+            self.moments.insert(name, Moments { first, second });
+        }
+    }
+}
