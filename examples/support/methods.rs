@@ -31,6 +31,7 @@ pub struct Tuner {
     device: Device,
     seed: u64,
     adapter: Option<Adapter>,
+    targets: Vec<String>,
     vars: Arc<Mutex<BTreeMap<String, Var>>>,
 }
 
@@ -45,8 +46,33 @@ impl Tuner {
             device: device.clone(),
             seed,
             adapter,
+            targets: Vec::new(),
             vars: Arc::default(),
         })
+    }
+
+    /// The layers of an adapter that exists.
+    pub fn with_adapter(method: Method, adapter: Adapter) -> Self {
+        Self {
+            method,
+            device: adapter.device().clone(),
+            seed: 0,
+            adapter: Some(adapter),
+            targets: Vec::new(),
+            vars: Arc::default(),
+        }
+    }
+
+    /// Adapts only layers whose path ends in one of these names, for the methods that are not the
+    /// crate's; none means all.
+    pub fn with_targets(mut self, targets: &[String]) -> Self {
+        self.targets = targets.to_vec();
+        self
+    }
+
+    fn wants(&self, path: &str) -> bool {
+        let ends = |target: &String| path == target || path.ends_with(&format!(".{target}"));
+        self.targets.is_empty() || self.targets.iter().any(ends)
     }
 
     /// The crate's adapter, for DOFT and OFT.
@@ -71,25 +97,39 @@ impl Tuner {
         Ok(self.named_vars()?.iter().map(|(_, v)| v.elem_count()).sum())
     }
 
-    /// Wraps the layer at `path`.
-    pub fn wrap_linear(&self, path: &str, base: Linear) -> candle_doft::Result<Tuned> {
+    /// The same; 0 where nothing trains.
+    pub fn trainable_or_zero(&self) -> candle_doft::Result<usize> {
+        match self.method {
+            Method::Frozen => Ok(0),
+            _ => self.trainable(),
+        }
+    }
+
+    /// Wraps the layer at `path`, candle's or a frozen one, dense or quantized.
+    pub fn wrap_linear(
+        &self,
+        path: &str,
+        base: impl Into<frozen::Linear>,
+    ) -> candle_doft::Result<Tuned> {
+        let base = base.into();
         Ok(match &self.method {
             Method::Doft(_) => match &self.adapter {
                 Some(adapter) => Tuned::Doft(adapter.wrap_linear(path, base)?),
-                None => Tuned::Frozen(base.into()),
+                None => Tuned::Frozen(base),
             },
+            _ if !self.wants(path) => Tuned::Frozen(base),
             Method::Lora { rank, alpha } => Tuned::Lora(self.lora(path, base, *rank, *alpha)?),
             Method::Dora { rank, alpha } => {
-                let base_weight = base.weight().clone();
+                let norms = candle_doft::params::row_norms(&base.weight()?)?;
                 let lora = self.lora(path, base, *rank, *alpha)?;
-                Tuned::Dora(self.dora(path, &base_weight, lora)?)
+                Tuned::Dora(self.dora(path, &norms, lora)?)
             }
             Method::Full => {
-                let weight = self.var(path, "weight", base.weight())?;
+                let weight = self.var(path, "weight", &base.weight()?)?;
                 let bias = base.bias().map(|bias| self.var(path, "bias", bias));
                 Tuned::Full(Linear::new(weight, bias.transpose()?))
             }
-            Method::Frozen => Tuned::Frozen(base.into()),
+            Method::Frozen => Tuned::Frozen(base),
         })
     }
 
@@ -107,12 +147,18 @@ impl Tuner {
     }
 
     // A is uniform in +-1/sqrt(in), B is zero: the initialisation of the authors' code and of PEFT.
-    fn lora(&self, path: &str, base: Linear, rank: usize, alpha: f64) -> Result<LoraLinear> {
-        let (out, width) = base.weight().dims2()?;
+    fn lora(
+        &self,
+        path: &str,
+        base: frozen::Linear,
+        rank: usize,
+        alpha: f64,
+    ) -> Result<LoraLinear> {
+        let (out, width) = (base.out_dim(), base.in_dim());
         if rank == 0 || rank > out.min(width) {
             bail!("layer `{path}`: rank {rank} does not fit a weight of {out}x{width}");
         }
-        let dtype = param_dtype(base.weight().dtype());
+        let dtype = param_dtype(base.dtype());
         let mut rng = SplitMix64::new(self.seed ^ fingerprint(path));
         let bound = 1. / (width as f64).sqrt();
         let a: Vec<f64> = (0..rank * width)
@@ -120,19 +166,19 @@ impl Tuner {
             .collect();
         let a = Tensor::from_vec(a, (rank, width), &self.device)?.to_dtype(dtype)?;
         let b = Tensor::zeros((out, rank), dtype, &self.device)?;
+        let bias = base.bias().cloned();
         Ok(LoraLinear {
-            product: frozen::Linear::new(base.weight().clone(), None),
-            bias: base.bias().cloned(),
+            product: base.without_bias(),
+            bias,
             a: self.var(path, "lora_A.weight", &a)?,
             b: self.var(path, "lora_B.weight", &b)?,
             scale: alpha / rank as f64,
         })
     }
 
-    fn dora(&self, path: &str, weight: &Tensor, lora: LoraLinear) -> Result<DoraLinear> {
-        let norms = candle_doft::params::row_norms(weight)?;
+    fn dora(&self, path: &str, norms: &Tensor, lora: LoraLinear) -> Result<DoraLinear> {
         Ok(DoraLinear {
-            magnitude: self.var(path, "lora_magnitude_vector.weight", &norms)?,
+            magnitude: self.var(path, "lora_magnitude_vector.weight", norms)?,
             squared_norms: norms.sqr()?,
             lora,
         })
@@ -251,9 +297,7 @@ impl DoraLinear {
     fn norms(&self) -> Result<Tensor> {
         let LoraLinear { a, b, scale, .. } = &self.lora;
         let (a, b) = (a.detach(), b.detach());
-        let weight = self.lora.product.dtype();
-        let wa = self.lora.product.forward(&a.to_dtype(weight)?)?;
-        let cross = wa.to_dtype(a.dtype())?.t()?.mul(&b)?.sum(1)?;
+        let cross = self.lora.product.forward(&a)?.t()?.mul(&b)?.sum(1)?;
         let square = b.matmul(&a.matmul(&a.t()?)?)?.mul(&b)?.sum(1)?;
         let sum = ((&self.squared_norms + (cross * (2. * scale))?)? + (square * (scale * scale))?)?;
         // Rounding may leave less than nothing where V is nearly zero.

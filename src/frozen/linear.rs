@@ -164,6 +164,11 @@ impl Linear {
         Self { weight, bias: None }
     }
 
+    /// The same weight without the bias.
+    pub fn without_bias(self) -> Self {
+        Self { bias: None, ..self }
+    }
+
     /// Lets candle's quantized product answer inputs of up to 8 rows that need no gradient: several
     /// times faster when one token is decoded. It rounds the activations to 8 bits, so it is not the
     /// product that was trained; off by default. Without effect on a dense weight.

@@ -1,0 +1,468 @@
+//! The run: model, data, steps, and what is left behind.
+
+use crate::llm::data::{Batch, Data, Order, Sequence};
+use crate::llm::model::Model;
+use crate::llm::sample::{Sampling, answer};
+use crate::llm::tokenizer::Text;
+use crate::llm::weights::Weights;
+use crate::llm::{merged, open};
+use crate::methods::{Method, Tuner};
+use crate::support::{files, progress};
+use crate::{Flags, MethodName, draw, memory};
+use anyhow::{Context, Result, bail, ensure};
+use candle_core::{Device, Tensor, Var};
+use candle_doft::train::{AdamW, Checkpoint, Group, Schedule};
+use candle_doft::{DoftConfig, Pattern, Targets};
+use candle_nn::ParamsAdamW;
+use serde_json::{Value, json};
+use std::io::Write;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+pub(crate) fn run(flags: &Flags) -> Result<()> {
+    let device = Device::Cpu;
+    files::make_folder(&flags.out)?;
+    let weights = Weights::open(&open::locate(&flags.model)?, flags.dequantize, &device)?;
+    let text = Text::open(&weights)?;
+    ensure!(
+        flags.seq <= weights.config.context,
+        "--seq {} is more than the model's context of {}",
+        flags.seq,
+        weights.config.context
+    );
+    let data = Data::open(flags.data.as_deref(), &text, flags.seq, flags.seed)?;
+    let mut session = Session::new(flags, weights, text, data, device)?;
+    let prompt = flags.prompt.clone().or_else(|| session.data.prompt.clone());
+    let before = match session.step {
+        0 => session.sample(prompt.as_deref())?,
+        _ => None,
+    };
+    if let (Some(prompt), Some(before)) = (&prompt, &before) {
+        println!("> {prompt}\n  before: {}", indented(before));
+    }
+    session.train()?;
+    if let Some(after) = session.sample(prompt.as_deref())? {
+        println!(
+            "> {}\n  now:    {}",
+            prompt.unwrap_or_default(),
+            indented(&after)
+        );
+    }
+    session.finish()
+}
+
+fn indented(text: &str) -> String {
+    text.trim().replace('\n', "\n          ")
+}
+
+/// What a resumed run has to have in common with the one that wrote the checkpoint.
+fn identity(flags: &Flags, weights: &Weights, data: &Data) -> Value {
+    json!({
+        "method": flags.method,
+        "block_size": flags.block_size,
+        "rank": flags.rank,
+        "targets": flags.targets,
+        "steps": flags.steps,
+        "batch": flags.batch,
+        "seq": flags.seq,
+        "lr": flags.lr,
+        "accumulate": flags.accumulate,
+        "decay": flags.decay,
+        "warmup": flags.warmup,
+        "clip": flags.clip,
+        "seed": flags.seed,
+        "dequantize": flags.dequantize,
+        "hidden_size": weights.config.hidden,
+        "layers": weights.config.layers,
+        "sequences": data.train.len(),
+    })
+}
+
+struct Session<'a> {
+    flags: &'a Flags,
+    weights: Weights,
+    text: Text,
+    data: Data,
+    device: Device,
+    tuner: Tuner,
+    model: Model,
+    optimizer: Option<AdamW>,
+    schedule: Schedule,
+    /// Steps that were made; the position in the data follows from it.
+    step: u64,
+    losses: Vec<(u64, f64)>,
+    held_out: Vec<(u64, f64)>,
+    stopped: Arc<AtomicBool>,
+}
+
+impl<'a> Session<'a> {
+    fn new(
+        flags: &'a Flags,
+        weights: Weights,
+        text: Text,
+        data: Data,
+        device: Device,
+    ) -> Result<Self> {
+        let tuner = Tuner::new(method(flags), flags.seed, &device)?;
+        let tuner = tuner.with_targets(&flags.targets);
+        let model = Model::new(&weights, &tuner, &device)?;
+        let vars = match flags.method {
+            MethodName::None => Vec::new(),
+            _ => tuner.named_vars()?,
+        };
+        let params = ParamsAdamW {
+            lr: flags.lr,
+            weight_decay: 0.,
+            ..Default::default()
+        };
+        let optimizer = match vars.is_empty() {
+            true => None,
+            false => Some(AdamW::new(vec![Group::new(vars)], params)?),
+        };
+        let schedule = Schedule {
+            decay: flags.decay.into(),
+            warmup: flags.warmup,
+            total: flags.steps as u64,
+            floor: 0.,
+        };
+        let mut session = Self {
+            flags,
+            tuner,
+            model,
+            optimizer,
+            schedule,
+            weights,
+            text,
+            data,
+            device,
+            step: 0,
+            losses: Vec::new(),
+            held_out: Vec::new(),
+            stopped: Arc::default(),
+        };
+        if flags.resume {
+            session.resume()?;
+        }
+        Ok(session)
+    }
+
+    fn checkpoint(&self) -> std::path::PathBuf {
+        self.flags.out.join("checkpoint.safetensors")
+    }
+
+    fn resume(&mut self) -> Result<()> {
+        let Some(optimizer) = &mut self.optimizer else {
+            bail!("--method none trains nothing that could be resumed");
+        };
+        let file = self.flags.out.join("checkpoint.safetensors");
+        let checkpoint = Checkpoint::load(&file)?;
+        let ours = identity(self.flags, &self.weights, &self.data);
+        for (key, value) in ours.as_object().into_iter().flatten() {
+            let found = &checkpoint.config()[key];
+            ensure!(
+                found == value,
+                "{}: `{key}` was {found} there and is {value} now; resume with the same flags",
+                file.display()
+            );
+        }
+        checkpoint.restore(optimizer)?;
+        self.step = checkpoint.steps();
+        let curve = |key: &str| -> Result<Vec<(u64, f64)>> {
+            Ok(serde_json::from_value(checkpoint.state()[key].clone())?)
+        };
+        self.losses = curve("losses")?;
+        self.held_out = curve("held_out")?;
+        Ok(())
+    }
+
+    fn save(&self) -> Result<()> {
+        let Some(optimizer) = &self.optimizer else {
+            return Ok(());
+        };
+        let identity = identity(self.flags, &self.weights, &self.data);
+        let state = json!({"losses": self.losses, "held_out": self.held_out});
+        Checkpoint::save(self.checkpoint(), optimizer, &identity, &state)?;
+        let file = self.flags.out.join("adapter.safetensors");
+        match self.tuner.adapter() {
+            Some(adapter) => {
+                for warning in adapter.save(&file)? {
+                    eprintln!("note: {warning}");
+                }
+            }
+            None => {
+                let named = self.tuner.named_vars()?;
+                let tensors = named
+                    .iter()
+                    .map(|(n, v)| (n.clone(), v.as_tensor().clone()));
+                files::replace(&file, &safetensors::serialize(tensors, None)?)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn train(&mut self) -> Result<()> {
+        let end = self.flags.stop_after.unwrap_or(self.flags.steps) as u64;
+        let end = end.min(self.flags.steps as u64);
+        let stopped = self.stopped.clone();
+        ctrlc::set_handler(move || stopped.store(true, Ordering::SeqCst))
+            .context("cannot listen for Ctrl-C")?;
+        let mut metrics = self.metrics()?;
+        if self.step == 0 {
+            self.announce()?;
+            self.validate(&mut metrics)?;
+        }
+        let bar = progress::bar(end as usize, "finetune");
+        bar.set_position(self.step);
+        let mut order = Order::new(self.flags.seed, self.data.train.len());
+        while self.step < end && !self.stopped.load(Ordering::SeqCst) {
+            let made = self.one_step(&mut order, &mut metrics)?;
+            bar.set_position(self.step);
+            bar.set_message(format!(
+                "loss {:.3}, rate {:.1e}, {:.0} tokens/s, {} MB",
+                made.loss,
+                made.rate,
+                made.tokens_per_second,
+                memory::peak_bytes().unwrap_or(0) >> 20
+            ));
+            let due = self.step.is_multiple_of(self.flags.every as u64) && self.step < end;
+            if due {
+                self.validate(&mut metrics)?;
+                self.save()?;
+            }
+        }
+        bar.finish_and_clear();
+        self.validate(&mut metrics)?;
+        self.save()?;
+        if self.stopped.load(Ordering::SeqCst) {
+            eprintln!(
+                "stopped after step {}; --resume goes on from here",
+                self.step
+            );
+        }
+        Ok(())
+    }
+
+    fn announce(&self) -> Result<()> {
+        let trainable = self.tuner.trainable_or_zero()?;
+        eprintln!(
+            "{} layers, weights of {} MB; {trainable} parameters train; {} sequences, {} held out",
+            self.weights.config.layers,
+            self.weights.bytes() >> 20,
+            self.data.train.len(),
+            self.data.validation.len(),
+        );
+        Ok(())
+    }
+
+    /// The file of metrics; a resumed run keeps the lines up to its step.
+    fn metrics(&self) -> Result<std::fs::File> {
+        let file = self.flags.out.join("metrics.jsonl");
+        let kept: Vec<String> = match (self.flags.resume, std::fs::read_to_string(&file)) {
+            (true, Ok(text)) => {
+                let known = |line: &&str| {
+                    let line: Result<Value, _> = serde_json::from_str(line);
+                    line.is_ok_and(|line| line["step"].as_u64() <= Some(self.step))
+                };
+                text.lines()
+                    .filter(known)
+                    .map(|l| format!("{l}\n"))
+                    .collect()
+            }
+            _ => Vec::new(),
+        };
+        files::replace(&file, kept.concat().as_bytes())?;
+        let open = std::fs::OpenOptions::new().append(true).open(&file);
+        open.with_context(|| file.display().to_string())
+    }
+
+    fn one_step(&mut self, order: &mut Order, metrics: &mut std::fs::File) -> Result<Made> {
+        let start = Instant::now();
+        let mut batches = Vec::new();
+        let drawn = (self.flags.batch * self.flags.accumulate) as u64;
+        for micro in 0..self.flags.accumulate {
+            let first = self.step * drawn + (micro * self.flags.batch) as u64;
+            let positions = first..first + self.flags.batch as u64;
+            let chosen: Vec<&Sequence> = positions
+                .map(|position| &self.data.train[order.at(position)])
+                .collect();
+            batches.push(Batch::new(&chosen, &self.device)?);
+        }
+        let learned: usize = batches.iter().map(|batch| batch.tokens).sum();
+        let read: usize = batches.iter().map(|batch| batch.ids.elem_count()).sum();
+        let rate = self.schedule.rate(self.flags.lr, self.step);
+        if let Some(adapter) = self.tuner.adapter() {
+            adapter.set_step(self.step);
+        }
+        let blocks = match (&self.optimizer, self.flags.checkpoint_activations) {
+            (_, false) => None,
+            (Some(optimizer), true) => Some(self.model.by_block(&optimizer.named_vars())),
+            (None, true) => Some(self.model.by_block(&[])),
+        };
+        let mut gradients = self.optimizer.as_ref().map(AdamW::gradients);
+        let mut total = 0.;
+        for batch in &batches {
+            let mut embedded = self.model.embed(&batch.ids)?;
+            if self.optimizer.is_none() {
+                embedded = Var::from_tensor(&embedded)?.as_tensor().clone();
+            }
+            let loss = self.loss(batch, &embedded, blocks.as_deref())?;
+            let share = batch.tokens as f64 / learned as f64;
+            total += share * f64::from(loss.to_scalar::<f32>()?);
+            match &mut gradients {
+                Some(gradients) => {
+                    let grads = gradients.backward(&loss, share)?;
+                    if let (Some(adapter), 0) = (self.tuner.adapter(), self.step) {
+                        let report = adapter.check_gradients(&grads)?;
+                        if !report.zero.is_empty() {
+                            eprintln!("note: {report}");
+                        }
+                    }
+                }
+                None => {
+                    let grads = loss.backward()?;
+                    ensure!(
+                        grads.get(&embedded).is_some(),
+                        "no gradient reached the tokens"
+                    );
+                }
+            }
+        }
+        ensure!(
+            total.is_finite(),
+            "step {}: the loss is {total}",
+            self.step + 1
+        );
+        if let (Some(optimizer), Some(mut gradients)) = (&mut self.optimizer, gradients) {
+            gradients.clip(self.flags.clip)?;
+            optimizer.set_rate(rate);
+            optimizer.step(&gradients)?;
+        }
+        self.step += 1;
+        self.losses.push((self.step, total));
+        let seconds = start.elapsed().as_secs_f64();
+        let made = Made {
+            loss: total,
+            rate,
+            tokens_per_second: read as f64 / seconds,
+        };
+        let line = json!({
+            "step": self.step,
+            "loss": made.loss,
+            "lr": made.rate,
+            "seconds": seconds,
+            "tokens_per_second": made.tokens_per_second,
+            "peak_rss_bytes": memory::peak_bytes(),
+        });
+        writeln!(metrics, "{line}").context("metrics.jsonl")?;
+        Ok(made)
+    }
+
+    fn loss(
+        &self,
+        batch: &Batch,
+        embedded: &Tensor,
+        blocks: Option<&[Vec<Var>]>,
+    ) -> Result<Tensor> {
+        let hidden = self.model.hidden(embedded, blocks)?;
+        let hidden = hidden.flatten_to(1)?.index_select(&batch.rows, 0)?;
+        Ok(self.model.loss(&hidden, &batch.targets)?)
+    }
+
+    /// The perplexity of the held-out text.
+    fn validate(&mut self, metrics: &mut std::fs::File) -> Result<()> {
+        let measured = self.inference(|| -> Result<f64> {
+            let (mut total, mut tokens) = (0., 0);
+            let held: Vec<&Sequence> = self.data.validation.iter().collect();
+            let held = &held[..held.len().min(self.flags.held_out)];
+            for chunk in held.chunks(self.flags.batch) {
+                let batch = Batch::new(chunk, &self.device)?;
+                let loss = self.loss(&batch, &self.model.embed(&batch.ids)?, None)?;
+                total += f64::from(loss.to_scalar::<f32>()?) * batch.tokens as f64;
+                tokens += batch.tokens;
+            }
+            Ok(total / tokens as f64)
+        })??;
+        self.held_out.push((self.step, measured));
+        let line = json!({"step": self.step, "validation_perplexity": measured.exp()});
+        writeln!(metrics, "{line}").context("metrics.jsonl")?;
+        eprintln!(
+            "step {}: held-out perplexity {:.3}",
+            self.step,
+            measured.exp()
+        );
+        Ok(())
+    }
+
+    fn sample(&self, prompt: Option<&str>) -> Result<Option<String>> {
+        let (Some(prompt), 1..) = (prompt, self.flags.sample_tokens) else {
+            return Ok(None);
+        };
+        let sampling = Sampling {
+            temperature: 0.,
+            seed: self.flags.seed,
+            max_tokens: self.flags.sample_tokens,
+        };
+        let answered =
+            self.inference(|| answer(&self.model, &self.text, prompt, sampling, |_| Ok(())))?;
+        answered.map(Some)
+    }
+
+    /// Runs `f` with rotations as constants, so that no graph is built.
+    fn inference<T>(&self, f: impl FnOnce() -> T) -> Result<T> {
+        match self.tuner.adapter() {
+            Some(adapter) => Ok(adapter.inference(f)?),
+            None => Ok(f()),
+        }
+    }
+
+    fn finish(&self) -> Result<()> {
+        let picture = self.flags.out.join("loss.svg");
+        let title = format!("{:?}, {}", self.flags.method, name(&self.weights.path));
+        draw::draw(&picture, &self.losses, &self.held_out, &title)?;
+        if let Some(folder) = &self.flags.merge_to {
+            let kind = self.flags.merge_type.into();
+            merged::write(folder, &self.weights, &self.model, &self.text, kind)?;
+            println!("merged into {}", folder.display());
+        }
+        println!("{}", self.flags.out.display());
+        Ok(())
+    }
+}
+
+/// What a step came to.
+struct Made {
+    loss: f64,
+    rate: f64,
+    tokens_per_second: f64,
+}
+
+fn name(path: &Path) -> String {
+    path.file_name()
+        .map_or(String::new(), |name| name.to_string_lossy().into())
+}
+
+fn method(flags: &Flags) -> Method {
+    let config = match flags.method {
+        MethodName::Oft => DoftConfig::oft(),
+        _ => DoftConfig::default(),
+    };
+    let config = config
+        .with_block_size(flags.block_size)
+        .with_seed(flags.seed);
+    let config = match flags.targets.is_empty() {
+        true => config,
+        false => {
+            let patterns = flags.targets.iter().map(|t| Pattern::from(t.as_str()));
+            config.with_targets(Targets::Patterns(patterns.collect()))
+        }
+    };
+    let (rank, alpha) = (flags.rank, flags.rank as f64);
+    match flags.method {
+        MethodName::Doft | MethodName::Oft => Method::Doft(Box::new(config)),
+        MethodName::Lora => Method::Lora { rank, alpha },
+        MethodName::Dora => Method::Dora { rank, alpha },
+        MethodName::None => Method::Frozen,
+    }
+}

@@ -1,0 +1,131 @@
+//! Lets a language model answer a prompt, with or without an adapter.
+//!
+//!     cargo run --release --example generate -- --model model.gguf --adapter adapter.safetensors \
+//!         --prompt "Define Happiness."
+
+#[path = "support/llm/mod.rs"]
+mod llm;
+#[path = "support/methods.rs"]
+#[allow(dead_code, reason = "others use the rest")]
+mod methods;
+#[path = "support/mod.rs"]
+mod support;
+
+use anyhow::{Context, Result, ensure};
+use candle_core::Device;
+use candle_doft::Adapter;
+use candle_doft::file::LoadOptions;
+use candle_doft::merge::{Merge, Strength};
+use clap::Parser;
+use llm::model::Model;
+use llm::open;
+use llm::sample::{Sampling, answer};
+use llm::tokenizer::Text;
+use llm::weights::Weights;
+use methods::{Method, Tuner};
+use std::io::Write;
+use std::path::PathBuf;
+use std::time::Instant;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Runs a language model, with or without an adapter; the answer alone on standard output.
+#[derive(Parser, Clone, Debug)]
+struct Flags {
+    /// A GGUF file, a folder in Hugging Face layout, or a name on the hub (owner/model)
+    #[arg(long)]
+    model: String,
+    /// An adapter file or folder of any dialect that this crate reads; it runs unmerged
+    #[arg(long)]
+    adapter: Option<PathBuf>,
+    /// Strength of the adapter; other than 1 it is merged first, which expands quantized weights
+    #[arg(long, default_value_t = 1., value_parser = support::cli::finite, allow_hyphen_values = true)]
+    strength: f64,
+    #[arg(long)]
+    prompt: String,
+    /// Tokens at most
+    #[arg(long, default_value_t = 128)]
+    max_tokens: usize,
+    /// 0 takes the likeliest token each time
+    #[arg(long, default_value_t = 0., value_parser = support::cli::finite)]
+    temperature: f64,
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Expands quantized and half weights to f32
+    #[arg(long)]
+    dequantize: bool,
+    /// Merges the adapter before it runs
+    #[arg(long)]
+    merge: bool,
+}
+
+fn main() -> std::process::ExitCode {
+    let flags = Flags::parse();
+    support::cli::run(|| run(&flags))
+}
+
+fn run(flags: &Flags) -> Result<()> {
+    ensure!(flags.temperature >= 0., "--temperature is below 0");
+    let device = Device::Cpu;
+    let mut weights = Weights::open(&open::locate(&flags.model)?, flags.dequantize, &device)?;
+    let text = Text::open(&weights)?;
+    let (adapter, tuner) = match &flags.adapter {
+        None => (None, Tuner::new(Method::Frozen, 0, &device)?),
+        Some(file) if flags.merge || flags.strength != 1. => {
+            let strength = Strength::linear(flags.strength);
+            let merge = Merge::new().with_file(file, &LoadOptions::default(), strength)?;
+            weights = weights.merged(&merge)?;
+            (None, Tuner::new(Method::Frozen, 0, &device)?)
+        }
+        Some(file) => {
+            let adapter = Adapter::load(file, &device)?;
+            let method = Method::Doft(Box::default());
+            let tuner = Tuner::with_adapter(method, adapter.clone());
+            (Some(adapter), tuner)
+        }
+    };
+    let model = Model::new(&weights, &tuner, &device)?;
+    if let Some(adapter) = &adapter {
+        adapter.check_complete()?;
+        for warning in adapter.warnings() {
+            eprintln!("note: {warning}");
+        }
+    }
+    let sampling = Sampling {
+        temperature: flags.temperature,
+        seed: flags.seed,
+        max_tokens: flags.max_tokens,
+    };
+    let mut shown = String::new();
+    let mut out = std::io::stdout();
+    let mut first = None;
+    let mut count = 0;
+    let each = |ids: &[u32]| -> Result<()> {
+        first.get_or_insert_with(Instant::now);
+        count = ids.len();
+        let text = text.decode(ids)?;
+        // A character may take several tokens; until it is whole it shows as a replacement.
+        if let Some(new) = text.strip_prefix(shown.as_str())
+            && !new.ends_with('\u{fffd}')
+        {
+            write!(out, "{new}")
+                .and_then(|()| out.flush())
+                .context("standard output")?;
+            shown = text;
+        }
+        Ok(())
+    };
+    let generate = || answer(&model, &text, &flags.prompt, sampling, each);
+    let answered = match &adapter {
+        Some(adapter) => adapter.inference(generate)??,
+        None => generate()?,
+    };
+    let rest = answered.strip_prefix(shown.as_str()).unwrap_or_default();
+    println!("{rest}");
+    if let (Some(first), 2..) = (first, count) {
+        let seconds = first.elapsed().as_secs_f64();
+        eprintln!("{:.1} tokens/s", (count - 1) as f64 / seconds);
+    }
+    Ok(())
+}

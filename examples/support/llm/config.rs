@@ -1,0 +1,247 @@
+//! The shape of a model, from a `config.json` or from the metadata of a GGUF file.
+
+use anyhow::{Context, Result, bail, ensure};
+use candle_core::quantized::gguf_file::Value;
+use serde::Deserialize;
+use std::collections::HashMap;
+
+/// The members of the family that differ in what their layers hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Architecture {
+    /// SmolLM2, Llama 2 and 3.
+    Llama,
+    /// Qwen2 and 2.5: q, k and v have a bias.
+    Qwen2,
+    /// Qwen3: q and k are normalised head by head.
+    Qwen3,
+}
+
+/// How Llama 3 stretches its positions: wave lengths above `original / low` are divided by `factor`,
+/// those below `original / high` are kept, and between the two it goes over smoothly.
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
+pub struct Scaling {
+    pub factor: f64,
+    #[serde(rename = "low_freq_factor")]
+    pub low: f64,
+    #[serde(rename = "high_freq_factor")]
+    pub high: f64,
+    #[serde(rename = "original_max_position_embeddings")]
+    pub original: f64,
+}
+
+/// The shape of a model.
+#[derive(Clone, Debug)]
+pub struct Config {
+    pub architecture: Architecture,
+    pub hidden: usize,
+    pub intermediate: usize,
+    pub layers: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub eps: f64,
+    pub theta: f64,
+    pub scaling: Option<Scaling>,
+    /// Factors that a GGUF file divides each frequency by, instead of a scaling.
+    pub factors: Option<Vec<f32>>,
+    pub context: usize,
+    pub vocabulary: usize,
+    pub tied: bool,
+}
+
+#[derive(Deserialize)]
+struct HuggingFace {
+    model_type: String,
+    hidden_size: usize,
+    intermediate_size: usize,
+    num_hidden_layers: usize,
+    num_attention_heads: usize,
+    num_key_value_heads: Option<usize>,
+    head_dim: Option<usize>,
+    rms_norm_eps: f64,
+    #[serde(default = "ten_thousand")]
+    rope_theta: f64,
+    rope_scaling: Option<serde_json::Value>,
+    max_position_embeddings: usize,
+    vocab_size: usize,
+    #[serde(default)]
+    tie_word_embeddings: bool,
+    #[serde(default)]
+    attention_bias: bool,
+    #[serde(default)]
+    mlp_bias: bool,
+    #[serde(default)]
+    use_sliding_window: bool,
+    hidden_act: Option<String>,
+}
+
+fn ten_thousand() -> f64 {
+    10_000.
+}
+
+impl Config {
+    /// From the text of a `config.json`.
+    pub fn from_json(text: &str) -> Result<Self> {
+        let found: HuggingFace = serde_json::from_str(text).context("config.json")?;
+        let architecture = match found.model_type.as_str() {
+            "llama" => Architecture::Llama,
+            "qwen2" => Architecture::Qwen2,
+            "qwen3" => Architecture::Qwen3,
+            other => bail!("config.json: model_type `{other}`, expected llama, qwen2 or qwen3"),
+        };
+        ensure!(
+            !(found.attention_bias || found.mlp_bias || found.use_sliding_window),
+            "config.json: attention_bias, mlp_bias and use_sliding_window are not supported"
+        );
+        let activation = found.hidden_act.as_deref().unwrap_or("silu");
+        ensure!(
+            activation == "silu",
+            "config.json: hidden_act `{activation}`, expected silu"
+        );
+        let scaling = match found.rope_scaling {
+            None | Some(serde_json::Value::Null) => None,
+            Some(value) => {
+                let kind = value.get("rope_type").or_else(|| value.get("type"));
+                match kind.and_then(|kind| kind.as_str()) {
+                    Some("llama3") => {
+                        Some(serde_json::from_value(value).context("config.json: rope_scaling")?)
+                    }
+                    Some("default") => None,
+                    other => bail!("config.json: rope_scaling {other:?}, expected llama3"),
+                }
+            }
+        };
+        let heads = found.num_attention_heads;
+        let config = Self {
+            architecture,
+            hidden: found.hidden_size,
+            intermediate: found.intermediate_size,
+            layers: found.num_hidden_layers,
+            heads,
+            kv_heads: found.num_key_value_heads.unwrap_or(heads),
+            head_dim: found.head_dim.unwrap_or(found.hidden_size / heads.max(1)),
+            eps: found.rms_norm_eps,
+            theta: found.rope_theta,
+            scaling,
+            factors: None,
+            context: found.max_position_embeddings,
+            vocabulary: found.vocab_size,
+            tied: found.tie_word_embeddings,
+        };
+        config.checked()
+    }
+
+    /// From the metadata of a GGUF file. Whether the head is tied shows in the tensors.
+    pub fn from_gguf(metadata: &HashMap<String, Value>, tied: bool) -> Result<Self> {
+        let text = |key: &str| match metadata.get(key) {
+            Some(Value::String(text)) => Ok(text.as_str()),
+            _ => bail!("the GGUF file lacks `{key}`"),
+        };
+        let name = text("general.architecture")?;
+        let architecture = match name {
+            "llama" => Architecture::Llama,
+            "qwen2" => Architecture::Qwen2,
+            "qwen3" => Architecture::Qwen3,
+            other => bail!("architecture `{other}`, expected llama, qwen2 or qwen3"),
+        };
+        let value = |key: &str| metadata.get(&format!("{name}.{key}"));
+        let count = |key: &str| match value(key).map(integer) {
+            Some(Some(count)) => Ok(count),
+            _ => bail!("the GGUF file lacks `{name}.{key}`"),
+        };
+        let number = |key: &str| match value(key) {
+            Some(Value::F32(number)) => Some(f64::from(*number)),
+            Some(Value::F64(number)) => Some(*number),
+            _ => None,
+        };
+        if let Some(Value::String(kind)) = value("rope.scaling.type") {
+            ensure!(
+                kind == "none",
+                "rope scaling `{kind}` of a GGUF file is not supported"
+            );
+        }
+        let hidden = count("embedding_length")?;
+        let heads = count("attention.head_count")?;
+        let tokens = match metadata.get("tokenizer.ggml.tokens") {
+            Some(Value::Array(tokens)) => tokens.len(),
+            _ => count("vocab_size")?,
+        };
+        let config = Self {
+            architecture,
+            hidden,
+            intermediate: count("feed_forward_length")?,
+            layers: count("block_count")?,
+            heads,
+            kv_heads: count("attention.head_count_kv").unwrap_or(heads),
+            head_dim: count("attention.key_length").unwrap_or(hidden / heads.max(1)),
+            eps: number("attention.layer_norm_rms_epsilon")
+                .with_context(|| format!("the GGUF file lacks the epsilon of `{name}`"))?,
+            theta: number("rope.freq_base").unwrap_or(10_000.),
+            scaling: None,
+            factors: None,
+            context: count("context_length")?,
+            vocabulary: tokens,
+            tied,
+        };
+        config.checked()
+    }
+
+    fn checked(self) -> Result<Self> {
+        let sizes = [
+            ("hidden size", self.hidden),
+            ("intermediate size", self.intermediate),
+            ("number of layers", self.layers),
+            ("number of heads", self.heads),
+            ("number of key heads", self.kv_heads),
+            ("head size", self.head_dim),
+            ("context", self.context),
+            ("vocabulary", self.vocabulary),
+        ];
+        for (what, size) in sizes {
+            ensure!(size > 0, "the model's {what} is 0");
+        }
+        ensure!(
+            self.heads.is_multiple_of(self.kv_heads) && self.head_dim.is_multiple_of(2),
+            "{} heads over {} key heads of size {} do not fit",
+            self.heads,
+            self.kv_heads,
+            self.head_dim
+        );
+        Ok(self)
+    }
+
+    /// The frequency of each pair of a head.
+    pub fn frequencies(&self) -> Vec<f64> {
+        let half = self.head_dim / 2;
+        let plain = (0..half).map(|i| self.theta.powf(-(i as f64) / half as f64));
+        match (&self.scaling, &self.factors) {
+            (Some(scaling), _) => plain.map(|f| scaling.apply(f)).collect(),
+            (None, Some(factors)) => {
+                let pairs = plain.zip(factors);
+                pairs.map(|(f, factor)| f / f64::from(*factor)).collect()
+            }
+            (None, None) => plain.collect(),
+        }
+    }
+}
+
+impl Scaling {
+    fn apply(&self, frequency: f64) -> f64 {
+        let length = std::f64::consts::TAU / frequency;
+        let share = (self.original / length - self.low) / (self.high - self.low);
+        let share = share.clamp(0., 1.);
+        (1. - share) * frequency / self.factor + share * frequency
+    }
+}
+
+fn integer(value: &Value) -> Option<usize> {
+    match value {
+        Value::U8(n) => Some(usize::from(*n)),
+        Value::U16(n) => Some(usize::from(*n)),
+        Value::U32(n) => Some(*n as usize),
+        Value::U64(n) => usize::try_from(*n).ok(),
+        Value::I32(n) => usize::try_from(*n).ok(),
+        Value::I64(n) => usize::try_from(*n).ok(),
+        _ => None,
+    }
+}

@@ -1,0 +1,16 @@
+//! Language models of the Llama family: what `finetune`, `generate` and the benches share.
+//!
+//! [`model`] is the file to copy from: a model written on `frozen` and an adapter. The rest reads
+//! configurations, weights, tokenizers and text.
+
+#![allow(dead_code, reason = "each user takes a part")]
+
+pub mod config;
+pub mod data;
+pub mod merged;
+pub mod model;
+pub mod open;
+pub mod recompute;
+pub mod sample;
+pub mod tokenizer;
+pub mod weights;
