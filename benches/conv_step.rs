@@ -1,5 +1,10 @@
 //! A step of convolutions of several shapes, candle's and this crate's.
 
+#[path = "../examples/support/llm/mod.rs"]
+mod llm;
+#[path = "../examples/support/methods.rs"]
+#[allow(dead_code, reason = "the examples use the rest")]
+mod methods;
 #[allow(dead_code, reason = "each bench uses a part")]
 mod support;
 

@@ -1,5 +1,10 @@
 //! One training step of one linear layer: forward, then backward to the input and to the adapter.
 
+#[path = "../examples/support/llm/mod.rs"]
+mod llm;
+#[path = "../examples/support/methods.rs"]
+#[allow(dead_code, reason = "the examples use the rest")]
+mod methods;
 #[allow(dead_code, reason = "each bench uses a part")]
 mod support;
 

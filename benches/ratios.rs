@@ -3,6 +3,11 @@
 //!
 //!     cargo bench --bench ratios [-- --quick] [WHAT]
 
+#[path = "../examples/support/llm/mod.rs"]
+mod llm;
+#[path = "../examples/support/methods.rs"]
+#[allow(dead_code, reason = "the examples use the rest")]
+mod methods;
 #[allow(dead_code, reason = "each bench uses a part")]
 mod support;
 
@@ -49,7 +54,7 @@ struct Comparison {
     make: Box<dyn Fn() -> Result<[Run; 2]>>,
 }
 
-fn comparisons() -> Vec<Comparison> {
+fn comparisons(quick: bool) -> Vec<Comparison> {
     let mut all = Vec::new();
     for shape in SHAPES {
         for (numerator, denominator) in PAIRS {
@@ -105,6 +110,32 @@ fn comparisons() -> Vec<Comparison> {
             });
         }
     }
+    let layers = match quick {
+        true => support::llm::QUICK_LAYERS,
+        false => support::llm::LAYERS,
+    };
+    for (numerator, denominator) in [
+        ("none", "gemm"),
+        ("doft", "gemm"),
+        ("doft", "none"),
+        ("lora", "none"),
+        ("dora", "none"),
+    ] {
+        all.push(Comparison {
+            what: "llm_step",
+            shape: format!("4x128, {layers} layers"),
+            numerator,
+            denominator,
+            make: Box::new(move || {
+                let weights = support::llm::weights(layers)?;
+                let run = |method| {
+                    let run = support::llm::run(method, &weights);
+                    run.map_err(|error| candle_core::Error::Msg(format!("{error:#}")))
+                };
+                Ok([run(numerator)?, run(denominator)?])
+            }),
+        });
+    }
     all
 }
 
@@ -122,7 +153,7 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let budget = if quick { QUICK } else { SECONDS };
     let mut found = Vec::new();
     let wanted = |c: &Comparison| only.as_deref().is_none_or(|only| c.what == only);
-    for comparison in comparisons().into_iter().filter(wanted) {
+    for comparison in comparisons(quick).into_iter().filter(wanted) {
         let [above, below] = (comparison.make)()?;
         let mut ratios = Vec::new();
         let start = Instant::now();

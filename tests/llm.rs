@@ -8,8 +8,6 @@ mod llm;
 #[path = "../examples/support/methods.rs"]
 #[allow(dead_code, reason = "others use the rest")]
 mod methods;
-#[path = "../examples/support/mod.rs"]
-mod support;
 
 use anyhow::Result;
 use candle_core::quantized::gguf_file::{self, Value};

@@ -2,17 +2,15 @@
 //! of layer.
 
 pub mod conv;
-#[path = "../../examples/support/methods.rs"]
-#[allow(dead_code, reason = "the examples use the rest")]
-pub mod methods;
+pub mod llm;
 mod plain;
 pub mod quantized;
 
+use crate::methods::{Method, Tuned, Tuner};
 use candle_core::{Device, Module, Result, Tensor, Var};
 use candle_doft::DoftConfig;
 use candle_doft::rng::SplitMix64;
 use candle_nn::Linear;
-use methods::{Method, Tuned, Tuner};
 
 /// One run of what is timed.
 pub type Run = Box<dyn Fn() -> Result<()>>;

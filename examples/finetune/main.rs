@@ -7,6 +7,7 @@ mod draw;
 mod llm;
 #[path = "../support/memory.rs"]
 mod memory;
+mod merged;
 #[path = "../support/methods.rs"]
 #[allow(dead_code, reason = "others use the rest")]
 mod methods;
@@ -102,8 +103,8 @@ pub(crate) struct Flags {
     /// Width of a rotation block
     #[arg(long, default_value_t = 32, value_parser = count())]
     pub(crate) block_size: usize,
-    /// Rank of LoRA and DoRA; 16 over all layers of SmolLM2 is about as many parameters as blocks of 32
-    #[arg(long, default_value_t = 16, value_parser = count())]
+    /// Rank of LoRA and DoRA; 8 over all layers of SmolLM2 is about as many parameters as blocks of 32
+    #[arg(long, default_value_t = 8, value_parser = count())]
     pub(crate) rank: usize,
     /// Layers to adapt, by the end of their path or as a pattern, such as q_proj [default: all linear
     /// layers of every block]

@@ -2,13 +2,13 @@
 
 use crate::llm::data::{Batch, Data, Order, Sequence};
 use crate::llm::model::Model;
+use crate::llm::open;
 use crate::llm::sample::{Sampling, answer};
 use crate::llm::tokenizer::Text;
 use crate::llm::weights::Weights;
-use crate::llm::{merged, open};
 use crate::methods::{Method, Tuner};
 use crate::support::{files, progress};
-use crate::{Flags, MethodName, draw, memory};
+use crate::{Flags, MethodName, draw, memory, merged};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{Device, Tensor, Var};
 use candle_doft::train::{AdamW, Checkpoint, Group, Schedule};

@@ -7,7 +7,6 @@
 
 pub mod config;
 pub mod data;
-pub mod merged;
 pub mod model;
 pub mod open;
 pub mod recompute;

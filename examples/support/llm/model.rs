@@ -52,12 +52,34 @@ impl Rotary {
 #[derive(Clone, Default)]
 pub struct Cache {
     blocks: Vec<(Tensor, Tensor)>,
+    tokens: usize,
 }
 
 impl Cache {
     /// Tokens so far.
     pub fn len(&self) -> usize {
-        self.blocks.first().map_or(0, |(k, _)| k.dims()[2])
+        self.tokens
+    }
+
+    /// All keys and values of a block, the new ones behind those that are known.
+    fn extend(
+        &mut self,
+        block: usize,
+        k: Tensor,
+        v: Tensor,
+    ) -> candle_core::Result<(Tensor, Tensor)> {
+        let all = match self.blocks.get(block) {
+            None => (k, v.contiguous()?),
+            Some((keys, values)) => (
+                Tensor::cat(&[keys, &k], 2)?,
+                Tensor::cat(&[values, &v.contiguous()?], 2)?,
+            ),
+        };
+        match self.blocks.get_mut(block) {
+            None => self.blocks.push(all.clone()),
+            Some(known) => *known = all.clone(),
+        }
+        Ok(all)
     }
 }
 
@@ -101,9 +123,7 @@ impl Attention {
         &self,
         x: &Tensor,
         rotary: &Rotary,
-        start: usize,
-        cache: Option<&mut (Tensor, Tensor)>,
-        fresh: &mut Option<(Tensor, Tensor)>,
+        cache: Option<(&mut Cache, usize)>,
     ) -> candle_core::Result<Tensor> {
         let (batch, steps, _) = x.dims3()?;
         let heads = |y: Tensor, count| y.reshape((batch, steps, count, self.head_dim));
@@ -113,16 +133,13 @@ impl Attention {
         if let Some((of_q, of_k)) = &self.norms {
             (q, k) = (of_q.forward(&q)?, of_k.forward(&k)?);
         }
+        let start = cache.as_ref().map_or(0, |(cache, _)| cache.len());
         let q = rotary.apply(&q.transpose(1, 2)?, start)?;
-        let mut k = rotary.apply(&k.transpose(1, 2)?, start)?;
-        let mut v = v;
-        if let Some((keys, values)) = cache {
-            k = Tensor::cat(&[&*keys, &k], 2)?;
-            v = Tensor::cat(&[&*values, &v.contiguous()?], 2)?;
-            (*keys, *values) = (k.clone(), v.clone());
-        } else {
-            *fresh = Some((k.clone(), v.contiguous()?));
-        }
+        let k = rotary.apply(&k.transpose(1, 2)?, start)?;
+        let (k, v) = match cache {
+            None => (k, v),
+            Some((cache, block)) => cache.extend(block, k, v)?,
+        };
         let scale = 1. / (self.head_dim as f64).sqrt();
         let y = frozen::causal_attention(&q, &k, &v, scale)?;
         // The answer lies in memory as the projection wants it.
@@ -179,14 +196,10 @@ impl Block {
         &self,
         x: &Tensor,
         rotary: &Rotary,
-        start: usize,
-        cache: Option<&mut (Tensor, Tensor)>,
-        fresh: &mut Option<(Tensor, Tensor)>,
+        cache: Option<(&mut Cache, usize)>,
     ) -> candle_core::Result<Tensor> {
         let normed = self.before_attention.forward(x)?;
-        let attended = self
-            .attention
-            .forward(&normed, rotary, start, cache, fresh)?;
+        let attended = self.attention.forward(&normed, rotary, cache)?;
         let (x, normed) = self.before_mlp.forward_residual(x, &attended)?;
         x + self.mlp.forward(&normed)?
     }
@@ -250,10 +263,10 @@ impl Model {
         let mut x = embedded.clone();
         for (index, block) in self.blocks.iter().enumerate() {
             x = match again {
-                None => block.forward(&x, &self.rotary, 0, None, &mut None)?,
+                None => block.forward(&x, &self.rotary, None)?,
                 Some(vars) => {
                     let (block, rotary) = (block.clone(), self.rotary.clone());
-                    let run = move |x: &Tensor| block.forward(x, &rotary, 0, None, &mut None);
+                    let run = move |x: &Tensor| block.forward(x, &rotary, None);
                     recomputed(&x, &vars[index], Arc::new(run))?
                 }
             };
@@ -303,15 +316,13 @@ impl Model {
 
     /// The logits of the last of some more tokens, `(vocabulary)`; the cache grows by them.
     pub fn next(&self, ids: &[u32], cache: &mut Cache) -> candle_core::Result<Tensor> {
-        let start = cache.len();
+        let steps = ids.len();
         let ids = Tensor::new(ids, &self.device)?.unsqueeze(0)?;
         let mut x = self.embed(&ids)?;
         for (index, block) in self.blocks.iter().enumerate() {
-            let mut fresh = None;
-            let known = cache.blocks.get_mut(index);
-            x = block.forward(&x, &self.rotary, start, known, &mut fresh)?;
-            cache.blocks.extend(fresh);
+            x = block.forward(&x, &self.rotary, Some((&mut *cache, index)))?;
         }
+        cache.tokens += steps;
         let last = x.narrow(1, x.dim(1)? - 1, 1)?;
         self.logits(&self.norm.forward(&last)?)?.flatten_all()
     }

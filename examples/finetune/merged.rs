@@ -1,9 +1,9 @@
 //! A model with its adapter merged, as a Hugging Face folder and as a GGUF file.
 
-use super::config::{Architecture, Config};
-use super::model::Model;
-use super::tokenizer::Text;
-use super::weights::{Weights, gguf_name, reordered, to_gguf};
+use crate::llm::config::{Architecture, Config};
+use crate::llm::model::Model;
+use crate::llm::tokenizer::Text;
+use crate::llm::weights::{Weights, gguf_name, reordered, to_gguf};
 use crate::support::{files, progress};
 use anyhow::{Context, Result, ensure};
 use candle_core::quantized::gguf_file::{self, Value};
@@ -14,7 +14,7 @@ use std::path::Path;
 
 /// Writes `folder/model.safetensors` with its config and tokenizer, and `folder/model.gguf` where the
 /// model came from a GGUF file, whose metadata and tokenizer it keeps.
-pub fn write(
+pub(crate) fn write(
     folder: &Path,
     weights: &Weights,
     model: &Model,

@@ -1,0 +1,29 @@
+//! A training step of a language model of SmolLM2-135M's shape.
+
+#[path = "../examples/support/llm/mod.rs"]
+mod llm;
+#[path = "../examples/support/methods.rs"]
+#[allow(dead_code, reason = "the examples use the rest")]
+mod methods;
+#[allow(dead_code, reason = "each bench uses a part")]
+mod support;
+
+use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn llm_step(c: &mut Criterion) {
+    let mut group = c.benchmark_group("llm_step");
+    group.sample_size(10);
+    let weights = support::llm::weights(support::llm::LAYERS).expect("weights");
+    for method in ["gemm", "none", "doft", "oft", "lora", "dora"] {
+        let step = support::llm::run(method, &weights).expect("a model");
+        let id = BenchmarkId::new(method, "4x128");
+        group.bench_function(id, |b| b.iter(|| step().expect("a step")));
+    }
+    group.finish();
+}
+
+criterion_group!(benches, llm_step);
+criterion_main!(benches);
