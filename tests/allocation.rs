@@ -2,8 +2,9 @@
 
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_doft::{DoftConfig, DoftLinear, frozen};
-use candle_nn::{Linear, Module, VarBuilder, VarMap};
+use candle_doft::train::AdamW;
+use candle_doft::{Adapter, DoftConfig, DoftLinear, frozen};
+use candle_nn::{Linear, Module, ParamsAdamW, VarBuilder, VarMap};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
@@ -207,5 +208,42 @@ fn the_loss_over_a_head_needs_less_than_a_quarter_of_the_plain_one() -> Result<(
     let (fused, plain) = (fused?, plain?);
     let off = (fused.get(&hidden).expect("dh") - plain.get(&hidden).expect("dh"))?;
     assert!(off.abs()?.max_all()?.to_scalar::<f32>()? < 1e-7);
+    Ok(())
+}
+
+/// Moments and sums of gradients are values: they hold no graph of earlier steps.
+#[test]
+fn training_for_long_keeps_no_more_than_training_for_short() -> candle_doft::Result<()> {
+    let _alone = ALONE.lock();
+    let adapter = Adapter::new(DoftConfig::default(), &Device::Cpu)?;
+    let weight = Tensor::randn(0f32, 0.1, (512, 64), &Device::Cpu)?;
+    let layer = adapter.wrap_linear("layer", Linear::new(weight, None))?;
+    let params = ParamsAdamW {
+        weight_decay: 0.,
+        ..Default::default()
+    };
+    let mut optimizer = AdamW::for_adapter(&adapter, params)?;
+    let x = Tensor::randn(0f32, 1., (4, 64), &Device::Cpu)?;
+    let mut step = || -> candle_doft::Result<usize> {
+        let mut gradients = optimizer.gradients();
+        for _ in 0..2 {
+            gradients.backward(&layer.forward(&x)?.sqr()?.mean_all()?, 0.5)?;
+        }
+        gradients.clip(1.)?;
+        optimizer.step(&gradients)?;
+        drop(gradients);
+        Ok(LIVE.load(SeqCst))
+    };
+    step()?;
+    let early = step()?;
+    let mut late = 0;
+    for _ in 0..50 {
+        late = step()?;
+    }
+    assert!(
+        late <= early + 1024,
+        "{} bytes more after 50 steps",
+        late - early
+    );
     Ok(())
 }

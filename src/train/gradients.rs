@@ -47,9 +47,12 @@ impl Gradients {
     /// Those of candle's elementwise operations.
     pub fn add(&mut self, grads: &GradStore, weight: f64) -> Result<()> {
         for ((_, var), sum) in self.vars.iter().zip(&mut self.sums) {
-            let Some(grad) = grads.get(var) else { continue };
+            // A gradient may hold the graph that it was computed in.
+            let Some(grad) = grads.get(var).map(Tensor::detach) else {
+                continue;
+            };
             let grad = match weight == 1. {
-                true => grad.clone(),
+                true => grad,
                 false => (grad * weight)?,
             };
             *sum = Some(match sum.take() {

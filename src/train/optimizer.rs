@@ -126,7 +126,7 @@ impl AdamW {
                 let found = format!("`{name}` of {:?}", var.dtype());
                 return refuse("a variable", found, "a float tensor");
             }
-            let zero = var.zeros_like()?;
+            let zero = var.zeros_like()?.detach();
             let start = Moments {
                 first: zero.clone(),
                 second: zero,
@@ -252,6 +252,8 @@ impl AdamW {
             let change = (&first * (lr * scale1))?.div(&down)?;
             let kept = (var.as_tensor() * (1. - lr * decay))?;
             let moved = (kept - change)?;
+            // What is kept must not hold the steps before it.
+            let (first, second) = (first.detach(), second.detach());
             changes.push((
                 name.to_string(),
                 var.clone(),
