@@ -18,17 +18,15 @@
 //! [composed](super::composed) twin runs.
 
 use super::Weight;
+use super::adapted::{FromOutput, Gradients, Kernel, Stored, apply, bias_values, swamped};
 use super::blocks::{Blocks, gradient, rotate, rotate_back};
 use super::composed;
 use super::gemm::{Mat, MatMut, multiply, multiply_wide};
 use super::real::{
-    Real, by_dtype, elements, has_kernel, narrowed, slice, tensor, tensor_as, with_elements,
-    with_slice,
+    Real, elements, has_kernel, narrowed, slice, tensor, tensor_as, with_elements, with_slice,
 };
 use candle_core::backend::BackendStorage;
-use candle_core::{
-    CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor,
-};
+use candle_core::{CpuStorage, Layout, Result, Shape, Storage, Tensor};
 use rayon::prelude::*;
 
 /// Rows up to which candle's quantized product beats dequantizing, where it is allowed.
@@ -42,7 +40,7 @@ pub(crate) fn frozen(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Resu
     if !has_kernel(x) {
         return composed::frozen(x, weight, bias);
     }
-    flattened(x, weight, |x| x.apply_op1(Product::new(weight, bias)))
+    flattened(x, weight, |x| apply(x, None, Product::new(weight, bias)))
 }
 
 /// `ratio * (x . blockdiag(r) . W^T) + bias`, with gradients to `x`, `r` and `ratio`.
@@ -63,12 +61,7 @@ pub(crate) fn doft(
         return composed::doft(x, r, ratio, weight, bias);
     }
     flattened(x, weight, |x| {
-        let product = Product::new(weight, bias);
-        let r = r.contiguous()?;
-        match ratio {
-            Some(ratio) => x.apply_op3(&r, &ratio.contiguous()?, product),
-            None => x.apply_op2(&r, product),
-        }
+        apply(x, Some((r, ratio)), Product::new(weight, bias))
     })
 }
 
@@ -95,15 +88,11 @@ fn flattened(
     f(&x.reshape((rows, weight.in_dim()))?)?.reshape(shape)
 }
 
-/// The op. Its arguments are x, then R, then the ratio.
-#[derive(Clone)]
+/// The kernel.
 struct Product {
     weight: Weight,
     bias: Option<Tensor>,
 }
-
-/// What a backward pass found for x, R and the ratio.
-type Gradients = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
 
 impl Product {
     fn new(weight: &Weight, bias: Option<&Tensor>) -> Self {
@@ -111,56 +100,6 @@ impl Product {
             weight: weight.clone(),
             bias: bias.map(Tensor::detach),
         }
-    }
-
-    fn forward<T: Real>(
-        &self,
-        x: (&CpuStorage, &Layout),
-        r: Option<(&CpuStorage, &Layout)>,
-        ratio: Option<(&CpuStorage, &Layout)>,
-    ) -> Result<(CpuStorage, Shape)> {
-        if x.0.dtype() != T::DTYPE {
-            let wide = elements::<T>(x.0, x.1)?.into_owned();
-            let (wide, layout) = (
-                T::to_cpu_storage_owned(wide),
-                Layout::contiguous(x.1.shape()),
-            );
-            let (y, shape) = self.forward::<T>((&wide, &layout), r, ratio)?;
-            return Ok((narrowed(T::cpu_storage_data(y)?, x.0.dtype())?, shape));
-        }
-        let (rows, width) = x.1.shape().dims2()?;
-        let out = self.weight.out_dim();
-        let shape = Shape::from((rows, out));
-        if rows == 0 {
-            return Ok((T::to_cpu_storage_owned(Vec::new()), shape));
-        }
-        let y = match r {
-            None => self.times_weight::<T>(x.0, x.1, true)?,
-            Some((r, layout)) => {
-                let (count, b, _) = layout.shape().dims3()?;
-                let x = matrix::<T>(slice(x.0, x.1)?, x.1)?;
-                let rotated = rotate(x, Blocks::new(slice(r, layout)?, count, b));
-                let rotated = T::to_cpu_storage_owned(rotated);
-                self.times_weight::<T>(&rotated, &Layout::contiguous((rows, width)), true)?
-            }
-        };
-        let mut y = T::cpu_storage_data(y)?;
-        let ratio = match ratio {
-            Some((ratio, layout)) => Some(slice::<T>(ratio, layout)?),
-            None => None,
-        };
-        let bias = self.bias::<T>()?;
-        if ratio.is_some() || bias.is_some() {
-            y.par_chunks_mut(out).for_each(|y| {
-                if let Some(ratio) = ratio {
-                    y.iter_mut().zip(ratio).for_each(|(y, s)| *y *= *s);
-                }
-                if let Some(bias) = &bias {
-                    y.iter_mut().zip(bias).for_each(|(y, b)| *y += *b);
-                }
-            });
-        }
-        Ok((T::to_cpu_storage_owned(y), shape))
     }
 
     /// `a W^T`, or `a W`: as candle computes it, or in panels of the weight.
@@ -213,61 +152,6 @@ impl Product {
         Ok(h)
     }
 
-    fn bias<T: Real>(&self) -> Result<Option<Vec<T>>> {
-        let wide = |bias: &Tensor| with_elements(bias, |bias| Ok(bias.to_vec()));
-        self.bias.as_ref().map(wide).transpose()
-    }
-
-    fn backward<T: Real>(
-        &self,
-        (x, r, ratio): (&Tensor, Option<&Tensor>, Option<&Tensor>),
-        y: &Tensor,
-        dy: &Tensor,
-    ) -> Result<Gradients> {
-        let (rows, width) = x.dims2()?;
-        let (need_x, need_r) = (x.track_op(), r.is_some_and(Tensor::track_op));
-        let dtype = x.dtype();
-        let dy = wide::<T>(dy)?.contiguous()?;
-        let x = &wide::<T>(x)?;
-        let dratio = match (ratio, r) {
-            (Some(ratio), Some(r)) if ratio.track_op() => {
-                Some(self.ratio_gradient::<T>(x, r, ratio, y, &dy)?)
-            }
-            _ => None,
-        };
-        if !(need_x || need_r) {
-            return Ok((None, None, dratio));
-        }
-        let mut h = match rows {
-            0 => Vec::new(),
-            _ => self.back_through_weight::<T>(&dy, ratio)?,
-        };
-        let Some(r) = r else {
-            let dx = tensor_as(h, (rows, width), dtype)?;
-            return Ok((Some(dx), None, dratio));
-        };
-        let (blocks, b, _) = r.dims3()?;
-        let dr = match need_r {
-            false => None,
-            true => Some(with_slice(x, |data, layout| {
-                let h = Mat::row_major(&h, rows, width);
-                let dr = gradient::<T>(matrix(data, layout)?, h, b, blocks == 1);
-                tensor(dr, r.shape())
-            })?),
-        };
-        let dx = match need_x {
-            false => None,
-            true => {
-                with_slice(r, |data, _| {
-                    rotate_back::<T>(&mut h, width, Blocks::new(data, blocks, b));
-                    Ok(())
-                })?;
-                Some(tensor_as(h, (rows, width), dtype)?)
-            }
-        };
-        Ok((dx, dr, dratio))
-    }
-
     /// `h = (dy * ratio) W`.
     fn back_through_weight<T: Real>(&self, dy: &Tensor, ratio: Option<&Tensor>) -> Result<Vec<T>> {
         let layout = Layout::contiguous(dy.shape());
@@ -300,7 +184,7 @@ impl Product {
         y: &Tensor,
         dy: &Tensor,
     ) -> Result<Tensor> {
-        let bias = self.bias::<T>()?;
+        let bias = bias_values::<T>(self.bias.as_ref())?;
         let values = ratio.to_vec1::<T>()?;
         let swamped = swamped(y.dtype());
         let sums = with_elements::<T, _>(y, |y| {
@@ -357,6 +241,110 @@ impl Product {
     }
 }
 
+impl Kernel for Product {
+    const NAMES: [&'static str; 3] = ["frozen-linear", "oft-linear", "doft-linear"];
+
+    fn forward<T: Real>(
+        &self,
+        x: Stored,
+        r: Option<Stored>,
+        ratio: Option<Stored>,
+    ) -> Result<(CpuStorage, Shape)> {
+        if x.0.dtype() != T::DTYPE {
+            let wide = elements::<T>(x.0, x.1)?.into_owned();
+            let (wide, layout) = (
+                T::to_cpu_storage_owned(wide),
+                Layout::contiguous(x.1.shape()),
+            );
+            let (y, shape) = self.forward::<T>((&wide, &layout), r, ratio)?;
+            return Ok((narrowed(T::cpu_storage_data(y)?, x.0.dtype())?, shape));
+        }
+        let (rows, width) = x.1.shape().dims2()?;
+        let out = self.weight.out_dim();
+        let shape = Shape::from((rows, out));
+        if rows == 0 {
+            return Ok((T::to_cpu_storage_owned(Vec::new()), shape));
+        }
+        let y = match r {
+            None => self.times_weight::<T>(x.0, x.1, true)?,
+            Some((r, layout)) => {
+                let (count, b, _) = layout.shape().dims3()?;
+                let x = matrix::<T>(slice(x.0, x.1)?, x.1)?;
+                let rotated = rotate(x, Blocks::new(slice(r, layout)?, count, b));
+                let rotated = T::to_cpu_storage_owned(rotated);
+                self.times_weight::<T>(&rotated, &Layout::contiguous((rows, width)), true)?
+            }
+        };
+        let mut y = T::cpu_storage_data(y)?;
+        let ratio = match ratio {
+            Some((ratio, layout)) => Some(slice::<T>(ratio, layout)?),
+            None => None,
+        };
+        let bias = bias_values::<T>(self.bias.as_ref())?;
+        if ratio.is_some() || bias.is_some() {
+            y.par_chunks_mut(out).for_each(|y| {
+                if let Some(ratio) = ratio {
+                    y.iter_mut().zip(ratio).for_each(|(y, s)| *y *= *s);
+                }
+                if let Some(bias) = &bias {
+                    y.iter_mut().zip(bias).for_each(|(y, b)| *y += *b);
+                }
+            });
+        }
+        Ok((T::to_cpu_storage_owned(y), shape))
+    }
+
+    fn backward<T: Real>(
+        &self,
+        (x, r, ratio): (&Tensor, Option<&Tensor>, Option<&Tensor>),
+        y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<Gradients> {
+        let (rows, width) = x.dims2()?;
+        let (need_x, need_r) = (x.track_op(), r.is_some_and(Tensor::track_op));
+        let dtype = x.dtype();
+        let dy = wide::<T>(dy)?.contiguous()?;
+        let x = &wide::<T>(x)?;
+        let dratio = match (ratio, r) {
+            (Some(ratio), Some(r)) if ratio.track_op() => {
+                Some(self.ratio_gradient::<T>(x, r, ratio, y, &dy)?)
+            }
+            _ => None,
+        };
+        if !(need_x || need_r) {
+            return Ok((None, None, dratio));
+        }
+        let mut h = match rows {
+            0 => Vec::new(),
+            _ => self.back_through_weight::<T>(&dy, ratio)?,
+        };
+        let Some(r) = r else {
+            let dx = tensor_as(h, (rows, width), dtype)?;
+            return Ok((Some(dx), None, dratio));
+        };
+        let (blocks, b, _) = r.dims3()?;
+        let dr = match need_r {
+            false => None,
+            true => Some(with_slice(x, |data, layout| {
+                let h = Mat::row_major(&h, rows, width);
+                let dr = gradient::<T>(matrix(data, layout)?, h, b, blocks == 1);
+                tensor(dr, r.shape())
+            })?),
+        };
+        let dx = match need_x {
+            false => None,
+            true => {
+                with_slice(r, |data, _| {
+                    rotate_back::<T>(&mut h, width, Blocks::new(data, blocks, b));
+                    Ok(())
+                })?;
+                Some(tensor_as(h, (rows, width), dtype)?)
+            }
+        };
+        Ok((dx, dr, dratio))
+    }
+}
+
 /// The tensor outside any graph, in the dtype the kernels compute in.
 fn wide<T: Real>(x: &Tensor) -> Result<Tensor> {
     if x.dtype() == T::DTYPE {
@@ -377,18 +365,6 @@ fn matrix<'a, T: Real>(data: &'a [T], layout: &Layout) -> Result<Mat<'a, T>> {
 
 /// Columns that one task sums.
 const COLUMNS: usize = 64;
-
-/// How much larger than the product the bias may be before `y - bias` has lost too much of it: five
-/// bits of a y in f32 or f64, none of a half one.
-pub(crate) fn swamped(y: DType) -> f64 {
-    match y {
-        DType::F16 | DType::BF16 => 1.,
-        _ => 32.,
-    }
-}
-
-/// Ratios below this divide the rounding of y up too far.
-pub(crate) const TINY: f64 = 1e-12;
 
 /// For each column `sum_t dy (y - bias) / ratio`, and whether that is not to be trusted. Summed in
 /// f64 from the first row to the last.
@@ -419,9 +395,15 @@ fn column_sums<T: Real>(
             for (c, sum) in sums.iter_mut().enumerate() {
                 let ratio = ratio[start + c].to_f64();
                 let bias = bias.map_or(0., |bias| bias[start + c].to_f64());
-                let swamped = bias * bias * rows as f64 > limit * limit * squares[c];
-                let lost = swamped || ratio.abs() < TINY;
-                *sum = (T::from_f64(if lost { 0. } else { slopes[c] / ratio }), lost);
+                let output = FromOutput {
+                    slope: slopes[c],
+                    square: squares[c],
+                    bias,
+                    ratio,
+                    count: rows,
+                    limit,
+                };
+                *sum = output.gradient();
             }
         });
     sums
@@ -437,75 +419,4 @@ fn runs(marked: &[bool]) -> Vec<(usize, usize)> {
         }
     }
     runs
-}
-
-impl CustomOp1 for Product {
-    fn name(&self) -> &'static str {
-        "frozen-linear"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
-        by_dtype!(x, forward((x, l), None, None), self)
-    }
-
-    fn bwd(&self, x: &Tensor, y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        let (dx, _, _) = by_dtype!(x, backward((x, None, None), y, dy), self)?;
-        Ok(dx)
-    }
-}
-
-impl CustomOp2 for Product {
-    fn name(&self) -> &'static str {
-        "oft-linear"
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        xl: &Layout,
-        r: &CpuStorage,
-        rl: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        by_dtype!(x, forward((x, xl), Some((r, rl)), None), self)
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        r: &Tensor,
-        y: &Tensor,
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let (dx, dr, _) = by_dtype!(x, backward((x, Some(r), None), y, dy), self)?;
-        Ok((dx, dr))
-    }
-}
-
-impl CustomOp3 for Product {
-    fn name(&self) -> &'static str {
-        "doft-linear"
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        xl: &Layout,
-        r: &CpuStorage,
-        rl: &Layout,
-        ratio: &CpuStorage,
-        sl: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        by_dtype!(x, forward((x, xl), Some((r, rl)), Some((ratio, sl))), self)
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        r: &Tensor,
-        ratio: &Tensor,
-        y: &Tensor,
-        dy: &Tensor,
-    ) -> Result<Gradients> {
-        by_dtype!(x, backward((x, Some(r), Some(ratio)), y, dy), self)
-    }
 }

@@ -1,6 +1,7 @@
 //! Every custom op: its forward kernel, its backward, and the composed twin that runs where there is
 //! no kernel. The only place with `unsafe`.
 
+mod adapted;
 pub(crate) mod attention;
 mod blocks;
 pub(crate) mod composed;

@@ -27,18 +27,16 @@ mod product;
 
 pub(crate) use geometry::Geometry;
 
-use super::linear::{TINY, swamped};
-use super::real::{
-    Real, by_dtype, elements, has_kernel, narrowed, tensor, tensor_as, with_elements,
-};
+use super::adapted::{FromOutput, Gradients, Kernel, Stored, apply, bias_values, swamped};
+use super::real::{Real, elements, has_kernel, narrowed, tensor, tensor_as, with_elements};
 use super::{Weight, composed};
 use backward::Back;
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, Result, Shape, Tensor};
 use geometry::Sizes;
 use product::{Rotation, product, rotated_weight};
 use rayon::prelude::*;
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 
 /// `ratio * (x * (W . blockdiag(R)^T)) + bias`; without `factors` the frozen convolution.
 ///
@@ -62,17 +60,13 @@ pub(crate) fn conv(
         candle_core::DType::F64 => by_candle::<f64>(x, factors, weight, geometry)?,
         _ => by_candle::<f32>(x, factors, weight, geometry)?,
     };
-    let op = Convolution {
+    let kernel = Convolution {
         weight: weight.clone(),
         bias: bias.map(Tensor::detach),
         geometry,
-        product: Arc::new(Mutex::new(product)),
+        product: Mutex::new(product),
     };
-    match factors {
-        None => x.apply_op1(op),
-        Some((r, None)) => x.apply_op2(&r.contiguous()?, op),
-        Some((r, Some(ratio))) => x.apply_op3(&r.contiguous()?, &ratio.contiguous()?, op),
-    }
+    apply(x, factors, kernel)
 }
 
 /// candle's product of the input and the rotated weight, where it serves.
@@ -111,29 +105,70 @@ fn by_candle<T: Real>(
     Ok(Some(y))
 }
 
-/// The op. Its arguments are x, then R, then the ratio.
-#[derive(Clone)]
+/// The kernel.
 struct Convolution {
     weight: Weight,
     bias: Option<Tensor>,
     geometry: Geometry,
     /// candle's product, until the forward pass has taken it.
-    product: Arc<Mutex<Option<Tensor>>>,
+    product: Mutex<Option<Tensor>>,
 }
 
-type Gradients = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
-
 impl Convolution {
-    fn bias<T: Real>(&self) -> Result<Option<Vec<T>>> {
-        let wide = |bias: &Tensor| with_elements(bias, |bias| Ok(bias.to_vec()));
-        self.bias.as_ref().map(wide).transpose()
+    /// The product with the rotated weight; a weight that is widened in panels is not rotated, its
+    /// patches are.
+    fn unscaled<T: Real>(&self, x: &[T], s: &Sizes, r: Rotation<T>) -> Result<Vec<T>> {
+        match self.weight.native(T::DTYPE) {
+            Some(weight) => {
+                let rotated = Weight::dense(&rotated_weight(weight, r)?);
+                product(x, s, &rotated, None)
+            }
+            None => product(x, s, &self.weight, Some(r)),
+        }
     }
+
+    /// `dratio`, from y where that is exact, else from the product itself.
+    fn ratio_gradient<T: Real>(
+        &self,
+        x: &Tensor,
+        s: &Sizes,
+        r: Rotation<T>,
+        ratio: &[T],
+        y: &Tensor,
+        dy: &[T],
+    ) -> Result<Vec<T>> {
+        let bias = bias_values::<T>(self.bias.as_ref())?;
+        let sums = with_elements::<T, _>(y, |y| {
+            Ok(channel_sums((y, dy), s, |o| Channel {
+                bias: bias.as_ref().map_or(0., |bias| bias[o].to_f64()),
+                ratio: ratio[o].to_f64(),
+                limit: swamped(x.dtype()),
+            }))
+        })?;
+        if sums.iter().all(|(_, lost)| !lost) {
+            return Ok(sums.into_iter().map(|(sum, _)| sum).collect());
+        }
+        let product = with_elements::<T, _>(x, |x| self.unscaled(x, s, r))?;
+        let again = channel_sums((&product, dy), s, |_| Channel {
+            bias: 0.,
+            ratio: 1.,
+            limit: swamped(x.dtype()),
+        });
+        let sums = sums.into_iter().zip(again);
+        Ok(sums
+            .map(|((sum, lost), (again, _))| if lost { again } else { sum })
+            .collect())
+    }
+}
+
+impl Kernel for Convolution {
+    const NAMES: [&'static str; 3] = ["frozen-conv", "oft-conv", "doft-conv"];
 
     fn forward<T: Real>(
         &self,
-        (x, layout): (&CpuStorage, &Layout),
-        r: Option<(&CpuStorage, &Layout)>,
-        ratio: Option<(&CpuStorage, &Layout)>,
+        (x, layout): Stored,
+        r: Option<Stored>,
+        ratio: Option<Stored>,
     ) -> Result<(CpuStorage, Shape)> {
         let s = Sizes::new(self.geometry, layout.dims(), self.weight.out_dim())?;
         let ready = self
@@ -158,7 +193,7 @@ impl Convolution {
         let ratio = ratio
             .map(|(ratio, layout)| elements::<T>(ratio, layout))
             .transpose()?;
-        let bias = self.bias::<T>()?;
+        let bias = bias_values::<T>(self.bias.as_ref())?;
         if ratio.is_some() || bias.is_some() {
             let channels = s.outputs * s.geometry.groups;
             let planes = y.par_chunks_mut(s.positions().max(1)).enumerate();
@@ -173,18 +208,6 @@ impl Convolution {
             });
         }
         Ok((narrowed(y, x.dtype())?, s.answer()))
-    }
-
-    /// The product with the rotated weight; a weight that is widened in panels is not rotated, its
-    /// patches are.
-    fn unscaled<T: Real>(&self, x: &[T], s: &Sizes, r: Rotation<T>) -> Result<Vec<T>> {
-        match self.weight.native(T::DTYPE) {
-            Some(weight) => {
-                let rotated = Weight::dense(&rotated_weight(weight, r)?);
-                product(x, s, &rotated, None)
-            }
-            None => product(x, s, &self.weight, Some(r)),
-        }
     }
 
     fn backward<T: Real>(
@@ -237,39 +260,6 @@ impl Convolution {
             }
         })
     }
-
-    /// `dratio`, from y where that is exact, else from the product itself.
-    fn ratio_gradient<T: Real>(
-        &self,
-        x: &Tensor,
-        s: &Sizes,
-        r: Rotation<T>,
-        ratio: &[T],
-        y: &Tensor,
-        dy: &[T],
-    ) -> Result<Vec<T>> {
-        let bias = self.bias::<T>()?;
-        let sums = with_elements::<T, _>(y, |y| {
-            Ok(channel_sums((y, dy), s, |o| Channel {
-                bias: bias.as_ref().map_or(0., |bias| bias[o].to_f64()),
-                ratio: ratio[o].to_f64(),
-                limit: swamped(x.dtype()),
-            }))
-        })?;
-        if sums.iter().all(|(_, lost)| !lost) {
-            return Ok(sums.into_iter().map(|(sum, _)| sum).collect());
-        }
-        let product = with_elements::<T, _>(x, |x| self.unscaled(x, s, r))?;
-        let again = channel_sums((&product, dy), s, |_| Channel {
-            bias: 0.,
-            ratio: 1.,
-            limit: f64::INFINITY,
-        });
-        let sums = sums.into_iter().zip(again);
-        Ok(sums
-            .map(|((sum, lost), (again, _))| if lost { again } else { sum })
-            .collect())
-    }
 }
 
 /// What [`channel_sums`] has to know of a channel.
@@ -298,81 +288,15 @@ fn channel_sums<T: Real>(
                 square += product * product;
             }
         }
-        let count = (s.images * positions) as f64;
-        let swamped = limit.is_finite() && bias * bias * count > limit * limit * square;
-        let lost = swamped || ratio.abs() < TINY;
-        (T::from_f64(if lost { 0. } else { slope / ratio }), lost)
+        let output = FromOutput {
+            slope,
+            square,
+            bias,
+            ratio,
+            count: s.images * positions,
+            limit,
+        };
+        output.gradient()
     };
     (0..channels).into_par_iter().map(sum).collect()
-}
-
-impl CustomOp1 for Convolution {
-    fn name(&self) -> &'static str {
-        "frozen-conv"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
-        by_dtype!(x, forward((x, l), None, None), self)
-    }
-
-    fn bwd(&self, x: &Tensor, y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        let (dx, _, _) = by_dtype!(x, backward((x, None, None), y, dy), self)?;
-        Ok(dx)
-    }
-}
-
-impl CustomOp2 for Convolution {
-    fn name(&self) -> &'static str {
-        "oft-conv"
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        xl: &Layout,
-        r: &CpuStorage,
-        rl: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        by_dtype!(x, forward((x, xl), Some((r, rl)), None), self)
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        r: &Tensor,
-        y: &Tensor,
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let (dx, dr, _) = by_dtype!(x, backward((x, Some(r), None), y, dy), self)?;
-        Ok((dx, dr))
-    }
-}
-
-impl CustomOp3 for Convolution {
-    fn name(&self) -> &'static str {
-        "doft-conv"
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        xl: &Layout,
-        r: &CpuStorage,
-        rl: &Layout,
-        ratio: &CpuStorage,
-        sl: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        by_dtype!(x, forward((x, xl), Some((r, rl)), Some((ratio, sl))), self)
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        r: &Tensor,
-        ratio: &Tensor,
-        y: &Tensor,
-        dy: &Tensor,
-    ) -> Result<Gradients> {
-        by_dtype!(x, backward((x, Some(r), Some(ratio)), y, dy), self)
-    }
 }
