@@ -1,0 +1,252 @@
+//! LoRA, DoRA, OFT and DOFT on the same tasks, each at its best learning rate.
+//!
+//!     cargo run --release --example compare -- --out target/compare
+
+mod cost;
+#[path = "../support/memory.rs"]
+mod memory;
+mod method;
+#[path = "../support/methods.rs"]
+#[allow(dead_code, reason = "others use the rest")]
+mod methods;
+#[path = "../support/network.rs"]
+#[allow(dead_code, reason = "others use the rest")]
+mod network;
+mod pool;
+mod record;
+mod run;
+mod stats;
+mod studies;
+mod summary;
+#[path = "../support/mod.rs"]
+mod support;
+mod sweep;
+mod table;
+mod task;
+
+use anyhow::{Context, Result, ensure};
+use clap::Parser;
+use method::{Entry, Name, Wanted, entry};
+use record::{Run, Store};
+use serde_json::json;
+use std::path::PathBuf;
+use summary::TaskSummary;
+use support::cli::positive;
+use support::files;
+use sweep::{Bench, Plan};
+use task::{DigitsTask, Kind, Length, Task};
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum TaskName {
+    /// One digit, turned by 90 degrees
+    Turned,
+    /// Two digits, turned, mirrored, noisy and partly covered: 100 classes
+    Pairs,
+    /// The Devil's Dictionary, on the language model of --model
+    Text,
+}
+
+/// Adapts frozen networks with LoRA, DoRA, OFT, DOFT and full fine-tuning: the same data, batches and
+/// optimizer, each method at the learning rate that is best on the validation split.
+///
+/// Finished runs are kept in DIR and not made again by a later call.
+#[derive(Parser, Clone, Debug)]
+struct Flags {
+    /// Folder for compare.json, compare.md, the plots and the runs
+    #[arg(long, default_value = "target/compare")]
+    out: PathBuf,
+    /// A short look: few steps, rates, seeds and methods
+    #[arg(long)]
+    quick: bool,
+    /// Seeds of the sweep over learning rates [default: 5; 2 for text and with --quick]
+    #[arg(long, value_parser = clap::value_parser!(u64).range(2..=1000))]
+    seeds: Option<u64>,
+    /// Seeds at each method's best rate, those of the sweep among them [default: 20; those of the
+    /// sweep for text and with --quick]
+    #[arg(long, value_parser = clap::value_parser!(u64).range(2..=1000))]
+    final_seeds: Option<u64>,
+    /// lora, dora, oft, doft, doft_unscaled, doft_series, doft_capped or full, at the usual sizes or
+    /// with a rank or block size, as in doft:16 [default: all]
+    #[arg(long, num_args = 1..)]
+    methods: Vec<Wanted>,
+    /// Learning rates, instead of 11 from 0.0005 to 0.512 and more where the best is not inside
+    #[arg(long, num_args = 1.., value_parser = positive)]
+    lrs: Vec<f64>,
+    /// Tasks [default: turned and pairs; text with --model]
+    #[arg(long, value_enum, num_args = 1..)]
+    task: Vec<TaskName>,
+    /// The language model for text: a GGUF file, a folder in Hugging Face layout, or a name on the
+    /// hub. Takes many hours on a laptop
+    #[arg(long)]
+    model: Option<String>,
+    /// Steps of a run [default: 300; 60 for text and with --quick]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    steps: Option<u32>,
+    /// Runs side by side, each on one core [default: all cores]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    jobs: Option<u32>,
+    /// Times one method in this process
+    #[arg(long, hide = true)]
+    probe: Option<String>,
+}
+
+fn main() -> std::process::ExitCode {
+    let flags = Flags::parse();
+    support::cli::run(|| match one_thread()? {
+        true => run(&flags),
+        false => Ok(()),
+    })
+}
+
+/// Starts the program again where its kernels would take more than one thread: runs go side by side
+/// instead, and candle reads the number of threads from the environment.
+fn one_thread() -> Result<bool> {
+    const THREADS: &str = "RAYON_NUM_THREADS";
+    if std::env::var(THREADS).is_ok_and(|threads| threads == "1") {
+        return Ok(true);
+    }
+    let program = std::env::current_exe().context("where this program lies")?;
+    let mut again = std::process::Command::new(program);
+    again.args(std::env::args_os().skip(1)).env(THREADS, "1");
+    let status = again.status().context("cannot start with one thread")?;
+    match status.success() {
+        true => Ok(false),
+        false => std::process::exit(status.code().unwrap_or(1)),
+    }
+}
+
+fn length(flags: &Flags, kind: Kind) -> Length {
+    let steps = flags.steps.unwrap_or(if flags.quick { 60 } else { 300 });
+    Length {
+        steps: steps as usize,
+        warmup: u64::from(steps / 20),
+        base_steps: match (flags.quick, kind) {
+            (true, _) => 200,
+            (false, Kind::Turned) => 600,
+            (false, Kind::Pairs) => 1000,
+        },
+    }
+}
+
+fn digits(flags: &Flags, name: &str) -> Result<DigitsTask> {
+    let kind = match name {
+        "turned" => Kind::Turned,
+        "pairs" => Kind::Pairs,
+        other => anyhow::bail!("there is no task `{other}` on digits"),
+    };
+    Ok(DigitsTask::new(kind, length(flags, kind)))
+}
+
+fn plan(flags: &Flags) -> Result<Plan> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let seeds = flags.seeds.unwrap_or(if flags.quick { 2 } else { 5 });
+    let more = if flags.quick { seeds } else { seeds.max(20) };
+    let final_seeds = flags.final_seeds.unwrap_or(more);
+    ensure!(
+        final_seeds >= seeds,
+        "--final-seeds {final_seeds} is less than the {seeds} seeds of the sweep; give more"
+    );
+    let mut rates = match (flags.lrs.is_empty(), flags.quick) {
+        (false, _) => flags.lrs.clone(),
+        (true, true) => [1., 8., 64.].map(|k| 0.002 * k).to_vec(),
+        (true, false) => (0..11).map(|k| 0.0005 * f64::from(1 << k)).collect(),
+    };
+    rates.sort_by(f64::total_cmp);
+    rates.dedup();
+    Ok(Plan {
+        extensions: if flags.lrs.is_empty() && !flags.quick {
+            6
+        } else {
+            0
+        },
+        rates,
+        seeds,
+        final_seeds,
+        workers: flags.jobs.map_or(cores, |jobs| jobs as usize),
+    })
+}
+
+fn entries(flags: &Flags) -> Vec<Entry> {
+    let wanted = match (flags.methods.is_empty(), flags.quick) {
+        (false, _) => flags.methods.clone(),
+        (true, false) => Wanted::all(),
+        (true, true) => {
+            let quick = [
+                (Name::Lora, 8),
+                (Name::Dora, 8),
+                (Name::Oft, 32),
+                (Name::Doft, 32),
+            ];
+            let more = [(Name::DoftUnscaled, 32), (Name::Full, 0)];
+            let all = quick.into_iter().chain(more);
+            return all.map(|(name, size)| entry(name, size)).collect();
+        }
+    };
+    let mut entries: Vec<Entry> = wanted.iter().flat_map(Wanted::entries).collect();
+    entries.sort();
+    entries.dedup();
+    entries
+}
+
+fn run(flags: &Flags) -> Result<()> {
+    if let Some(probe) = &flags.probe {
+        let (task, entry, steps): (String, Entry, usize) = serde_json::from_str(probe)?;
+        return cost::probe(&digits(flags, &task)?, entry, steps);
+    }
+    files::make_folder(&flags.out)?;
+    let start = std::time::Instant::now();
+    let plan = plan(flags)?;
+    let names = match (flags.task.is_empty(), &flags.model) {
+        (false, _) => flags.task.clone(),
+        (true, Some(_)) => vec![TaskName::Text],
+        (true, None) => vec![TaskName::Turned, TaskName::Pairs],
+    };
+    let (mut runs, mut summaries) = (Vec::new(), Vec::new());
+    for name in names {
+        let kind = match name {
+            TaskName::Turned => Kind::Turned,
+            TaskName::Pairs => Kind::Pairs,
+            TaskName::Text => anyhow::bail!("text needs --model"),
+        };
+        let task = DigitsTask::new(kind, length(flags, kind));
+        let (made, summary) = on_digits(flags, &plan, &task)?;
+        runs.extend(made);
+        summaries.push(summary);
+    }
+    let report = json!({
+        "runs": runs,
+        "summary": {"tasks": summaries, "seconds": start.elapsed().as_secs_f64()},
+    });
+    let text = serde_json::to_string(&report)? + "\n";
+    files::replace(&flags.out.join("compare.json"), text.as_bytes())?;
+    let tables: String = summaries.iter().map(table::table).collect();
+    files::replace(&flags.out.join("compare.md"), tables.as_bytes())?;
+    println!("{tables}see {}", flags.out.display());
+    Ok(())
+}
+
+fn on_digits(flags: &Flags, plan: &Plan, task: &DigitsTask) -> Result<(Vec<Run>, TaskSummary)> {
+    let bench = Bench {
+        task,
+        store: Store::open(&flags.out, task.name(), &task.settings())?,
+        plan,
+    };
+    let entries = entries(flags);
+    let swept = bench.sweep("runs", &entries)?;
+    let mut summary = summary::summarise(&bench, "accuracy", &swept);
+    let doft = swept.iter().find(|s| s.entry == entry(Name::Doft, 32));
+    if let Some(doft) = doft {
+        if task.kind == Kind::Pairs {
+            summary.block_sizes = studies::by_block_size(&bench, flags.quick)?;
+            summary.first_steps = studies::first_steps(&bench, task, flags.quick)?;
+        }
+        summary.magnitude_rates = studies::magnitude_rates(&bench, doft.best_rate())?;
+        summary.orthogonality = studies::orthogonality(&bench, doft.best_rate())?;
+    }
+    let (rounds, steps) = if flags.quick { (2, 10) } else { (7, 40) };
+    summary.costs = cost::measure(task.name(), &entries, rounds, steps)?;
+    Ok((bench.store.runs(), summary))
+}
