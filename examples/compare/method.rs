@@ -45,10 +45,12 @@ pub const fn entry(method: Name, size: usize) -> Entry {
 }
 
 impl Name {
-    /// The sizes that are compared: about 2,000 and about 10,000 parameters of the digits' networks.
+    /// The sizes that are compared: about 2,000 and about 10,000 parameters of the digits' networks,
+    /// and a LoRA of four times as many.
     fn sizes(self) -> &'static [usize] {
         match self {
-            Self::Lora | Self::Dora => &[2, 8],
+            Self::Lora => &[2, 8, 32],
+            Self::Dora => &[2, 8],
             Self::Oft | Self::Doft => &[8, 32],
             Self::DoftUnscaled | Self::DoftSeries | Self::DoftCapped => &[32],
             Self::Full => &[0],
@@ -83,6 +85,11 @@ impl Entry {
             Name::Lora | Name::Dora => format!("{} r{}", self.method.label(), self.size),
             _ => format!("{} b{}", self.method.label(), self.size),
         }
+    }
+
+    /// Whether it fits layers that are nowhere narrower than this.
+    pub fn fits(&self, narrowest: usize) -> bool {
+        !matches!(self.method, Name::Lora | Name::Dora) || self.size <= narrowest
     }
 
     /// LoRA and DoRA with `alpha = rank`, so that `BA` counts as it is.

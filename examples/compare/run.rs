@@ -67,9 +67,9 @@ impl Adapted {
     }
 }
 
-/// Looks often at the start, where the curves part, and every 25 steps later.
+/// Looks often at the start, where the curves part, and every 10 steps later.
 fn due(step: usize, steps: usize) -> bool {
-    step.is_multiple_of(if step <= 100 { 5 } else { 25 }) || step == steps
+    step.is_multiple_of(if step <= 60 { 5 } else { 10 }) || step == steps
 }
 
 pub fn adapt(task: &DigitsTask, job: &Job) -> Result<Run> {

@@ -57,6 +57,8 @@ pub struct MethodSummary {
     pub diverged: f64,
     pub diverged_of: usize,
     pub rates: Vec<RateSummary>,
+    /// Quality on the test split after so many steps.
+    pub curve: Vec<(usize, Interval)>,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -171,6 +173,7 @@ fn of_method(bench: &Bench, swept: &Swept) -> MethodSummary {
             .iter()
             .map(|tried| of_rate(bench, tried))
             .collect(),
+        curve: curve(finals),
     }
 }
 
@@ -182,6 +185,20 @@ fn of_rate(bench: &Bench, (lr, runs): &(f64, Vec<Run>)) -> RateSummary {
         diverged: runs.iter().filter(|run| run.diverged).count(),
         runs: runs.len(),
     }
+}
+
+/// The steps that every run got to.
+fn curve(runs: &[Run]) -> Vec<(usize, Interval)> {
+    let Some(first) = runs.first() else {
+        return Vec::new();
+    };
+    let at = |place: usize| {
+        let of = |run: &Run| run.curve.get(place).map(|point| point.2);
+        interval(&runs.iter().map(of).collect::<Option<Vec<_>>>()?)
+    };
+    let points = first.curve.iter().enumerate();
+    let points = points.filter_map(|(place, point)| Some((point.0, at(place)?)));
+    points.collect()
 }
 
 fn deviation(runs: &[Run]) -> f64 {

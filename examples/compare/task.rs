@@ -134,13 +134,13 @@ pub const BATCH: usize = 64;
 const BASE_RATE: f64 = 3e-3;
 
 /// Noise on pairs, and the side of the square that is covered of each digit.
-const NOISE: f64 = 0.25;
-const COVERED: usize = 3;
+const NOISE: f64 = 0.15;
+const COVERED: usize = 2;
 
 /// Pairs to train the network on, to adapt it, to validate and to test.
 const BASE_PAIRS: usize = 8192;
 const TRAIN_PAIRS: usize = 4096;
-const HELD_PAIRS: usize = 500;
+const HELD_PAIRS: usize = 400;
 
 impl DigitsTask {
     pub fn new(kind: Kind, length: Length) -> Self {
@@ -246,10 +246,11 @@ impl Task for DigitsTask {
         quality
     }
 
+    // What every method of about 10,000 parameters reached in a trial.
     fn target(&self) -> f64 {
         match self.kind {
             Kind::Turned => 0.9,
-            Kind::Pairs => 0.5,
+            Kind::Pairs => 0.2,
         }
     }
 
