@@ -4,6 +4,8 @@
 
 mod cost;
 mod draw;
+#[path = "../support/llm/mod.rs"]
+mod llm;
 #[path = "../support/memory.rs"]
 mod memory;
 mod method;
@@ -24,8 +26,9 @@ mod support;
 mod sweep;
 mod table;
 mod task;
+mod text;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use method::{Entry, Name, Wanted, entry};
 use record::{Run, Store};
@@ -136,33 +139,30 @@ fn digits(flags: &Flags, name: &str) -> Result<DigitsTask> {
     let kind = match name {
         "turned" => Kind::Turned,
         "pairs" => Kind::Pairs,
-        other => anyhow::bail!("there is no task `{other}` on digits"),
+        other => bail!("there is no task `{other}` on digits"),
     };
     Ok(DigitsTask::new(kind, length(flags, kind)))
 }
 
-fn plan(flags: &Flags) -> Result<Plan> {
+/// How wide to look, where the flags do not say it.
+fn plan(flags: &Flags, rates: &[f64], seeds: u64, final_seeds: u64) -> Result<Plan> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let seeds = flags.seeds.unwrap_or(if flags.quick { 2 } else { 5 });
-    let more = if flags.quick { seeds } else { seeds.max(20) };
-    let final_seeds = flags.final_seeds.unwrap_or(more);
+    let seeds = flags.seeds.unwrap_or(seeds);
+    let final_seeds = flags.final_seeds.unwrap_or(seeds.max(final_seeds));
     ensure!(
         final_seeds >= seeds,
         "--final-seeds {final_seeds} is less than the {seeds} seeds of the sweep; give more"
     );
-    let mut rates = match (flags.lrs.is_empty(), flags.quick) {
-        (false, _) => flags.lrs.clone(),
-        (true, true) => [1., 8., 64.].map(|k| 0.002 * k).to_vec(),
-        (true, false) => (0..11).map(|k| 0.0005 * f64::from(1 << k)).collect(),
+    let fixed = !flags.lrs.is_empty();
+    let mut rates = if fixed {
+        flags.lrs.clone()
+    } else {
+        rates.to_vec()
     };
     rates.sort_by(f64::total_cmp);
     rates.dedup();
     Ok(Plan {
-        extensions: if flags.lrs.is_empty() && !flags.quick {
-            6
-        } else {
-            0
-        },
+        extensions: if fixed || flags.quick { 0 } else { 6 },
         rates,
         seeds,
         final_seeds,
@@ -207,7 +207,6 @@ fn run(flags: &Flags) -> Result<()> {
     }
     files::make_folder(&flags.out)?;
     let start = std::time::Instant::now();
-    let plan = plan(flags)?;
     let names = match (flags.task.is_empty(), &flags.model) {
         (false, _) => flags.task.clone(),
         (true, Some(_)) => vec![TaskName::Text],
@@ -215,13 +214,11 @@ fn run(flags: &Flags) -> Result<()> {
     };
     let (mut runs, mut summaries) = (Vec::new(), Vec::new());
     for name in names {
-        let kind = match name {
-            TaskName::Turned => Kind::Turned,
-            TaskName::Pairs => Kind::Pairs,
-            TaskName::Text => anyhow::bail!("text needs --model"),
+        let (made, summary) = match name {
+            TaskName::Turned => on_digits(flags, Kind::Turned)?,
+            TaskName::Pairs => on_digits(flags, Kind::Pairs)?,
+            TaskName::Text => on_text(flags)?,
         };
-        let task = DigitsTask::new(kind, length(flags, kind));
-        let (made, summary) = on_digits(flags, &plan, &task)?;
         runs.extend(made);
         summaries.push(summary);
     }
@@ -240,11 +237,47 @@ fn run(flags: &Flags) -> Result<()> {
     Ok(())
 }
 
-fn on_digits(flags: &Flags, plan: &Plan, task: &DigitsTask) -> Result<(Vec<Run>, TaskSummary)> {
+/// The methods on the language model, at seven rates over three decades.
+fn on_text(flags: &Flags) -> Result<(Vec<Run>, TaskSummary)> {
+    let Some(model) = &flags.model else {
+        bail!("--task text needs a language model; name it with --model");
+    };
+    let steps = flags.steps.map_or(60, |steps| steps as usize);
+    let task = text::TextTask::new(model, steps, if flags.quick { 4 } else { 24 })?;
+    let rates = [1e-4, 3.2e-4, 1e-3, 3.2e-3, 1e-2, 3.2e-2, 1e-1];
+    let plan = plan(flags, &rates, 2, 2)?;
+    let bench = Bench {
+        task: &task,
+        store: Store::open(&flags.out, task.name(), &task.settings())?,
+        plan: &plan,
+    };
+    let mut entries: Vec<Entry> = match flags.methods.is_empty() {
+        false => flags.methods.iter().flat_map(Wanted::entries).collect(),
+        true => vec![
+            entry(Name::Lora, 8),
+            entry(Name::Dora, 8),
+            entry(Name::Oft, 32),
+            entry(Name::Doft, 32),
+        ],
+    };
+    entries.sort();
+    entries.dedup();
+    let swept = bench.sweep("text", &entries)?;
+    let summary = summary::summarise(&bench, "perplexity", &swept);
+    Ok((bench.store.runs(), summary))
+}
+
+fn on_digits(flags: &Flags, kind: Kind) -> Result<(Vec<Run>, TaskSummary)> {
+    let task = &DigitsTask::new(kind, length(flags, kind));
+    let rates: Vec<f64> = (0..11).map(|k| 0.0005 * f64::from(1 << k)).collect();
+    let plan = match flags.quick {
+        true => plan(flags, &[0.002, 0.016, 0.128], 2, 2)?,
+        false => plan(flags, &rates, 5, 20)?,
+    };
     let bench = Bench {
         task,
         store: Store::open(&flags.out, task.name(), &task.settings())?,
-        plan,
+        plan: &plan,
     };
     let entries = entries(flags, task);
     let swept = bench.sweep("runs", &entries)?;
