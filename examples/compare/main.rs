@@ -29,7 +29,7 @@ mod task;
 mod text;
 
 use anyhow::{Context, Result, bail, ensure};
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 use method::{Entry, Name, Wanted, entry};
 use record::{Run, Store};
 use serde_json::json;
@@ -99,6 +99,11 @@ struct Flags {
 
 fn main() -> std::process::ExitCode {
     let flags = Flags::parse();
+    if flags.task.contains(&TaskName::Text) && flags.model.is_none() {
+        let what = "--task text needs a language model; name it with --model";
+        let kind = clap::error::ErrorKind::MissingRequiredArgument;
+        Flags::command().error(kind, what).exit();
+    }
     support::cli::run(|| match one_thread()? {
         true => run(&flags),
         false => Ok(()),
@@ -115,11 +120,19 @@ fn one_thread() -> Result<bool> {
     let program = std::env::current_exe().context("where this program lies")?;
     let mut again = std::process::Command::new(program);
     again.args(std::env::args_os().skip(1)).env(THREADS, "1");
-    let status = again.status().context("cannot start with one thread")?;
-    match status.success() {
-        true => Ok(false),
-        false => std::process::exit(status.code().unwrap_or(1)),
-    }
+    replace_by(again).context("cannot start with one thread")
+}
+
+/// Only comes back when it fails: the process goes on as the other program.
+#[cfg(unix)]
+fn replace_by(mut program: std::process::Command) -> std::io::Result<bool> {
+    Err(std::os::unix::process::CommandExt::exec(&mut program))
+}
+
+#[cfg(not(unix))]
+fn replace_by(mut program: std::process::Command) -> std::io::Result<bool> {
+    let status = program.status()?;
+    std::process::exit(status.code().unwrap_or(1))
 }
 
 fn length(flags: &Flags, kind: Kind) -> Length {
@@ -239,9 +252,7 @@ fn run(flags: &Flags) -> Result<()> {
 
 /// The methods on the language model, at seven rates over three decades.
 fn on_text(flags: &Flags) -> Result<(Vec<Run>, TaskSummary)> {
-    let Some(model) = &flags.model else {
-        bail!("--task text needs a language model; name it with --model");
-    };
+    let model = flags.model.as_deref().context("text has no --model")?;
     let steps = flags.steps.map_or(60, |steps| steps as usize);
     let task = text::TextTask::new(model, steps, if flags.quick { 4 } else { 24 })?;
     let rates = [1e-4, 3.2e-4, 1e-3, 3.2e-3, 1e-2, 3.2e-2, 1e-1];

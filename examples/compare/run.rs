@@ -145,9 +145,12 @@ fn weight_change(prepared: &Prepared, net: &Net<Tuned>) -> Result<f64> {
         change += square(&(layer.merge()?.weight() - base.weight())?)?;
         whole += square(base.weight())?;
     }
-    let change = (change / whole).sqrt();
-    // JSON knows no infinity.
-    Ok(if change.is_finite() { change } else { f64::MAX })
+    Ok(finite((change / whole).sqrt()))
+}
+
+/// JSON knows no infinity.
+fn finite(value: f64) -> f64 {
+    if value.is_finite() { value } else { f64::MAX }
 }
 
 /// The state of the rotations; nothing where there are none.
@@ -163,9 +166,9 @@ pub fn look(net: &Net<Tuned>, step: usize) -> Result<Option<Look>> {
     let largest = drifts.iter().copied().fold(0., f64::max);
     Ok(Some(Look {
         step,
-        orthogonality_error: orthogonality,
-        norm_drift_mean: drifts.iter().sum::<f64>() / drifts.len() as f64,
-        norm_drift_max: largest,
+        orthogonality_error: finite(orthogonality),
+        norm_drift_mean: finite(drifts.iter().sum::<f64>() / drifts.len() as f64),
+        norm_drift_max: finite(largest),
     }))
 }
 

@@ -55,7 +55,7 @@ pub fn median(values: &[f64]) -> f64 {
 }
 
 /// The 97.5 % quantile of Student's t; from 11 degrees on by its expansion around the normal one
-/// (Abramowitz and Stegun, 26.7.5), good to four digits there.
+/// (Abramowitz and Stegun, 26.7.5), good to 2e-4 there.
 pub fn student(degrees: usize) -> f64 {
     const FIRST: [f64; 10] = [
         12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,

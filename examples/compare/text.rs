@@ -119,7 +119,6 @@ impl Task for TextTask {
             "batch": BATCH,
             "length": LENGTH,
             "held_out": self.held_out,
-            "target": self.target(),
         })
     }
 
@@ -185,7 +184,7 @@ impl Task for TextTask {
         })
     }
 
-    /// A perplexity less by the share that the margin says counts as much.
+    /// A margin in logarithms is a share of the perplexity.
     fn score(&self, quality: f64) -> f64 {
         -quality.ln()
     }
