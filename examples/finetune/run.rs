@@ -1,19 +1,18 @@
 //! The run: model, data, steps, and what is left behind.
 
 use crate::llm::data::{Batch, Data, Order, Sequence};
-use crate::llm::model::Model;
 use crate::llm::open;
 use crate::llm::sample::{Sampling, answer};
 use crate::llm::tokenizer::Text;
+use crate::llm::train::{StepOptions, Trainer};
 use crate::llm::weights::Weights;
-use crate::methods::{Method, Tuner};
+use crate::methods::Method;
 use crate::support::{files, progress};
 use crate::{Flags, MethodName, draw, memory, merged};
 use anyhow::{Context, Result, bail, ensure};
-use candle_core::{Device, Tensor, Var};
-use candle_doft::train::{AdamW, Checkpoint, Group, Schedule};
+use candle_core::Device;
+use candle_doft::train::{Checkpoint, Schedule};
 use candle_doft::{DoftConfig, Pattern, Targets};
-use candle_nn::ParamsAdamW;
 use serde_json::{Value, json};
 use std::io::Write;
 use std::path::Path;
@@ -86,9 +85,7 @@ struct Session<'a> {
     text: Text,
     data: Data,
     device: Device,
-    tuner: Tuner,
-    model: Model,
-    optimizer: Option<AdamW>,
+    trainer: Trainer,
     schedule: Schedule,
     /// Steps that were made; the position in the data follows from it.
     step: u64,
@@ -105,22 +102,7 @@ impl<'a> Session<'a> {
         data: Data,
         device: Device,
     ) -> Result<Self> {
-        let tuner = Tuner::new(method(flags), flags.seed, &device)?;
-        let tuner = tuner.with_targets(&flags.targets);
-        let model = Model::new(&weights, &tuner, &device)?;
-        let vars = match flags.method {
-            MethodName::None => Vec::new(),
-            _ => tuner.named_vars()?,
-        };
-        let params = ParamsAdamW {
-            lr: flags.lr,
-            weight_decay: 0.,
-            ..Default::default()
-        };
-        let optimizer = match vars.is_empty() {
-            true => None,
-            false => Some(AdamW::new(vec![Group::new(vars)], params)?),
-        };
+        let trainer = Trainer::new(&weights, method(flags), flags.seed, &flags.targets, &device)?;
         let schedule = Schedule {
             decay: flags.decay.into(),
             warmup: flags.warmup,
@@ -129,9 +111,7 @@ impl<'a> Session<'a> {
         };
         let mut session = Self {
             flags,
-            tuner,
-            model,
-            optimizer,
+            trainer,
             schedule,
             weights,
             text,
@@ -153,7 +133,7 @@ impl<'a> Session<'a> {
     }
 
     fn resume(&mut self) -> Result<()> {
-        let Some(optimizer) = &mut self.optimizer else {
+        let Some(optimizer) = &mut self.trainer.optimizer else {
             bail!("--method none trains nothing that could be resumed");
         };
         let file = self.flags.out.join("checkpoint.safetensors");
@@ -178,21 +158,21 @@ impl<'a> Session<'a> {
     }
 
     fn save(&self) -> Result<()> {
-        let Some(optimizer) = &self.optimizer else {
+        let Some(optimizer) = &self.trainer.optimizer else {
             return Ok(());
         };
         let identity = identity(self.flags, &self.weights, &self.data);
         let state = json!({"losses": self.losses, "held_out": self.held_out});
         Checkpoint::save(self.checkpoint(), optimizer, &identity, &state)?;
         let file = self.flags.out.join("adapter.safetensors");
-        match self.tuner.adapter() {
+        match self.trainer.tuner.adapter() {
             Some(adapter) => {
                 for warning in adapter.save(&file)? {
                     eprintln!("note: {warning}");
                 }
             }
             None => {
-                let named = self.tuner.named_vars()?;
+                let named = self.trainer.tuner.named_vars()?;
                 let tensors = named
                     .iter()
                     .map(|(n, v)| (n.clone(), v.as_tensor().clone()));
@@ -245,7 +225,7 @@ impl<'a> Session<'a> {
     }
 
     fn announce(&self) -> Result<()> {
-        let trainable = self.tuner.trainable_or_zero()?;
+        let trainable = self.trainer.tuner.trainable_or_zero()?;
         eprintln!(
             "{} layers, weights of {} MB; {trainable} parameters train; {} sequences, {} held out",
             self.weights.config.layers,
@@ -289,56 +269,15 @@ impl<'a> Session<'a> {
                 .collect();
             batches.push(Batch::new(&chosen, &self.device)?);
         }
-        let learned: usize = batches.iter().map(|batch| batch.tokens).sum();
         let read: usize = batches.iter().map(|batch| batch.ids.elem_count()).sum();
         let rate = self.schedule.rate(self.flags.lr, self.step);
-        if let Some(adapter) = self.tuner.adapter() {
-            adapter.set_step(self.step);
-        }
-        let blocks = match (&self.optimizer, self.flags.checkpoint_activations) {
-            (_, false) => None,
-            (Some(optimizer), true) => Some(self.model.by_block(&optimizer.named_vars())),
-            (None, true) => Some(self.model.by_block(&[])),
+        let options = StepOptions {
+            step: self.step,
+            rate,
+            clip: self.flags.clip,
+            again: self.flags.checkpoint_activations,
         };
-        let mut gradients = self.optimizer.as_ref().map(AdamW::gradients);
-        let mut total = 0.;
-        for batch in &batches {
-            let mut embedded = self.model.embed(&batch.ids)?;
-            if self.optimizer.is_none() {
-                embedded = Var::from_tensor(&embedded)?.as_tensor().clone();
-            }
-            let loss = self.loss(batch, &embedded, blocks.as_deref())?;
-            let share = batch.tokens as f64 / learned as f64;
-            total += share * f64::from(loss.to_scalar::<f32>()?);
-            match &mut gradients {
-                Some(gradients) => {
-                    let grads = gradients.backward(&loss, share)?;
-                    if let (Some(adapter), 0) = (self.tuner.adapter(), self.step) {
-                        let report = adapter.check_gradients(&grads)?;
-                        if !report.zero.is_empty() {
-                            eprintln!("note: {report}");
-                        }
-                    }
-                }
-                None => {
-                    let grads = loss.backward()?;
-                    ensure!(
-                        grads.get(&embedded).is_some(),
-                        "no gradient reached the tokens"
-                    );
-                }
-            }
-        }
-        ensure!(
-            total.is_finite(),
-            "step {}: the loss is {total}",
-            self.step + 1
-        );
-        if let (Some(optimizer), Some(mut gradients)) = (&mut self.optimizer, gradients) {
-            gradients.clip(self.flags.clip)?;
-            optimizer.set_rate(rate);
-            optimizer.step(&gradients)?;
-        }
+        let total = self.trainer.step(&batches, options)?;
         self.step += 1;
         self.losses.push((self.step, total));
         let seconds = start.elapsed().as_secs_f64();
@@ -359,31 +298,11 @@ impl<'a> Session<'a> {
         Ok(made)
     }
 
-    fn loss(
-        &self,
-        batch: &Batch,
-        embedded: &Tensor,
-        blocks: Option<&[Vec<Var>]>,
-    ) -> Result<Tensor> {
-        let hidden = self.model.hidden(embedded, blocks)?;
-        let hidden = hidden.flatten_to(1)?.index_select(&batch.rows, 0)?;
-        Ok(self.model.loss(&hidden, &batch.targets)?)
-    }
-
     /// The perplexity of the held-out text.
     fn validate(&mut self, metrics: &mut std::fs::File) -> Result<()> {
-        let measured = self.inference(|| -> Result<f64> {
-            let (mut total, mut tokens) = (0., 0);
-            let held: Vec<&Sequence> = self.data.validation.iter().collect();
-            let held = &held[..held.len().min(self.flags.held_out)];
-            for chunk in held.chunks(self.flags.batch) {
-                let batch = Batch::new(chunk, &self.device)?;
-                let loss = self.loss(&batch, &self.model.embed(&batch.ids)?, None)?;
-                total += f64::from(loss.to_scalar::<f32>()?) * batch.tokens as f64;
-                tokens += batch.tokens;
-            }
-            Ok(total / tokens as f64)
-        })??;
+        let held = &self.data.validation;
+        let held = &held[..held.len().min(self.flags.held_out)];
+        let measured = self.trainer.held_out(held, self.flags.batch)?;
         self.held_out.push((self.step, measured));
         let line = json!({"step": self.step, "validation_perplexity": measured.exp()});
         writeln!(metrics, "{line}").context("metrics.jsonl")?;
@@ -404,17 +323,16 @@ impl<'a> Session<'a> {
             seed: self.flags.seed,
             max_tokens: self.flags.sample_tokens,
         };
-        let answered =
-            self.inference(|| answer(&self.model, &self.text, prompt, sampling, |_| Ok(())))?;
+        let answered = self.trainer.inference(|| {
+            answer(
+                &self.trainer.model,
+                &self.text,
+                prompt,
+                sampling,
+                |_| Ok(()),
+            )
+        })?;
         answered.map(Some)
-    }
-
-    /// Runs `f` with rotations as constants, so that no graph is built.
-    fn inference<T>(&self, f: impl FnOnce() -> T) -> Result<T> {
-        match self.tuner.adapter() {
-            Some(adapter) => Ok(adapter.inference(f)?),
-            None => Ok(f()),
-        }
     }
 
     fn finish(&self) -> Result<()> {
@@ -423,7 +341,7 @@ impl<'a> Session<'a> {
         draw::draw(&picture, &self.losses, &self.held_out, &title)?;
         if let Some(folder) = &self.flags.merge_to {
             let kind = self.flags.merge_type.into();
-            merged::write(folder, &self.weights, &self.model, &self.text, kind)?;
+            merged::write(folder, &self.weights, &self.trainer.model, &self.text, kind)?;
             println!("merged into {}", folder.display());
         }
         println!("{}", self.flags.out.display());

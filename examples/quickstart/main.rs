@@ -3,6 +3,7 @@
 //!     cargo run --release --example quickstart
 
 mod draw;
+#[path = "../support/network.rs"]
 mod network;
 #[path = "../support/mod.rs"]
 mod support;
@@ -45,6 +46,9 @@ struct Flags {
     #[arg(long, value_enum, default_value_t = DeviceName::Cpu)]
     device: DeviceName,
 }
+
+/// Widths of the network, from the pixels to the classes.
+const WIDTHS: [usize; 4] = [64, 256, 256, 10];
 
 /// Examples in a step.
 const BATCH: usize = 64;
@@ -90,7 +94,7 @@ fn run(flags: &Flags) -> Result<()> {
         .with_block_size(flags.block_size as usize)
         .with_seed(flags.seed);
     let adapter = Adapter::new(config, &device)?;
-    let net = base.adapted(&adapter)?;
+    let net = base.each(|name, layer| adapter.wrap_linear(name, layer.clone()))?;
     let curve = adapt(&adapter, &net, &turned, flags, &device)?;
     let adapted = adapter.inference(|| net.forward(&test))??;
     let seconds = start.elapsed().as_secs_f64();
@@ -98,16 +102,19 @@ fn run(flags: &Flags) -> Result<()> {
     let file = flags.out.join("adapter.safetensors");
     adapter.save(&file)?;
     let loaded = Adapter::load(&file, &device)?;
-    let reloaded = base.adapted(&loaded)?;
+    let reloaded = base.each(|name, layer| loaded.wrap_linear(name, layer.clone()))?;
     loaded.check_complete()?;
     let reloaded = reloaded.forward(&test)?;
-    let merged = net.merged()?.forward(&test)?;
+    let merged = net.each(|_, layer| layer.merge())?.forward(&test)?;
 
     let mut orthogonality: f64 = 0.;
     let mut angles = Vec::new();
     for (name, layer) in net.layers() {
         orthogonality = orthogonality.max(rotation::orthogonality_error(&layer.rotation()?)?);
-        angles.push((name, layer.angles()?.into_iter().flatten().collect()));
+        angles.push((
+            name.to_string(),
+            layer.angles()?.into_iter().flatten().collect(),
+        ));
     }
     let summary = adapter.report()?;
     let outcome = Outcome {
@@ -167,7 +174,7 @@ fn run(flags: &Flags) -> Result<()> {
 }
 
 fn train_base(digits: &Digits, seed: u64, device: &Device) -> Result<Net<candle_nn::Linear>> {
-    let (net, vars) = Net::new(seed, device)?;
+    let (net, vars) = Net::new(WIDTHS, seed, device)?;
     let params = ParamsAdamW {
         lr: BASE_RATE,
         ..Default::default()
@@ -182,7 +189,7 @@ fn train_base(digits: &Digits, seed: u64, device: &Device) -> Result<Net<candle_
         bar.inc(1);
     }
     bar.finish();
-    net.frozen()
+    Ok(net.frozen())
 }
 
 /// Trains the adapter on turned digits; the validation accuracy along the way.

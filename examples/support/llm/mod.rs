@@ -12,4 +12,5 @@ pub mod open;
 pub mod recompute;
 pub mod sample;
 pub mod tokenizer;
+pub mod train;
 pub mod weights;

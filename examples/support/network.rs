@@ -3,11 +3,7 @@
 use anyhow::Result;
 use candle_core::{D, DType, Device, Tensor, Var};
 use candle_doft::rng::SplitMix64;
-use candle_doft::{Adapter, DoftLinear};
 use candle_nn::{Linear, Module};
-
-/// Widths from the pixels to the classes.
-const WIDTHS: [usize; 4] = [64, 256, 256, 10];
 
 /// The names of its layers.
 const NAMES: [&str; 3] = ["input", "hidden", "output"];
@@ -31,12 +27,31 @@ impl<L: Module> Net<L> {
     }
 }
 
+impl<L> Net<L> {
+    /// Each layer with its name.
+    pub fn layers(&self) -> impl Iterator<Item = (&'static str, &L)> {
+        NAMES.into_iter().zip(&self.layers)
+    }
+
+    /// A network of what `change` makes of each layer.
+    pub fn each<M, E>(
+        &self,
+        change: impl Fn(&'static str, &L) -> std::result::Result<M, E>,
+    ) -> std::result::Result<Net<M>, E> {
+        let layers = self.layers().map(|(name, layer)| change(name, layer));
+        Ok(Net {
+            layers: layers.collect::<std::result::Result<_, _>>()?,
+        })
+    }
+}
+
 impl Net<Linear> {
-    /// A network to train, and its variables. Weights are normal with variance `2 / in`.
-    pub fn new(seed: u64, device: &Device) -> Result<(Self, Vec<Var>)> {
+    /// A network to train, and its variables; `widths` go from the pixels to the classes. Weights are
+    /// normal with variance `2 / in`.
+    pub fn new(widths: [usize; 4], seed: u64, device: &Device) -> Result<(Self, Vec<Var>)> {
         let mut rng = SplitMix64::new(seed);
         let (mut layers, mut vars) = (Vec::new(), Vec::new());
-        for pair in WIDTHS.windows(2) {
+        for pair in widths.windows(2) {
             let (width, out) = (pair[0], pair[1]);
             let std = (2. / width as f64).sqrt();
             let values: Vec<f32> = (0..out * width)
@@ -54,35 +69,12 @@ impl Net<Linear> {
     }
 
     /// The same network, without variables.
-    pub fn frozen(self) -> Result<Self> {
+    pub fn frozen(self) -> Self {
         let freeze =
             |layer: Linear| Linear::new(layer.weight().detach(), layer.bias().map(Tensor::detach));
-        Ok(Self {
+        Self {
             layers: self.layers.into_iter().map(freeze).collect(),
-        })
-    }
-
-    /// The same network, each layer wrapped by the adapter.
-    pub fn adapted(&self, adapter: &Adapter) -> Result<Net<DoftLinear>> {
-        let mut layers = Vec::new();
-        for (name, layer) in NAMES.into_iter().zip(&self.layers) {
-            layers.push(adapter.wrap_linear(name, layer.clone())?);
         }
-        Ok(Net { layers })
-    }
-}
-
-impl Net<DoftLinear> {
-    /// Plain candle layers that answer the same.
-    pub fn merged(&self) -> Result<Net<Linear>> {
-        let layers = self.layers.iter().map(DoftLinear::merge);
-        Ok(Net {
-            layers: layers.collect::<Result<_, _>>()?,
-        })
-    }
-
-    pub fn layers(&self) -> impl Iterator<Item = (String, &DoftLinear)> {
-        NAMES.into_iter().map(String::from).zip(&self.layers)
     }
 }
 

@@ -1,0 +1,213 @@
+//! The numbers of `compare.json` as tables, in Markdown.
+
+use crate::stats::Interval;
+use crate::summary::TaskSummary;
+
+/// A mean and its interval with so many digits, scaled.
+fn number(interval: &Option<Interval>, scale: f64, digits: usize) -> String {
+    match interval {
+        None => "-".into(),
+        Some(i) => format!(
+            "{:.digits$} [{:.digits$}, {:.digits$}]",
+            scale * i.mean,
+            scale * i.low,
+            scale * i.high
+        ),
+    }
+}
+
+fn rows(head: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
+    let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));
+    let head: Vec<String> = head.iter().map(|cell| cell.to_string()).collect();
+    let mut text = line(&head);
+    text += &line(&vec!["---".to_string(); head.len()]);
+    for row in rows {
+        text += &line(&row);
+    }
+    text + "\n"
+}
+
+pub fn table(summary: &TaskSummary) -> String {
+    let (scale, unit, digits) = match summary.measure {
+        "accuracy" => (100., ", %", 1),
+        _ => (1., "", 2),
+    };
+    let mut text = format!(
+        "## {}: test {}, frozen {}\n\n",
+        summary.task,
+        summary.measure,
+        number(&summary.frozen_test, scale, digits)
+    );
+    text += &methods(summary, scale, unit, digits);
+    text += &pairs(summary, scale, unit, digits);
+    text += &costs(summary);
+    text += &studies(summary, scale, digits);
+    text
+}
+
+fn methods(summary: &TaskSummary, scale: f64, unit: &str, digits: usize) -> String {
+    let test = format!("test{unit}");
+    let original = format!("original task{unit}");
+    let head = [
+        "method",
+        "parameters",
+        "best rate",
+        &test,
+        "steps to target",
+        "reached",
+        "fewest steps (rate)",
+        "decades of rates",
+        "diverged",
+        &original,
+        "weight change",
+    ];
+    rows(
+        &head,
+        summary.methods.iter().map(|m| {
+            let edge = if m.best_lr_at_edge { " (edge)" } else { "" };
+            let fastest = m.fastest_lr.map_or(String::new(), |lr| format!(" ({lr})"));
+            vec![
+                m.entry.label(),
+                m.trainable_parameters.to_string(),
+                format!("{}{edge}", m.best_lr),
+                number(&m.test, scale, digits),
+                number(&m.steps_to_target, 1., 0),
+                format!("{:.0} %", 100. * m.reached_target),
+                number(&m.fastest_steps_to_target, 1., 0) + &fastest,
+                number(&m.lr_width_decades, 1., 2),
+                format!("{:.0} % of {}", 100. * m.diverged, m.diverged_of),
+                number(&m.original_task, scale, digits),
+                number(&m.weight_change, 1., 2),
+            ]
+        }),
+    )
+}
+
+fn pairs(summary: &TaskSummary, scale: f64, unit: &str, digits: usize) -> String {
+    let difference = format!("test difference{unit}");
+    let head = [
+        "pair",
+        &difference,
+        "steps ratio",
+        "steps ratio at the fastest rates",
+        "decades of rates, difference",
+    ];
+    rows(
+        &head,
+        summary.pairs.iter().map(|p| {
+            vec![
+                p.what.clone(),
+                number(&p.test_difference, scale, digits),
+                number(&p.steps_ratio, 1., 2),
+                number(&p.fastest_steps_ratio, 1., 2),
+                number(&p.lr_width_difference, 1., 2),
+            ]
+        }),
+    )
+}
+
+fn costs(summary: &TaskSummary) -> String {
+    if summary.costs.is_empty() {
+        return String::new();
+    }
+    let head = ["method", "ms per step", "over LoRA", "peak MB"];
+    rows(
+        &head,
+        summary.costs.iter().map(|c| {
+            let peak = c
+                .peak_bytes
+                .map_or("-".into(), |b| format!("{:.1}", b as f64 / 1e6));
+            vec![
+                c.entry.label(),
+                number(&c.seconds_per_step, 1e3, 2),
+                number(&c.over_lora, 1., 2),
+                peak,
+            ]
+        }),
+    )
+}
+
+fn studies(summary: &TaskSummary, scale: f64, digits: usize) -> String {
+    let mut text = String::new();
+    if !summary.block_sizes.is_empty() {
+        let head = [
+            "block size",
+            "parameters",
+            "best rate",
+            "best rate of seeds",
+            "test",
+            "lost at the rate of 32",
+        ];
+        text += &rows(
+            &head,
+            summary.block_sizes.iter().map(|b| {
+                vec![
+                    b.entry.label(),
+                    b.trainable_parameters.to_string(),
+                    b.best_lr.to_string(),
+                    number(&b.best_lr_of_seeds, 1., 4),
+                    number(&b.test, scale, digits),
+                    number(&b.lost_at_shared_lr, scale, digits),
+                ]
+            }),
+        );
+    }
+    if !summary.first_steps.is_empty() {
+        let head = ["first step over the rate", "rotation of a row", "magnitude"];
+        text += &rows(
+            &head,
+            summary.first_steps.iter().map(|f| {
+                vec![
+                    f.entry.label(),
+                    number(&f.rotation, 1., 3),
+                    number(&f.magnitude, 1., 3),
+                ]
+            }),
+        );
+    }
+    if !summary.magnitude_rates.is_empty() {
+        let head = ["rate of magnitudes over rotations", "test", "difference"];
+        text += &rows(
+            &head,
+            summary.magnitude_rates.iter().map(|m| {
+                vec![
+                    m.factor.to_string(),
+                    number(&m.test, scale, digits),
+                    number(&m.difference, scale, digits),
+                ]
+            }),
+        );
+    }
+    if !summary.orthogonality.is_empty() {
+        let head = [
+            "map",
+            "rate",
+            "test",
+            "beside exact",
+            "diverged",
+            "max abs(R R^T - I)",
+            "norm drift, mean",
+            "largest",
+        ];
+        text += &rows(
+            &head,
+            summary.orthogonality.iter().map(|o| {
+                let most = |f: fn(&crate::record::Look) -> f64| {
+                    let most = o.trace.iter().map(f).fold(0., f64::max);
+                    format!("{most:.1e}")
+                };
+                vec![
+                    o.entry.label(),
+                    o.lr.to_string(),
+                    number(&o.test, scale, digits),
+                    number(&o.beside_exact, scale, digits),
+                    o.diverged.to_string(),
+                    most(|look| look.orthogonality_error),
+                    most(|look| look.norm_drift_mean),
+                    most(|look| look.norm_drift_max),
+                ]
+            }),
+        );
+    }
+    text
+}
