@@ -6,8 +6,12 @@ use crate::summary::TaskSummary;
 use anyhow::{Result, anyhow};
 use plotters::coord::Shift;
 use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-const PANEL: (u32, u32) = (560, 400);
+const PANEL: (u32, u32) = (560, 440);
+
+/// Height of the names of the lines, below the chart.
+const NAMES: u32 = 76;
 const INK: RGBColor = RGBColor(38, 50, 56);
 const SOFT: RGBColor = RGBColor(144, 156, 163);
 const FONT: &str = "sans-serif";
@@ -26,12 +30,12 @@ struct Panel {
     x: Axis,
     y: Axis,
     lines: Vec<Line>,
-    legend: SeriesLabelPosition,
 }
 
 struct Axis {
     name: &'static str,
-    logarithmic: bool,
+    /// The base of a logarithmic axis.
+    base: Option<f64>,
     /// Ends that hold whatever the data say.
     range: Option<(f64, f64)>,
 }
@@ -92,7 +96,7 @@ fn scale(summary: &TaskSummary) -> (f64, Axis) {
             100.,
             Axis {
                 name: "test accuracy, %",
-                logarithmic: false,
+                base: None,
                 range: Some((0., 100.)),
             },
         ),
@@ -100,7 +104,7 @@ fn scale(summary: &TaskSummary) -> (f64, Axis) {
             1.,
             Axis {
                 name: "test perplexity",
-                logarithmic: true,
+                base: Some(10.),
                 range: None,
             },
         ),
@@ -128,12 +132,11 @@ fn curves(summary: &TaskSummary) -> Panel {
         title: format!("{}: best rate of each method", summary.task),
         x: Axis {
             name: "steps",
-            logarithmic: false,
+            base: None,
             range: None,
         },
         y,
         lines: methods.map(line).collect(),
-        legend: SeriesLabelPosition::LowerRight,
     }
 }
 
@@ -154,12 +157,11 @@ fn rates(summary: &TaskSummary) -> Panel {
         title: format!("{}: every rate", summary.task),
         x: Axis {
             name: "learning rate",
-            logarithmic: true,
+            base: Some(10.),
             range: None,
         },
         y,
         lines: methods.map(line).collect(),
-        legend: SeriesLabelPosition::UpperLeft,
     }
 }
 
@@ -184,16 +186,15 @@ fn blocks(summary: &TaskSummary) -> Panel {
         title: format!("{}: best rate of each block size", summary.task),
         x: Axis {
             name: "block size",
-            logarithmic: true,
+            base: Some(2.),
             range: None,
         },
         y: Axis {
             name: "best learning rate",
-            logarithmic: true,
+            base: Some(2.),
             range: None,
         },
         lines: vec![line(Name::Doft), line(Name::DoftUnscaled)],
-        legend: SeriesLabelPosition::LowerLeft,
     }
 }
 
@@ -217,16 +218,15 @@ fn norms(summary: &TaskSummary) -> Panel {
         title: format!("{}: how far row norms are off", summary.task),
         x: Axis {
             name: "steps",
-            logarithmic: false,
+            base: None,
             range: None,
         },
         y: Axis {
             name: "mean of | ||row|| / m - 1 |",
-            logarithmic: true,
+            base: Some(10.),
             range: None,
         },
         lines: summary.orthogonality.iter().map(line).collect(),
-        legend: SeriesLabelPosition::MiddleRight,
     }
 }
 
@@ -247,11 +247,7 @@ fn picture(panels: &[Panel]) -> Result<String> {
 
 impl Axis {
     fn place(&self, value: f64) -> f64 {
-        if self.logarithmic {
-            value.log10()
-        } else {
-            value
-        }
+        self.base.map_or(value, |base| value.log(base))
     }
 
     fn ends(&self, values: impl Iterator<Item = f64>) -> (f64, f64) {
@@ -263,7 +259,7 @@ impl Axis {
             (low.min(v), high.max(v))
         });
         let margin = (0.04 * (high - low)).max(1e-3);
-        match low.is_finite() && self.logarithmic {
+        match low.is_finite() && self.base.is_some() {
             true => (low - margin, high + margin),
             false if low.is_finite() => (low, high.max(low + 1e-9)),
             false => (0., 1.),
@@ -271,11 +267,7 @@ impl Axis {
     }
 
     fn label(&self, place: f64) -> String {
-        let value = if self.logarithmic {
-            10f64.powf(place)
-        } else {
-            place
-        };
+        let value = self.base.map_or(place, |base| base.powf(place));
         match value.abs() {
             v if v != 0. && v < 1e-4 => format!("{value:.0e}"),
             v if v < 0.01 && v != 0. => format!("{value:.4}"),
@@ -289,10 +281,12 @@ type Area<'a, 'b> = &'b DrawingArea<SVGBackend<'a>, Shift>;
 
 fn draw(area: Area, panel: &Panel) -> Result<(), Box<dyn std::error::Error>> {
     let style = |size: i32| (FONT, size).into_font().color(&INK);
+    let (chart, below) = area.split_vertically(PANEL.1 - NAMES);
+    names(&below, &panel.lines)?;
     let points = || panel.lines.iter().flat_map(|line| &line.points);
     let (left, right) = panel.x.ends(points().map(|p| p.0));
     let (low, high) = panel.y.ends(points().flat_map(|p| [p.1, p.2, p.3]));
-    let mut chart = ChartBuilder::on(area)
+    let mut chart = ChartBuilder::on(&chart)
         .caption(&panel.title, style(17))
         .margin(12)
         .x_label_area_size(42)
@@ -316,22 +310,32 @@ fn draw(area: Area, panel: &Panel) -> Result<(), Box<dyn std::error::Error>> {
         let above = line.points.iter().map(|p| place(p.0, p.3));
         let below = line.points.iter().rev().map(|p| place(p.0, p.2));
         let band: Vec<(f64, f64)> = above.chain(below).collect();
-        let (color, width) = (line.color, if line.thin { 1 } else { 3 });
-        chart.draw_series([Polygon::new(band, color.mix(0.14))])?;
+        chart.draw_series([Polygon::new(band, line.color.mix(0.14))])?;
         let middle = line.points.iter().map(|p| place(p.0, p.1));
-        chart
-            .draw_series(LineSeries::new(middle, color.stroke_width(width)))?
-            .label(&line.label)
-            .legend(move |(x, y)| {
-                PathElement::new([(x, y), (x + 18, y)], color.stroke_width(width))
-            });
+        chart.draw_series(LineSeries::new(middle, line.stroke()))?;
     }
-    chart
-        .configure_series_labels()
-        .position(panel.legend.clone())
-        .background_style(WHITE.mix(0.8))
-        .label_font(style(12))
-        .border_style(TRANSPARENT)
-        .draw()?;
+    Ok(())
+}
+
+impl Line {
+    fn stroke(&self) -> ShapeStyle {
+        self.color.stroke_width(if self.thin { 1 } else { 3 })
+    }
+}
+
+/// The names of the lines in two columns; over the lines they would hide them.
+fn names(
+    area: &DrawingArea<SVGBackend, Shift>,
+    lines: &[Line],
+) -> Result<(), Box<dyn std::error::Error>> {
+    let rows = lines.len().div_ceil(2).max(1);
+    for (place, line) in lines.iter().enumerate() {
+        let x = 74 + (place / rows) as i32 * 250;
+        let y = 8 + (place % rows) as i32 * 22;
+        area.draw(&PathElement::new([(x, y), (x + 22, y)], line.stroke()))?;
+        let style = (FONT, 13).into_font().color(&INK);
+        let style = style.pos(Pos::new(HPos::Left, VPos::Center));
+        area.draw_text(&line.label, &style, (x + 30, y))?;
+    }
     Ok(())
 }

@@ -294,12 +294,13 @@ fn on_digits(flags: &Flags, kind: Kind) -> Result<(Vec<Run>, TaskSummary)> {
     let swept = bench.sweep("runs", &entries)?;
     let mut summary = summary::summarise(&bench, "accuracy", &swept);
     let doft = swept.iter().find(|s| s.entry == entry(Name::Doft, 32));
+    let oft = swept.iter().find(|s| s.entry == entry(Name::Oft, 32));
     if let Some(doft) = doft {
         if task.kind == Kind::Pairs {
             summary.block_sizes = studies::by_block_size(&bench, flags.quick)?;
             summary.first_steps = studies::first_steps(&bench, task, flags.quick)?;
         }
-        summary.magnitude_rates = studies::magnitude_rates(&bench, doft.best_rate())?;
+        summary.magnitude_rates = studies::magnitude_rates(&bench, doft, oft, flags.quick)?;
         summary.orthogonality = studies::orthogonality(&bench, doft.best_rate())?;
     }
     let (rounds, steps) = if flags.quick { (2, 10) } else { (7, 40) };

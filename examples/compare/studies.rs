@@ -146,40 +146,71 @@ fn first_step(task: &DigitsTask, job: &Job) -> Result<(f64, f64)> {
     Ok((crate::stats::mean(&turns), crate::stats::mean(&changes)))
 }
 
-/// Test accuracy with another rate for the magnitudes than for the rotations.
+/// Accuracy with another rate for the magnitudes than for the rotations.
 #[derive(Clone, Debug, Serialize)]
 pub struct MagnitudeRate {
-    /// The magnitudes' rate over the rotations'.
+    /// The rotations' rate.
+    pub lr: f64,
+    /// The magnitudes' rate over it.
     pub factor: f64,
+    pub validation: f64,
     pub test: Option<Interval>,
-    /// Beside one rate for both: paired differences.
-    pub difference: Option<Interval>,
+    /// Beside one rate for both, DOFT's best: paired differences on the test split.
+    pub beside_one_rate: Option<Interval>,
+    /// Beside plain OFT at its best rate.
+    pub beside_oft: Option<Interval>,
+    pub steps_to_target: Option<Interval>,
 }
 
-pub fn magnitude_rates(bench: &Bench, lr: f64) -> Result<Vec<MagnitudeRate>> {
-    let factors = [0.1, 0.3, 1., 3., 10.];
-    let job = |factor: f64, seed: u64| Job {
-        magnitude_rate: factor,
-        ..Job::new(entry(Name::Doft, REFERENCE), lr, seed)
+/// Factors at the best rate of DOFT and at that of OFT.
+pub fn magnitude_rates(
+    bench: &Bench,
+    doft: &Swept,
+    oft: Option<&Swept>,
+    quick: bool,
+) -> Result<Vec<MagnitudeRate>> {
+    let factors: &[f64] = match quick {
+        true => &[0.1, 1.],
+        false => &[0.03, 0.1, 0.3, 1., 3., 10.],
     };
-    let of = |factor: f64| (0..bench.plan.seeds).map(move |seed| job(factor, seed));
-    let jobs: Vec<Job> = factors.iter().flat_map(|factor| of(*factor)).collect();
-    let runs = bench.runs("magnitude rates", &jobs)?;
-    let tests = |factor: f64| -> Vec<f64> {
-        let at = |run: &&Run| run.job.magnitude_rate == factor;
-        runs.iter().filter(at).map(|run| run.quality.test).collect()
+    let mut rates = vec![doft.best_rate()];
+    rates.extend(oft.map(Swept::best_rate));
+    rates.dedup();
+    let mut settings = Vec::new();
+    for lr in rates {
+        settings.extend(factors.iter().map(|factor| (lr, *factor)));
+    }
+    let jobs = |(lr, factor): (f64, f64)| {
+        (0..bench.plan.final_seeds).map(move |seed| Job {
+            magnitude_rate: factor,
+            ..Job::new(entry(Name::Doft, REFERENCE), lr, seed)
+        })
     };
-    let one = tests(1.);
-    let rate = |factor: &f64| {
-        let test = tests(*factor);
-        let differences: Vec<f64> = test.iter().zip(&one).map(|(a, b)| a - b).collect();
+    let all: Vec<Job> = settings.iter().copied().flat_map(jobs).collect();
+    let runs = bench.runs("magnitude rates", &all)?;
+    let of = |(lr, factor): (f64, f64), runs: &[Run]| {
+        let beside = |other: &Swept| {
+            let pairs = runs.iter().zip(&other.finals);
+            let differences = pairs.map(|(a, b)| a.quality.test - b.quality.test);
+            interval(&differences.collect::<Vec<_>>())
+        };
+        let steps: Option<Vec<f64>> = runs
+            .iter()
+            .map(|run| run.steps_to_target.map(|steps| steps as f64))
+            .collect();
         MagnitudeRate {
-            factor: *factor,
-            test: interval(&test),
-            difference: interval(&differences),
+            lr,
+            factor,
+            validation: bench.validation(runs),
+            test: interval(&tests(runs)),
+            beside_one_rate: beside(doft),
+            beside_oft: oft.and_then(beside),
+            steps_to_target: steps.and_then(|steps| interval(&steps)),
         }
     };
-    Ok(factors.iter().map(rate).collect())
+    let seeds = bench.plan.final_seeds as usize;
+    let each = settings.into_iter().zip(runs.chunks(seeds));
+    Ok(each.map(|(setting, runs)| of(setting, runs)).collect())
 }
 
 /// How far a map is from orthogonal along training.

@@ -166,14 +166,24 @@ fn studies(summary: &TaskSummary, scale: f64, digits: usize) -> String {
         );
     }
     if !summary.magnitude_rates.is_empty() {
-        let head = ["rate of magnitudes over rotations", "test", "difference"];
+        let head = [
+            "rate of rotations",
+            "rate of magnitudes over it",
+            "test",
+            "beside one rate",
+            "beside OFT",
+            "steps to target",
+        ];
         text += &rows(
             &head,
             summary.magnitude_rates.iter().map(|m| {
                 vec![
+                    m.lr.to_string(),
                     m.factor.to_string(),
                     number(&m.test, scale, digits),
-                    number(&m.difference, scale, digits),
+                    number(&m.beside_one_rate, scale, digits),
+                    number(&m.beside_oft, scale, digits),
+                    number(&m.steps_to_target, 1., 0),
                 ]
             }),
         );
