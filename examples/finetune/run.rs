@@ -6,13 +6,13 @@ use crate::llm::open;
 use crate::llm::sample::{Sampling, answer};
 use crate::llm::tokenizer::Text;
 use crate::llm::weights::Weights;
-use crate::methods::{Method, Tuner};
+use crate::methods::Tuner;
+use crate::setup::{check_targets, identity, method, targets};
 use crate::support::{files, progress};
 use crate::{Flags, MethodName, draw, memory, merged};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{Device, Tensor, Var};
 use candle_doft::train::{AdamW, Checkpoint, Group, Schedule};
-use candle_doft::{DoftConfig, Pattern, Targets};
 use candle_nn::ParamsAdamW;
 use serde_json::{Value, json};
 use std::io::Write;
@@ -28,7 +28,7 @@ pub(crate) fn run(flags: &Flags) -> Result<()> {
     let text = Text::open(&weights)?;
     ensure!(
         flags.seq <= weights.config.context,
-        "--seq {} is more than the model's context of {}",
+        "--seq {} is more than the model's context of {}; give a smaller one",
         flags.seq,
         weights.config.context
     );
@@ -43,6 +43,13 @@ pub(crate) fn run(flags: &Flags) -> Result<()> {
         println!("> {prompt}\n  before: {}", indented(before));
     }
     session.train()?;
+    if session.stopped() {
+        eprintln!(
+            "stopped after step {}; --resume goes on from here",
+            session.step
+        );
+        return Ok(());
+    }
     if let Some(after) = session.sample(prompt.as_deref())? {
         println!(
             "> {}\n  now:    {}",
@@ -55,29 +62,6 @@ pub(crate) fn run(flags: &Flags) -> Result<()> {
 
 fn indented(text: &str) -> String {
     text.trim().replace('\n', "\n          ")
-}
-
-/// What a resumed run has to have in common with the one that wrote the checkpoint.
-fn identity(flags: &Flags, weights: &Weights, data: &Data) -> Value {
-    json!({
-        "method": flags.method,
-        "block_size": flags.block_size,
-        "rank": flags.rank,
-        "targets": flags.targets,
-        "steps": flags.steps,
-        "batch": flags.batch,
-        "seq": flags.seq,
-        "lr": flags.lr,
-        "accumulate": flags.accumulate,
-        "decay": flags.decay,
-        "warmup": flags.warmup,
-        "clip": flags.clip,
-        "seed": flags.seed,
-        "dequantize": flags.dequantize,
-        "hidden_size": weights.config.hidden,
-        "layers": weights.config.layers,
-        "sequences": data.train.len(),
-    })
 }
 
 struct Session<'a> {
@@ -106,8 +90,9 @@ impl<'a> Session<'a> {
         device: Device,
     ) -> Result<Self> {
         let tuner = Tuner::new(method(flags), flags.seed, &device)?;
-        let tuner = tuner.with_targets(&flags.targets);
+        let tuner = tuner.with_targets(&targets(flags));
         let model = Model::new(&weights, &tuner, &device)?;
+        check_targets(flags, &model)?;
         let vars = match flags.method {
             MethodName::None => Vec::new(),
             _ => tuner.named_vars()?,
@@ -153,10 +138,12 @@ impl<'a> Session<'a> {
     }
 
     fn resume(&mut self) -> Result<()> {
-        let Some(optimizer) = &mut self.optimizer else {
-            bail!("--method none trains nothing that could be resumed");
-        };
-        let file = self.flags.out.join("checkpoint.safetensors");
+        let file = self.checkpoint();
+        ensure!(
+            file.exists(),
+            "{}: no such file; --resume goes on with a run of the same --out",
+            file.display()
+        );
         let checkpoint = Checkpoint::load(&file)?;
         let ours = identity(self.flags, &self.weights, &self.data);
         for (key, value) in ours.as_object().into_iter().flatten() {
@@ -167,6 +154,9 @@ impl<'a> Session<'a> {
                 file.display()
             );
         }
+        let Some(optimizer) = &mut self.optimizer else {
+            bail!("--method none trains nothing that could be resumed");
+        };
         checkpoint.restore(optimizer)?;
         self.step = checkpoint.steps();
         let curve = |key: &str| -> Result<Vec<(u64, f64)>> {
@@ -204,7 +194,6 @@ impl<'a> Session<'a> {
 
     fn train(&mut self) -> Result<()> {
         let end = self.flags.stop_after.unwrap_or(self.flags.steps) as u64;
-        let end = end.min(self.flags.steps as u64);
         let stopped = self.stopped.clone();
         ctrlc::set_handler(move || stopped.store(true, Ordering::SeqCst))
             .context("cannot listen for Ctrl-C")?;
@@ -216,7 +205,7 @@ impl<'a> Session<'a> {
         let bar = progress::bar(end as usize, "finetune");
         bar.set_position(self.step);
         let mut order = Order::new(self.flags.seed, self.data.train.len());
-        while self.step < end && !self.stopped.load(Ordering::SeqCst) {
+        while self.step < end && !self.stopped() {
             let made = self.one_step(&mut order, &mut metrics)?;
             bar.set_position(self.step);
             bar.set_message(format!(
@@ -233,15 +222,18 @@ impl<'a> Session<'a> {
             }
         }
         bar.finish_and_clear();
-        self.validate(&mut metrics)?;
-        self.save()?;
-        if self.stopped.load(Ordering::SeqCst) {
-            eprintln!(
-                "stopped after step {}; --resume goes on from here",
-                self.step
-            );
+        // Who stops a run does not want to wait for another look at the held-out text.
+        if !self.stopped() {
+            self.validate(&mut metrics)?;
         }
-        Ok(())
+        self.save()?;
+        let title = format!("{:?}, {}", self.flags.method, name(&self.weights.path));
+        let picture = self.flags.out.join("loss.svg");
+        draw::draw(&picture, &self.losses, &self.held_out, &title)
+    }
+
+    fn stopped(&self) -> bool {
+        self.stopped.load(Ordering::SeqCst)
     }
 
     fn announce(&self) -> Result<()> {
@@ -253,6 +245,12 @@ impl<'a> Session<'a> {
             self.data.train.len(),
             self.data.validation.len(),
         );
+        if self.data.left_out > 0 {
+            eprintln!(
+                "note: {} examples have nothing to learn within --seq {} and are left out",
+                self.data.left_out, self.flags.seq
+            );
+        }
         Ok(())
     }
 
@@ -370,8 +368,15 @@ impl<'a> Session<'a> {
         Ok(self.model.loss(&hidden, &batch.targets)?)
     }
 
-    /// The perplexity of the held-out text.
+    /// The perplexity of the held-out text, once for each step.
     fn validate(&mut self, metrics: &mut std::fs::File) -> Result<()> {
+        if self
+            .held_out
+            .last()
+            .is_some_and(|(step, _)| *step == self.step)
+        {
+            return Ok(());
+        }
         let measured = self.inference(|| -> Result<f64> {
             let (mut total, mut tokens) = (0., 0);
             let held: Vec<&Sequence> = self.data.validation.iter().collect();
@@ -418,9 +423,6 @@ impl<'a> Session<'a> {
     }
 
     fn finish(&self) -> Result<()> {
-        let picture = self.flags.out.join("loss.svg");
-        let title = format!("{:?}, {}", self.flags.method, name(&self.weights.path));
-        draw::draw(&picture, &self.losses, &self.held_out, &title)?;
         if let Some(folder) = &self.flags.merge_to {
             let kind = self.flags.merge_type.into();
             merged::write(folder, &self.weights, &self.model, &self.text, kind)?;
@@ -441,28 +443,4 @@ struct Made {
 fn name(path: &Path) -> String {
     path.file_name()
         .map_or(String::new(), |name| name.to_string_lossy().into())
-}
-
-fn method(flags: &Flags) -> Method {
-    let config = match flags.method {
-        MethodName::Oft => DoftConfig::oft(),
-        _ => DoftConfig::default(),
-    };
-    let config = config
-        .with_block_size(flags.block_size)
-        .with_seed(flags.seed);
-    let config = match flags.targets.is_empty() {
-        true => config,
-        false => {
-            let patterns = flags.targets.iter().map(|t| Pattern::from(t.as_str()));
-            config.with_targets(Targets::Patterns(patterns.collect()))
-        }
-    };
-    let (rank, alpha) = (flags.rank, flags.rank as f64);
-    match flags.method {
-        MethodName::Doft | MethodName::Oft => Method::Doft(Box::new(config)),
-        MethodName::Lora => Method::Lora { rank, alpha },
-        MethodName::Dora => Method::Dora { rank, alpha },
-        MethodName::None => Method::Frozen,
-    }
 }
