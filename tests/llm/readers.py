@@ -3,7 +3,7 @@
     python tests/llm/readers.py cases.json logits.safetensors
 
 `cases.json` is a list of `name`, `folder`, `gguf` (a file in the folder, or null for its safetensors) and
-`ids`. Needs torch, transformers, safetensors and gguf.
+`ids`. Needs torch, transformers, accelerate, safetensors and gguf.
 """
 
 import json

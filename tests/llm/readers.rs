@@ -41,7 +41,10 @@ impl Case {
 fn python() -> Option<String> {
     let python = std::env::var("CANDLE_DOFT_PYTHON").unwrap_or_else(|_| "python3".into());
     let found = Command::new(&python)
-        .args(["-c", "import torch, transformers, safetensors, gguf"])
+        .args([
+            "-c",
+            "import torch, transformers, accelerate, safetensors, gguf",
+        ])
         .output()
         .ok()?;
     found.status.success().then_some(python)
@@ -118,13 +121,10 @@ fn small_merged_models_have_the_logits_of_transformers() -> Result<()> {
             let file = home.path(&name).join("base.gguf");
             write_gguf(&file, config, GgmlDType::F32)?;
             let file = file.display().to_string();
-            cases.extend(merged(
-                &home,
-                &format!("{name}-from-gguf"),
-                &file,
-                true,
-                &[],
-            ));
+            let name = format!("{name}-from-gguf");
+            // Of a GGUF file of Qwen3 transformers does not read the size of a head, and takes 128.
+            let gguf = kind != "qwen3";
+            cases.extend(merged(&home, &name, &file, gguf, &[]));
         }
     }
     let ids: Vec<u32> = (0..40).map(|i| (i * 37 + i * i) % 260).collect();
