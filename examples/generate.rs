@@ -5,13 +5,15 @@
 
 #[path = "support/llm/mod.rs"]
 mod llm;
+#[path = "support/memory.rs"]
+mod memory;
 #[path = "support/methods.rs"]
 #[allow(dead_code, reason = "others use the rest")]
 mod methods;
 #[path = "support/mod.rs"]
 mod support;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use candle_core::Device;
 use candle_doft::Adapter;
 use candle_doft::file::LoadOptions;
@@ -40,23 +42,25 @@ struct Flags {
     #[arg(long)]
     adapter: Option<PathBuf>,
     /// Strength of the adapter; other than 1 it is merged first, which expands quantized weights
-    #[arg(long, default_value_t = 1., value_parser = support::cli::finite, allow_hyphen_values = true)]
+    #[arg(long, default_value_t = 1., value_parser = support::cli::finite, allow_hyphen_values = true, requires = "adapter")]
     strength: f64,
+    /// What is asked; it goes through the model's chat template where it has one
     #[arg(long)]
     prompt: String,
     /// Tokens at most
     #[arg(long, default_value_t = 128)]
     max_tokens: usize,
     /// 0 takes the likeliest token each time
-    #[arg(long, default_value_t = 0., value_parser = support::cli::finite)]
+    #[arg(long, default_value_t = 0., value_parser = support::cli::not_negative)]
     temperature: f64,
+    /// Of the choice among tokens, where the temperature is above 0
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Expands quantized and half weights to f32
     #[arg(long)]
     dequantize: bool,
     /// Merges the adapter before it runs
-    #[arg(long)]
+    #[arg(long, requires = "adapter")]
     merge: bool,
 }
 
@@ -66,7 +70,6 @@ fn main() -> std::process::ExitCode {
 }
 
 fn run(flags: &Flags) -> Result<()> {
-    ensure!(flags.temperature >= 0., "--temperature is below 0");
     let device = Device::Cpu;
     let mut weights = Weights::open(&open::locate(&flags.model)?, flags.dequantize, &device)?;
     let text = Text::open(&weights)?;
@@ -125,7 +128,9 @@ fn run(flags: &Flags) -> Result<()> {
     println!("{rest}");
     if let (Some(first), 2..) = (first, count) {
         let seconds = first.elapsed().as_secs_f64();
-        eprintln!("{:.1} tokens/s", (count - 1) as f64 / seconds);
+        let peak =
+            memory::peak_bytes().map_or(String::new(), |bytes| format!(", {bytes} bytes at most"));
+        eprintln!("{:.1} tokens/s{peak}", (count - 1) as f64 / seconds);
     }
     Ok(())
 }

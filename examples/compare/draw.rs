@@ -268,11 +268,17 @@ impl Axis {
 
     fn label(&self, place: f64) -> String {
         let value = self.base.map_or(place, |base| base.powf(place));
-        match value.abs() {
-            v if v != 0. && v < 1e-4 => format!("{value:.0e}"),
-            v if v < 0.01 && v != 0. => format!("{value:.4}"),
-            v if v < 10. && v.fract() != 0. => format!("{value:.2}"),
-            _ => format!("{value:.0}"),
+        if value == 0. || value.abs() >= 10. {
+            return format!("{value:.0}");
+        }
+        // Two digits that count.
+        let digits = (1. - value.abs().log10().floor()) as usize;
+        match digits {
+            5.. => format!("{value:.0e}"),
+            _ => {
+                let text = format!("{value:.digits$}");
+                text.trim_end_matches('0').trim_end_matches('.').to_string()
+            }
         }
     }
 }

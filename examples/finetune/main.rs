@@ -12,6 +12,7 @@ mod merged;
 #[allow(dead_code, reason = "others use the rest")]
 mod methods;
 mod run;
+mod setup;
 #[path = "../support/mod.rs"]
 mod support;
 
@@ -33,7 +34,9 @@ pub(crate) enum MethodName {
     Doft,
     /// Rotations alone
     Oft,
+    /// Low-rank matrices beside the weights
     Lora,
+    /// The same, and magnitudes; the norm is taken anew at every step
     Dora,
     /// No adapter: gradients pass through the whole model and end in the embedded tokens
     None,
@@ -98,6 +101,7 @@ pub(crate) struct Flags {
     /// Dictionary]
     #[arg(long)]
     pub(crate) data: Option<PathBuf>,
+    /// How the frozen layers are adapted
     #[arg(long, value_enum, default_value_t = MethodName::Doft)]
     pub(crate) method: MethodName,
     /// Width of a rotation block
@@ -113,7 +117,7 @@ pub(crate) struct Flags {
     /// Steps of the whole schedule
     #[arg(long, default_value_t = 200, value_parser = count())]
     pub(crate) steps: usize,
-    /// Ends earlier, to be resumed
+    /// Ends after this many of the steps, to be resumed
     #[arg(long, value_parser = count())]
     pub(crate) stop_after: Option<usize>,
     /// Sequences of a micro-batch
@@ -156,8 +160,9 @@ pub(crate) struct Flags {
     #[arg(long)]
     pub(crate) merge_to: Option<PathBuf>,
     /// How the matrices of a merged GGUF file are stored
-    #[arg(long, value_enum, default_value_t = Stored::Q8_0)]
+    #[arg(long, value_enum, default_value_t = Stored::Q8_0, requires = "merge_to")]
     pub(crate) merge_type: Stored,
+    /// Of the split, the order of the data, the start of LoRA and DoRA, and dropout
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
     /// Shown with the model's answer before and after [default: one of the held-out prompts]
@@ -170,5 +175,11 @@ pub(crate) struct Flags {
 
 fn main() -> std::process::ExitCode {
     let flags = Flags::parse();
+    if let Some(end) = flags.stop_after.filter(|end| *end > flags.steps) {
+        let steps = flags.steps;
+        return support::cli::wrong_arguments(&format!(
+            "--stop-after {end} is beyond --steps {steps}, the whole schedule; give more --steps"
+        ));
+    }
     support::cli::run(|| run::run(&flags))
 }

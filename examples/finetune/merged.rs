@@ -10,6 +10,7 @@ use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::Path;
 
 /// Writes `folder/model.safetensors` with its config and tokenizer, and `folder/model.gguf` where the
@@ -33,8 +34,10 @@ pub(crate) fn write(
         write_gguf(&folder.join("model.gguf"), weights, &tensors, kind)?;
     }
     // The weights last: a folder without them is not taken for a model.
-    let bytes = safetensors::serialize(tensors.iter(), Some(format()))?;
-    files::replace(&folder.join("model.safetensors"), &bytes)
+    files::replace_by(&folder.join("model.safetensors"), |file| {
+        safetensors::serialize_to_file(tensors.iter(), Some(format()), file.path())?;
+        Ok(())
+    })
 }
 
 fn format() -> std::collections::HashMap<String, String> {
@@ -77,20 +80,26 @@ fn write_configuration(folder: &Path, weights: &Weights, text: &Text) -> Result<
         }
         return Ok(());
     }
-    let config = serde_json::to_string_pretty(&huggingface(&weights.config, text))?;
+    let config = serde_json::to_string_pretty(&huggingface(&weights.config, text)?)?;
     files::replace(&folder.join("config.json"), config.as_bytes())?;
     files::replace(&folder.join("tokenizer.json"), text.json()?.as_bytes())?;
     let tokenizer = serde_json::to_string_pretty(&text.settings())?;
     files::replace(&folder.join("tokenizer_config.json"), tokenizer.as_bytes())
 }
 
-fn huggingface(config: &Config, text: &Text) -> serde_json::Value {
+fn huggingface(config: &Config, text: &Text) -> Result<serde_json::Value> {
     let (kind, class) = match config.architecture {
         Architecture::Llama => ("llama", "LlamaForCausalLM"),
         Architecture::Qwen2 => ("qwen2", "Qwen2ForCausalLM"),
         Architecture::Qwen3 => ("qwen3", "Qwen3ForCausalLM"),
     };
-    serde_json::json!({
+    let scaling = match &config.factors {
+        None => config.scaling,
+        Some(factors) => Some(config.scaling_behind(factors).context(
+            "the GGUF file stretches positions in a way that a config.json cannot say; leave out --merge-to",
+        )?),
+    };
+    let mut json = serde_json::json!({
         "architectures": [class],
         "model_type": kind,
         "hidden_act": "silu",
@@ -107,7 +116,12 @@ fn huggingface(config: &Config, text: &Text) -> serde_json::Value {
         "tie_word_embeddings": config.tied,
         "eos_token_id": text.ends,
         "torch_dtype": "float32",
-    })
+    });
+    if let Some(scaling) = scaling {
+        json["rope_scaling"] = serde_json::to_value(scaling)?;
+        json["rope_scaling"]["rope_type"] = "llama3".into();
+    }
+    Ok(json)
 }
 
 fn write_gguf(
@@ -151,7 +165,9 @@ fn write_gguf(
     // The file type of the original no longer holds.
     metadata.retain(|(key, _)| *key != "general.file_type");
     let tensors: Vec<(&str, &QTensor)> = quantized.iter().map(|(n, t)| (n.as_str(), t)).collect();
-    let mut bytes = std::io::Cursor::new(Vec::new());
-    gguf_file::write(&mut bytes, &metadata, &tensors)?;
-    files::replace(file, &bytes.into_inner())
+    files::replace_by(file, |file| {
+        let mut buffered = std::io::BufWriter::new(file);
+        gguf_file::write(&mut buffered, &metadata, &tensors)?;
+        Ok(buffered.flush()?)
+    })
 }

@@ -6,13 +6,12 @@ use crate::llm::sample::{Sampling, answer};
 use crate::llm::tokenizer::Text;
 use crate::llm::train::{StepOptions, Trainer};
 use crate::llm::weights::Weights;
-use crate::methods::Method;
+use crate::setup::{check_targets, identity, method, targets};
 use crate::support::{files, progress};
-use crate::{Flags, MethodName, draw, memory, merged};
+use crate::{Flags, draw, memory, merged};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::Device;
 use candle_doft::train::{Checkpoint, Schedule};
-use candle_doft::{DoftConfig, Pattern, Targets};
 use serde_json::{Value, json};
 use std::io::Write;
 use std::path::Path;
@@ -27,7 +26,7 @@ pub(crate) fn run(flags: &Flags) -> Result<()> {
     let text = Text::open(&weights)?;
     ensure!(
         flags.seq <= weights.config.context,
-        "--seq {} is more than the model's context of {}",
+        "--seq {} is more than the model's context of {}; give a smaller one",
         flags.seq,
         weights.config.context
     );
@@ -42,6 +41,13 @@ pub(crate) fn run(flags: &Flags) -> Result<()> {
         println!("> {prompt}\n  before: {}", indented(before));
     }
     session.train()?;
+    if session.stopped() {
+        eprintln!(
+            "stopped after step {}; --resume goes on from here",
+            session.step
+        );
+        return Ok(());
+    }
     if let Some(after) = session.sample(prompt.as_deref())? {
         println!(
             "> {}\n  now:    {}",
@@ -54,29 +60,6 @@ pub(crate) fn run(flags: &Flags) -> Result<()> {
 
 fn indented(text: &str) -> String {
     text.trim().replace('\n', "\n          ")
-}
-
-/// What a resumed run has to have in common with the one that wrote the checkpoint.
-fn identity(flags: &Flags, weights: &Weights, data: &Data) -> Value {
-    json!({
-        "method": flags.method,
-        "block_size": flags.block_size,
-        "rank": flags.rank,
-        "targets": flags.targets,
-        "steps": flags.steps,
-        "batch": flags.batch,
-        "seq": flags.seq,
-        "lr": flags.lr,
-        "accumulate": flags.accumulate,
-        "decay": flags.decay,
-        "warmup": flags.warmup,
-        "clip": flags.clip,
-        "seed": flags.seed,
-        "dequantize": flags.dequantize,
-        "hidden_size": weights.config.hidden,
-        "layers": weights.config.layers,
-        "sequences": data.train.len(),
-    })
 }
 
 struct Session<'a> {
@@ -102,7 +85,9 @@ impl<'a> Session<'a> {
         data: Data,
         device: Device,
     ) -> Result<Self> {
-        let trainer = Trainer::new(&weights, method(flags), flags.seed, &flags.targets, &device)?;
+        let targets = targets(flags);
+        let trainer = Trainer::new(&weights, method(flags), flags.seed, &targets, &device)?;
+        check_targets(flags, &trainer.model)?;
         let schedule = Schedule {
             decay: flags.decay.into(),
             warmup: flags.warmup,
@@ -133,10 +118,12 @@ impl<'a> Session<'a> {
     }
 
     fn resume(&mut self) -> Result<()> {
-        let Some(optimizer) = &mut self.trainer.optimizer else {
-            bail!("--method none trains nothing that could be resumed");
-        };
-        let file = self.flags.out.join("checkpoint.safetensors");
+        let file = self.checkpoint();
+        ensure!(
+            file.exists(),
+            "{}: no such file; --resume goes on with a run of the same --out",
+            file.display()
+        );
         let checkpoint = Checkpoint::load(&file)?;
         let ours = identity(self.flags, &self.weights, &self.data);
         for (key, value) in ours.as_object().into_iter().flatten() {
@@ -147,6 +134,9 @@ impl<'a> Session<'a> {
                 file.display()
             );
         }
+        let Some(optimizer) = &mut self.trainer.optimizer else {
+            bail!("--method none trains nothing that could be resumed");
+        };
         checkpoint.restore(optimizer)?;
         self.step = checkpoint.steps();
         let curve = |key: &str| -> Result<Vec<(u64, f64)>> {
@@ -184,7 +174,6 @@ impl<'a> Session<'a> {
 
     fn train(&mut self) -> Result<()> {
         let end = self.flags.stop_after.unwrap_or(self.flags.steps) as u64;
-        let end = end.min(self.flags.steps as u64);
         let stopped = self.stopped.clone();
         ctrlc::set_handler(move || stopped.store(true, Ordering::SeqCst))
             .context("cannot listen for Ctrl-C")?;
@@ -196,7 +185,7 @@ impl<'a> Session<'a> {
         let bar = progress::bar(end as usize, "finetune");
         bar.set_position(self.step);
         let mut order = Order::new(self.flags.seed, self.data.train.len());
-        while self.step < end && !self.stopped.load(Ordering::SeqCst) {
+        while self.step < end && !self.stopped() {
             let made = self.one_step(&mut order, &mut metrics)?;
             bar.set_position(self.step);
             bar.set_message(format!(
@@ -213,15 +202,18 @@ impl<'a> Session<'a> {
             }
         }
         bar.finish_and_clear();
-        self.validate(&mut metrics)?;
-        self.save()?;
-        if self.stopped.load(Ordering::SeqCst) {
-            eprintln!(
-                "stopped after step {}; --resume goes on from here",
-                self.step
-            );
+        // Who stops a run does not want to wait for another look at the held-out text.
+        if !self.stopped() {
+            self.validate(&mut metrics)?;
         }
-        Ok(())
+        self.save()?;
+        let title = format!("{:?}, {}", self.flags.method, name(&self.weights.path));
+        let picture = self.flags.out.join("loss.svg");
+        draw::draw(&picture, &self.losses, &self.held_out, &title)
+    }
+
+    fn stopped(&self) -> bool {
+        self.stopped.load(Ordering::SeqCst)
     }
 
     fn announce(&self) -> Result<()> {
@@ -233,6 +225,12 @@ impl<'a> Session<'a> {
             self.data.train.len(),
             self.data.validation.len(),
         );
+        if self.data.left_out > 0 {
+            eprintln!(
+                "note: {} examples have nothing to learn within --seq {} and are left out",
+                self.data.left_out, self.flags.seq
+            );
+        }
         Ok(())
     }
 
@@ -298,8 +296,15 @@ impl<'a> Session<'a> {
         Ok(made)
     }
 
-    /// The perplexity of the held-out text.
+    /// The perplexity of the held-out text, once for each step.
     fn validate(&mut self, metrics: &mut std::fs::File) -> Result<()> {
+        if self
+            .held_out
+            .last()
+            .is_some_and(|(step, _)| *step == self.step)
+        {
+            return Ok(());
+        }
         let held = &self.data.validation;
         let held = &held[..held.len().min(self.flags.held_out)];
         let measured = self.trainer.held_out(held, self.flags.batch)?;
@@ -336,9 +341,6 @@ impl<'a> Session<'a> {
     }
 
     fn finish(&self) -> Result<()> {
-        let picture = self.flags.out.join("loss.svg");
-        let title = format!("{:?}, {}", self.flags.method, name(&self.weights.path));
-        draw::draw(&picture, &self.losses, &self.held_out, &title)?;
         if let Some(folder) = &self.flags.merge_to {
             let kind = self.flags.merge_type.into();
             merged::write(folder, &self.weights, &self.trainer.model, &self.text, kind)?;
@@ -359,28 +361,4 @@ struct Made {
 fn name(path: &Path) -> String {
     path.file_name()
         .map_or(String::new(), |name| name.to_string_lossy().into())
-}
-
-fn method(flags: &Flags) -> Method {
-    let config = match flags.method {
-        MethodName::Oft => DoftConfig::oft(),
-        _ => DoftConfig::default(),
-    };
-    let config = config
-        .with_block_size(flags.block_size)
-        .with_seed(flags.seed);
-    let config = match flags.targets.is_empty() {
-        true => config,
-        false => {
-            let patterns = flags.targets.iter().map(|t| Pattern::from(t.as_str()));
-            config.with_targets(Targets::Patterns(patterns.collect()))
-        }
-    };
-    let (rank, alpha) = (flags.rank, flags.rank as f64);
-    match flags.method {
-        MethodName::Doft | MethodName::Oft => Method::Doft(Box::new(config)),
-        MethodName::Lora => Method::Lora { rank, alpha },
-        MethodName::Dora => Method::Dora { rank, alpha },
-        MethodName::None => Method::Frozen,
-    }
 }

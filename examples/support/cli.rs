@@ -37,6 +37,20 @@ pub fn finite(text: &str) -> Result<f64, String> {
     }
 }
 
+/// A finite number of 0 or more.
+pub fn not_negative(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if value >= 0. && value.is_finite() => Ok(value),
+        _ => Err("expected a finite number, 0 or more".to_string()),
+    }
+}
+
+/// Arguments that are right each for itself, but not together.
+pub fn wrong_arguments(what: &str) -> ExitCode {
+    eprintln!("error: {what}");
+    ExitCode::from(2)
+}
+
 /// Runs an example; an error becomes one line on standard error.
 pub fn run(main: impl FnOnce() -> anyhow::Result<()>) -> ExitCode {
     match main() {

@@ -3,17 +3,26 @@
 use anyhow::{Context, Result};
 use std::io::Write;
 use std::path::Path;
+use tempfile::NamedTempFile;
 
 /// Replaces `path` by `content`.
 pub fn replace(path: &Path, content: &[u8]) -> Result<()> {
+    replace_by(path, |file| Ok(file.write_all(content)?))
+}
+
+/// Replaces `path` by what `content` writes into an empty file.
+pub fn replace_by(
+    path: &Path,
+    content: impl FnOnce(&mut NamedTempFile) -> Result<()>,
+) -> Result<()> {
     let folder = path.parent().unwrap_or(Path::new("."));
-    let write = || -> std::io::Result<()> {
+    let write = || -> Result<()> {
         let mut builder = tempfile::Builder::new();
         // A temporary file is readable by its owner alone otherwise.
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
         let mut file = builder.tempfile_in(folder)?;
-        file.write_all(content)?;
+        content(&mut file)?;
         file.as_file().sync_all()?;
         file.persist(path)?;
         Ok(())

@@ -3,7 +3,7 @@
 
 use candle_core::{DType, Device, Result, Tensor, Var, bail};
 use candle_doft::rng::SplitMix64;
-use candle_doft::{Adapter, DoftConfig, DoftLinear, frozen};
+use candle_doft::{Adapter, DoftConfig, DoftLinear, Pattern, frozen};
 use candle_nn::{Linear, Module};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -31,7 +31,7 @@ pub struct Tuner {
     device: Device,
     seed: u64,
     adapter: Option<Adapter>,
-    targets: Vec<String>,
+    targets: Vec<Pattern>,
     vars: Arc<Mutex<BTreeMap<String, Var>>>,
 }
 
@@ -63,16 +63,20 @@ impl Tuner {
         }
     }
 
-    /// Adapts only layers whose path ends in one of these names, for the methods that are not the
-    /// crate's; none means all.
-    pub fn with_targets(mut self, targets: &[String]) -> Self {
+    /// Adapts only layers that one of these means, for the methods that are not the crate's; none means
+    /// all.
+    pub fn with_targets(mut self, targets: &[Pattern]) -> Self {
         self.targets = targets.to_vec();
         self
     }
 
-    fn wants(&self, path: &str) -> bool {
-        let ends = |target: &String| path == target || path.ends_with(&format!(".{target}"));
-        self.targets.is_empty() || self.targets.iter().any(ends)
+    fn wants(&self, path: &str) -> candle_doft::Result<bool> {
+        for target in &self.targets {
+            if target.matches(path)? {
+                return Ok(true);
+            }
+        }
+        Ok(self.targets.is_empty())
     }
 
     /// The crate's adapter, for DOFT and OFT.
@@ -117,7 +121,7 @@ impl Tuner {
                 Some(adapter) => Tuned::Doft(adapter.wrap_linear(path, base)?),
                 None => Tuned::Frozen(base),
             },
-            _ if !self.wants(path) => Tuned::Frozen(base),
+            _ if !self.wants(path)? => Tuned::Frozen(base),
             Method::Lora { rank, alpha } => Tuned::Lora(self.lora(path, base, *rank, *alpha)?),
             Method::Dora { rank, alpha } => {
                 let norms = candle_doft::params::row_norms(&base.weight()?)?;

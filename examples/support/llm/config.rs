@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::quantized::gguf_file::Value;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 
 /// The members of the family that differ in what their layers hold.
@@ -18,15 +18,16 @@ pub enum Architecture {
 
 /// How Llama 3 stretches its positions: wave lengths above `original / low` are divided by `factor`,
 /// those below `original / high` are kept, and between the two it goes over smoothly.
-#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize, Serialize)]
 pub struct Scaling {
     pub factor: f64,
     #[serde(rename = "low_freq_factor")]
     pub low: f64,
     #[serde(rename = "high_freq_factor")]
     pub high: f64,
+    /// Positions that the model was trained on before.
     #[serde(rename = "original_max_position_embeddings")]
-    pub original: f64,
+    pub original: usize,
 }
 
 /// The shape of a model.
@@ -210,10 +211,35 @@ impl Config {
         Ok(self)
     }
 
+    fn plain_frequencies(&self) -> impl Iterator<Item = f64> {
+        let half = self.head_dim / 2;
+        (0..half).map(move |i| self.theta.powf(-(i as f64) / half as f64))
+    }
+
+    /// The scaling whose factors a GGUF file holds, where it is one with Llama 3's bounds of 1 and 4.
+    pub fn scaling_behind(&self, factors: &[f32]) -> Option<Scaling> {
+        let factors = || factors.iter().map(|f| f64::from(*f));
+        let (low, high, factor) = (1., 4., factors().fold(1., f64::max));
+        let mut pairs = self.plain_frequencies().zip(factors());
+        // One frequency between the bounds says where they are.
+        let (frequency, between) = pairs.find(|(_, f)| *f > 1.01 && *f < 0.99 * factor)?;
+        let share = (1. / between - 1. / factor) / (1. - 1. / factor);
+        let original = std::f64::consts::TAU / frequency * (low + share * (high - low));
+        let original = original.round() as usize;
+        let found = Scaling {
+            factor,
+            low,
+            high,
+            original,
+        };
+        let mut pairs = self.plain_frequencies().zip(factors());
+        let same = pairs.all(|(f, factor)| (f / found.apply(f) / factor - 1.).abs() < 1e-4);
+        same.then_some(found)
+    }
+
     /// The frequency of each pair of a head.
     pub fn frequencies(&self) -> Vec<f64> {
-        let half = self.head_dim / 2;
-        let plain = (0..half).map(|i| self.theta.powf(-(i as f64) / half as f64));
+        let plain = self.plain_frequencies();
         match (&self.scaling, &self.factors) {
             (Some(scaling), _) => plain.map(|f| scaling.apply(f)).collect(),
             (None, Some(factors)) => {
@@ -228,7 +254,7 @@ impl Config {
 impl Scaling {
     fn apply(&self, frequency: f64) -> f64 {
         let length = std::f64::consts::TAU / frequency;
-        let share = (self.original / length - self.low) / (self.high - self.low);
+        let share = (self.original as f64 / length - self.low) / (self.high - self.low);
         let share = share.clamp(0., 1.);
         (1. - share) * frequency / self.factor + share * frequency
     }

@@ -26,6 +26,8 @@ pub struct Sequence {
 pub struct Data {
     pub train: Vec<Sequence>,
     pub validation: Vec<Sequence>,
+    /// Examples without a token to learn, such as one whose prompt fills the sequence.
+    pub left_out: usize,
     /// A prompt of the held-out part, to show what the model makes of it.
     pub prompt: Option<String>,
 }
@@ -83,12 +85,15 @@ impl Data {
                 Line::Text { text: line } => (whole(&line, text, length)?, None),
             });
         }
+        let given = sequences.len();
         sequences.retain(|(sequence, _)| sequence.learned.iter().any(|learned| *learned));
         ensure!(
             sequences.len() >= 2,
-            "{} usable examples, expected at least 2: one to train on, one to hold out",
+            "{} usable examples of {given}, expected at least 2, one to train on and one to hold out, \
+             each with a completion that begins within --seq {length}",
             sequences.len()
         );
+        let left_out = given - sequences.len();
         SplitMix64::new(seed).shuffle(&mut sequences);
         let held = ((sequences.len() as f64 * HELD_OUT) as usize).max(1);
         let train = sequences.split_off(held);
@@ -96,6 +101,7 @@ impl Data {
             prompt: sequences.iter().find_map(|(_, prompt)| prompt.clone()),
             train: train.into_iter().map(|(sequence, _)| sequence).collect(),
             validation: sequences.into_iter().map(|(s, _)| s).collect(),
+            left_out,
         })
     }
 
@@ -117,13 +123,16 @@ impl Data {
             });
         let mut train: Vec<Sequence> = sequences.collect();
         if train.len() < 2 {
-            bail!("one sequence of {length} tokens, expected at least 2");
+            bail!(
+                "one sequence of {length} tokens, expected at least 2: give more text or a smaller --seq"
+            );
         }
         let held = ((train.len() as f64 * HELD_OUT) as usize).max(1);
         let validation = train.split_off(train.len() - held);
         Ok(Self {
             train,
             validation,
+            left_out: 0,
             prompt: None,
         })
     }

@@ -18,6 +18,7 @@ use anyhow::Result;
 use candle_core::{Device, Tensor, Var};
 use candle_doft::frozen::{self, RmsNorm};
 use candle_nn::Module;
+use candle_nn::kv_cache::KvCache;
 use std::sync::Arc;
 
 /// Positions as cosines and sines, `(context, head_dim / 2)` each.
@@ -48,10 +49,14 @@ impl Rotary {
     }
 }
 
-/// Keys and values of the tokens so far, for each block.
-#[derive(Clone, Default)]
+/// Tokens by which a cache grows.
+const ROOM: usize = 256;
+
+/// Keys and values of the tokens so far, for each block. They are written into room that is there, so
+/// that a token copies none of those before it, and they hold no graph.
+#[derive(Default)]
 pub struct Cache {
-    blocks: Vec<(Tensor, Tensor)>,
+    blocks: Vec<KvCache>,
     tokens: usize,
 }
 
@@ -68,18 +73,10 @@ impl Cache {
         k: Tensor,
         v: Tensor,
     ) -> candle_core::Result<(Tensor, Tensor)> {
-        let all = match self.blocks.get(block) {
-            None => (k, v.contiguous()?),
-            Some((keys, values)) => (
-                Tensor::cat(&[keys, &k], 2)?,
-                Tensor::cat(&[values, &v.contiguous()?], 2)?,
-            ),
-        };
-        match self.blocks.get_mut(block) {
-            None => self.blocks.push(all.clone()),
-            Some(known) => *known = all.clone(),
+        if block == self.blocks.len() {
+            self.blocks.push(KvCache::new(2, ROOM));
         }
-        Ok(all)
+        self.blocks[block].append(&k.contiguous()?, &v.contiguous()?)
     }
 }
 

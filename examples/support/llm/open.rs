@@ -1,20 +1,51 @@
 //! From what a user names a model by to its files: a folder, a GGUF file, or a name on the Hugging Face
 //! hub.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use hf_hub::api::sync::ApiRepo;
+use hf_hub::{Cache, CacheRepo};
 use std::path::{Path, PathBuf};
 
-/// The folder or file of a model, fetched from the hub where it is a hub name.
+/// The folder or file of a model. A name on the hub is looked for in the hub's cache folder, then fetched.
 pub fn locate(model: &str) -> Result<PathBuf> {
     let path = Path::new(model);
     if path.exists() {
         return Ok(path.to_path_buf());
     }
-    let hub_name = model.split('/').count() == 2 && !model.ends_with(".gguf");
-    if !hub_name || model.starts_with('.') || model.starts_with('/') {
+    let hub_name = model.split('/').filter(|part| !part.is_empty()).count() == 2
+        && model.matches('/').count() == 1
+        && !model.ends_with(".gguf");
+    if !hub_name || model.starts_with('.') {
         bail!("{model}: no such file or folder, and no name on the hub (owner/model)");
     }
-    fetch(model).with_context(|| format!("cannot fetch `{model}` from the hub"))
+    let cache = Cache::from_env();
+    if let Some(folder) = cached(&cache.model(model.to_string()))? {
+        eprintln!("note: {model} is taken from {}", folder.display());
+        return Ok(folder);
+    }
+    fetch(model).with_context(|| {
+        format!(
+            "`{model}` is not whole in the cache {} and cannot be fetched from the hub; give its folder \
+             or its GGUF file as --model, or set HF_HOME to where it is",
+            cache.path().display()
+        )
+    })
+}
+
+/// The folder of a model that is in the cache with all that it needs.
+fn cached(repository: &CacheRepo) -> Result<Option<PathBuf>> {
+    let needed = ["config.json", "tokenizer.json"];
+    if needed.iter().any(|name| repository.get(name).is_none()) {
+        return Ok(None);
+    }
+    let index = repository.get("model.safetensors.index.json");
+    let weights = match &index {
+        None => vec!["model.safetensors".to_string()],
+        Some(index) => super::weights::shards(index)?,
+    };
+    let whole = weights.iter().all(|name| repository.get(name).is_some());
+    let config = repository.get("config.json").filter(|_| whole);
+    Ok(config.and_then(|file| file.parent().map(Path::to_path_buf)))
 }
 
 fn fetch(model: &str) -> Result<PathBuf> {
@@ -23,16 +54,24 @@ fn fetch(model: &str) -> Result<PathBuf> {
         .build()?;
     let repository = api.model(model.to_string());
     let info = repository.info()?;
-    let names: Vec<&str> = info.siblings.iter().map(|f| f.rfilename.as_str()).collect();
-    let wanted = |name: &&&str| {
-        let top = !name.contains('/');
-        let kinds = [".safetensors", ".json", ".jinja"];
-        top && kinds.iter().any(|kind| name.ends_with(kind))
-    };
+    let mut names: Vec<&str> = info.siblings.iter().map(|f| f.rfilename.as_str()).collect();
+    let kinds = [".safetensors", ".json", ".jinja"];
+    names.retain(|name| !name.contains('/') && kinds.iter().any(|kind| name.ends_with(kind)));
+    // The weights last: a folder that has them has the rest.
+    names.sort_by_key(|name| (name.ends_with(".safetensors"), *name));
+    let weights = names.iter().any(|name| name.ends_with(".safetensors"));
+    ensure!(weights, "it holds no safetensors files");
+    every(&repository, &names)?;
+    // What was in the cache before may belong to an older revision than what came now.
+    every(&repository, &names)
+}
+
+/// Gets all files; answers the folder of the last one.
+fn every(repository: &ApiRepo, names: &[&str]) -> Result<PathBuf> {
     let mut folder = None;
-    for name in names.iter().filter(wanted) {
-        let file = repository.get(name)?;
+    for name in names {
+        let file = repository.get(name).with_context(|| name.to_string())?;
         folder = file.parent().map(Path::to_path_buf);
     }
-    folder.context("it holds no safetensors files")
+    folder.context("it holds no files")
 }

@@ -27,7 +27,7 @@ pub fn answer(
     let room = model.config.context.saturating_sub(prompt.len());
     ensure!(
         room > 0,
-        "the prompt has {} tokens, the model's context {}",
+        "the prompt has {} tokens, which leaves no room in the model's context of {}; shorten it",
         prompt.len(),
         model.config.context
     );

@@ -4,6 +4,7 @@ use super::weights::Weights;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use candle_core::quantized::gguf_file::Value;
 use std::collections::HashMap;
+use std::io::ErrorKind::NotFound;
 use std::path::Path;
 use tokenizers::decoders::byte_level::ByteLevel as ByteLevelDecoder;
 use tokenizers::models::bpe::{BPE, Vocab};
@@ -53,7 +54,8 @@ impl Text {
         let read = |name: &str| -> Result<serde_json::Value> {
             match std::fs::read(folder.join(name)) {
                 Ok(bytes) => serde_json::from_slice(&bytes).context(name.to_string()),
-                Err(_) => Ok(serde_json::Value::Null),
+                Err(error) if error.kind() == NotFound => Ok(serde_json::Value::Null),
+                Err(error) => Err(error).context(name.to_string()),
             }
         };
         let (config, generation) = (
@@ -82,7 +84,11 @@ impl Text {
         ends.dedup();
         let adds_begin = config["add_bos_token"].as_bool().unwrap_or(false);
         let template = config["chat_template"].as_str().map(str::to_string);
-        let file = std::fs::read_to_string(folder.join("chat_template.jinja")).ok();
+        let file = match std::fs::read_to_string(folder.join("chat_template.jinja")) {
+            Ok(template) => Some(template),
+            Err(error) if error.kind() == NotFound => None,
+            Err(error) => return Err(error).context("chat_template.jinja"),
+        };
         Ok(Self {
             begin: if adds_begin { of("bos_token") } else { None },
             template: file.or(template),

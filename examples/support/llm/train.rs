@@ -6,6 +6,7 @@ use super::weights::Weights;
 use crate::methods::{Method, Tuner};
 use anyhow::{Result, ensure};
 use candle_core::{Device, Tensor, Var};
+use candle_doft::Pattern;
 use candle_doft::train::{AdamW, Group};
 use candle_nn::ParamsAdamW;
 
@@ -35,7 +36,7 @@ impl Trainer {
         weights: &Weights,
         method: Method,
         seed: u64,
-        targets: &[String],
+        targets: &[Pattern],
         device: &Device,
     ) -> Result<Self> {
         let nothing = matches!(method, Method::Frozen);

@@ -11,7 +11,9 @@ use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{DType, Device, Tensor};
 use candle_doft::frozen;
 use candle_doft::merge::Merge;
+use safetensors::tensor::Metadata;
 use std::collections::HashMap;
+use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -54,27 +56,21 @@ impl Weights {
     }
 
     fn from_folder(folder: &Path, device: &Device) -> Result<Self> {
-        let text = std::fs::read_to_string(folder.join("config.json")).context("config.json")?;
+        let text = std::fs::read_to_string(folder.join("config.json"));
+        let text = text.context(
+            "config.json cannot be read; --model takes a GGUF file or a folder in Hugging Face layout",
+        )?;
         let config = Config::from_json(&text)?;
         let index = folder.join("model.safetensors.index.json");
         let files = match index.exists() {
-            false => vec![folder.join("model.safetensors")],
-            true => {
-                let index: serde_json::Value = serde_json::from_slice(&std::fs::read(&index)?)?;
-                let map = index["weight_map"].as_object();
-                let map = map.context("model.safetensors.index.json lacks `weight_map`")?;
-                let mut names: Vec<&str> = map.values().filter_map(|v| v.as_str()).collect();
-                names.sort_unstable();
-                names.dedup();
-                names.into_iter().map(|name| folder.join(name)).collect()
-            }
+            false => vec!["model.safetensors".to_string()],
+            true => shards(&index)?,
         };
         let mut tensors = HashMap::new();
         for file in files {
-            let name = file.display().to_string();
-            for (name, tensor) in candle_core::safetensors::load(&file, device).context(name)? {
-                tensors.insert(name, Stored::Dense(tensor));
-            }
+            let read = read_safetensors(&folder.join(&file), device);
+            let read = read.with_context(|| format!("{file} cannot be read; fetch it again"))?;
+            tensors.extend(read.into_iter().map(|(n, t)| (n, Stored::Dense(t))));
         }
         Ok(Self {
             config,
@@ -86,12 +82,16 @@ impl Weights {
 
     fn from_gguf(file: &Path, device: &Device) -> Result<Self> {
         let mut reader = std::fs::File::open(file)?;
-        let content = Content::read(&mut reader).context("not a GGUF file")?;
+        let content =
+            Content::read(&mut reader).context("not a whole GGUF file; fetch it again")?;
         let tied = !content.tensor_infos.contains_key("output.weight");
         let mut config = Config::from_gguf(&content.metadata, tied)?;
         let mut tensors = HashMap::new();
         for name in content.tensor_infos.keys() {
-            let tensor = content.tensor(&mut reader, name, device)?;
+            let tensor = content.tensor(&mut reader, name, device);
+            let tensor = tensor.with_context(|| {
+                format!("tensor `{name}` cannot be read, the file is cut short; fetch it again")
+            })?;
             if name == "rope_freqs.weight" {
                 config.factors = Some(tensor.dequantize(device)?.to_vec1()?);
                 continue;
@@ -233,6 +233,54 @@ impl Weights {
         let weight = self.dense(&format!("{path}.weight"), &[size])?;
         Ok(frozen::RmsNorm::new(weight, self.config.eps))
     }
+}
+
+/// The names of the files that an index of shards lists.
+pub fn shards(index: &Path) -> Result<Vec<String>> {
+    let content: serde_json::Value = serde_json::from_slice(&std::fs::read(index)?)
+        .with_context(|| index.display().to_string())?;
+    let map = content["weight_map"].as_object();
+    let map = map.with_context(|| format!("{} lacks `weight_map`", index.display()))?;
+    let mut names: Vec<String> = map
+        .values()
+        .filter_map(|name| name.as_str().map(str::to_string))
+        .collect();
+    names.sort_unstable();
+    names.dedup();
+    Ok(names)
+}
+
+/// The tensors of a file, one after the other: candle's own `load` holds the whole file beside them.
+fn read_safetensors(file: &Path, device: &Device) -> Result<Vec<(String, Tensor)>> {
+    let mut reader = std::fs::File::open(file)?;
+    let whole = reader.metadata()?.len();
+    let mut size = [0; 8];
+    reader.read_exact(&mut size)?;
+    let start = u64::from_le_bytes(size).saturating_add(8);
+    ensure!(start <= whole, "its header is cut short");
+    let mut header = vec![0; (start - 8) as usize];
+    reader.read_exact(&mut header)?;
+    let header: Metadata = serde_json::from_slice(&header)?;
+    let mut tensors = Vec::new();
+    for (name, info) in header.tensors() {
+        let (from, to) = info.data_offsets;
+        let dtype = DType::try_from(info.dtype)?;
+        let elements = info
+            .shape
+            .iter()
+            .try_fold(1usize, |n, axis| n.checked_mul(*axis));
+        let bytes = elements.and_then(|n| n.checked_mul(dtype.size_in_bytes()));
+        ensure!(
+            to.checked_sub(from) == bytes && to as u64 <= whole - start,
+            "tensor `{name}` is cut short"
+        );
+        let mut bytes = vec![0; to - from];
+        reader.seek(SeekFrom::Start(start + from as u64))?;
+        reader.read_exact(&mut bytes)?;
+        let tensor = Tensor::from_raw_buffer(&bytes, dtype, &info.shape, device)?;
+        tensors.push((name, tensor));
+    }
+    Ok(tensors)
 }
 
 /// `blk.3.attn_q.weight` is `model.layers.3.self_attn.q_proj.weight`.

@@ -1,0 +1,21 @@
+//! Small random models of each architecture, adapted end to end, and the programs that do it; the real
+//! SmolLM2 where its file is at hand (`CANDLE_DOFT_SMOLLM2`).
+
+#[path = "../support/mod.rs"]
+mod common;
+#[path = "../../examples/support/llm/mod.rs"]
+mod llm;
+#[path = "../../examples/support/methods.rs"]
+#[allow(dead_code, reason = "others use the rest")]
+mod methods;
+
+mod hub;
+mod memory;
+mod model;
+mod programs;
+mod readers;
+mod real;
+mod refusals;
+mod runs;
+mod small;
+mod text;

@@ -1,0 +1,176 @@
+//! The programs, from an untouched model to a merged one.
+
+use crate::common::tensors::{CPU, relative};
+use crate::llm::model::Model;
+use crate::llm::weights::Weights;
+use crate::methods::{Method, Tuner};
+use crate::programs::{Ended, Home};
+use crate::small::{frozen, ids, logits};
+use anyhow::Result;
+use candle_doft::Adapter;
+
+#[test]
+fn a_stopped_run_goes_on_to_the_same_bytes_for_every_method() -> Result<()> {
+    let Some(home) = Home::new()? else {
+        return Ok(());
+    };
+    for method in ["doft", "lora", "dora", "oft"] {
+        let (whole, parts) = (format!("{method}-whole"), format!("{method}-parts"));
+        let common = ["--method", method, "--out"];
+        let run = |more: &[&str]| home.finetune(&[common.as_slice(), more].concat());
+        run(&[&home.at(&whole)]);
+        run(&[&home.at(&parts), "--stop-after", "3"]);
+        run(&[&home.at(&parts), "--resume"]);
+        let same = home.adapter(&whole) == home.adapter(&parts);
+        assert!(same, "{method}: resumed is not the same");
+        let steps: Vec<u64> = home
+            .metrics(&parts)
+            .iter()
+            .filter(|line| line.get("loss").is_some())
+            .map(|line| line["step"].as_u64().unwrap())
+            .collect();
+        assert_eq!(steps, [1, 2, 3, 4, 5, 6], "{method}");
+        assert!(home.path(&whole).join("loss.svg").exists());
+    }
+    home.finetune(&["--method", "none", "--out", &home.at("none")]);
+    Ok(())
+}
+
+#[test]
+fn a_finished_run_resumed_changes_nothing() -> Result<()> {
+    let Some(home) = Home::new()? else {
+        return Ok(());
+    };
+    let out = home.at("out");
+    home.finetune(&["--out", &out]);
+    let (adapter, metrics) = (home.adapter("out"), home.metrics("out"));
+    home.finetune(&["--out", &out, "--resume"]);
+    assert!(adapter == home.adapter("out"));
+    assert_eq!(metrics, home.metrics("out"));
+    Ok(())
+}
+
+#[test]
+fn a_merged_model_and_an_unmerged_one_answer_alike() -> Result<()> {
+    let Some(home) = Home::new()? else {
+        return Ok(());
+    };
+    let (model, merged) = (home.at("model"), home.at("merged"));
+    home.finetune(&["--out", &home.at("out"), "--merge-to", &merged]);
+    let adapter = home.path("out").join("adapter.safetensors");
+    let adapter = adapter.display().to_string();
+    let ask = ["--prompt", "say 3", "--max-tokens", "12"];
+    let with = |first: &[&str]| home.generate(&[first, ask.as_slice()].concat());
+    let unmerged = with(&["--model", &model, "--adapter", &adapter]);
+    assert_eq!(with(&["--model", &merged]), unmerged);
+    let on_load = with(&["--model", &model, "--adapter", &adapter, "--merge"]);
+    assert_eq!(on_load, unmerged);
+    let none = with(&["--model", &model, "--adapter", &adapter, "--strength", "0"]);
+    assert_eq!(none, with(&["--model", &model]));
+    let warm = ["--model", &model, "--temperature", "2", "--seed", "1"];
+    assert_eq!(with(&warm), with(&warm));
+
+    // The merged folder holds the weights that act.
+    let base = Weights::open(&home.path("model"), false, &CPU)?;
+    let method = Method::Doft(Box::default());
+    let tuner = Tuner::with_adapter(method, Adapter::load(&adapter, &CPU)?);
+    let off = relative(
+        &logits(
+            &frozen(&Weights::open(&home.path("merged"), false, &CPU)?)?,
+            &ids()?,
+        )?,
+        &logits(&Model::new(&base, &tuner, &CPU)?, &ids()?)?,
+    );
+    assert!(off < 1e-4, "merged is {off:e} away");
+    Ok(())
+}
+
+#[test]
+fn recomputed_activations_train_the_same_adapter_but_for_rounding() -> Result<()> {
+    let Some(home) = Home::new()? else {
+        return Ok(());
+    };
+    home.finetune(&["--out", &home.at("kept")]);
+    home.finetune(&["--out", &home.at("again"), "--checkpoint-activations"]);
+    let load = |out: &str| {
+        let file = home.path(out).join("adapter.safetensors");
+        candle_core::safetensors::load(file, &CPU)
+    };
+    let again = load("again")?;
+    for (name, kept) in load("kept")? {
+        let off = relative(&again[&name], &kept);
+        assert!(off < 1e-2, "{name} is off by {off:e}");
+    }
+    Ok(())
+}
+
+/// Ctrl-C in the middle of a run, as soon as it has made some steps.
+#[cfg(unix)]
+fn interrupted(home: &Home, out: &str, more: &[&str]) -> Result<Ended> {
+    use std::process::{Command, Stdio};
+    let mut command = home.command("finetune");
+    let out_folder = home.at(out);
+    let flags = home.training(&[&["--out", &out_folder], more].concat());
+    let command = command.args(flags).stdout(Stdio::piped());
+    let mut child = command.stderr(Stdio::piped()).spawn()?;
+    let metrics = home.path(out).join("metrics.jsonl");
+    let seen = || std::fs::read_to_string(&metrics).is_ok_and(|m| m.matches("loss").count() >= 3);
+    let start = std::time::Instant::now();
+    while !seen() {
+        let waited = start.elapsed().as_secs();
+        assert!(
+            child.try_wait()?.is_none(),
+            "it ended before it was interrupted"
+        );
+        assert!(waited < 120, "no step was made in {waited} s");
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    let interrupt = format!("kill -INT {}", child.id());
+    assert!(
+        Command::new("sh")
+            .args(["-c", &interrupt])
+            .status()?
+            .success()
+    );
+    Ok(child.wait_with_output()?.into())
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupted_run_keeps_a_checkpoint_and_goes_on_to_the_same_bytes() -> Result<()> {
+    let Some(home) = Home::new()? else {
+        return Ok(());
+    };
+    // Long enough that the signal comes while it trains; nothing else would write a checkpoint.
+    let long = ["--steps", "300", "--every", "300"];
+    let ended = interrupted(&home, "parts", &long)?;
+    assert_eq!(ended.code, Some(0), "{}", ended.err);
+    assert!(ended.err.contains("--resume goes on"), "{}", ended.err);
+    let made = home
+        .metrics("parts")
+        .iter()
+        .filter_map(|l| l["step"].as_u64())
+        .max();
+    assert!(made >= Some(3) && made < Some(300), "{made:?}");
+    assert!(home.path("parts").join("checkpoint.safetensors").exists());
+    let left: Vec<_> = std::fs::read_dir(home.path("parts"))?
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| name.starts_with('.'))
+        .collect();
+    assert!(left.is_empty(), "half-written files were left: {left:?}");
+
+    let run = |out: &str, more: &[&str]| {
+        let out = home.at(out);
+        home.finetune(&[&["--out", &out], long.as_slice(), more].concat())
+    };
+    run("parts", &["--resume"]);
+    run("whole", &[]);
+    assert!(home.adapter("parts") == home.adapter("whole"));
+    let steps = |out: &str| -> Vec<u64> {
+        let lines = home.metrics(out).into_iter();
+        let lines = lines.filter(|line| line.get("loss").is_some());
+        lines.map(|line| line["step"].as_u64().unwrap()).collect()
+    };
+    assert_eq!(steps("parts"), steps("whole"));
+    Ok(())
+}
