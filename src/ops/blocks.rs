@@ -1,10 +1,10 @@
 //! Products with the blocks of a block-diagonal matrix, and their gradient.
 
-use super::gemm::{Mat, MatMut, multiply};
+use super::gemm::{Mat, MatMut, multiply, multiply_small};
 use super::real::Real;
 use rayon::prelude::*;
 
-/// Rows that are rotated together: they stay in cache, and the cut does not depend on threads.
+/// Rows that are rotated together at most: they stay in cache.
 const ROWS: usize = 64;
 
 /// Square blocks of size `b`, one after the other; one alone acts everywhere.
@@ -26,45 +26,127 @@ impl<'a, T: Real> Blocks<'a, T> {
         self.b
     }
 
+    /// Which block acts at place `d`.
+    fn place(&self, d: usize) -> usize {
+        if self.count == 1 { 0 } else { d }
+    }
+
+    /// All blocks, each transposed.
+    fn transposed(&self) -> Vec<T> {
+        let mut out = vec![T::zero(); self.count * self.b * self.b];
+        for (d, out) in out.chunks_exact_mut((self.b * self.b).max(1)).enumerate() {
+            let block = self.get(d);
+            for (i, row) in out.chunks_exact_mut(self.b).enumerate() {
+                row.iter_mut()
+                    .enumerate()
+                    .for_each(|(j, to)| *to = block.at(j, i));
+            }
+        }
+        out
+    }
+
     /// The block that acts at place `d`.
     pub(crate) fn get(&self, d: usize) -> Mat<'a, T> {
-        let d = if self.count == 1 { 0 } else { d };
+        let d = self.place(d);
         let size = self.b * self.b;
         Mat::row_major(&self.data[d * size..(d + 1) * size], self.b, self.b)
     }
 }
 
+/// Rows of one task: all threads have some, and none has more than stay in its cache.
+fn rows_of_task(rows: usize) -> usize {
+    rows.div_ceil(rayon::current_num_threads()).clamp(1, ROWS)
+}
+
+/// Multiplications below which waking other threads costs more than they save.
+const ALONE: usize = 1 << 18;
+
 /// `x . blockdiag(r)`, row-major.
 pub(crate) fn rotate<T: Real>(x: Mat<T>, r: Blocks<T>) -> Vec<T> {
     let (rows, width) = (x.rows(), x.cols());
     let mut out = vec![T::zero(); rows * width];
-    out.par_chunks_mut(ROWS * width)
-        .enumerate()
-        .for_each(|(chunk, out)| {
-            let count = out.len() / width;
-            for d in 0..width / r.b {
-                let from = x.part((chunk * ROWS, count), (d * r.b, r.b));
-                let to = MatMut::new(&mut out[d * r.b..], (count, r.b), width);
-                multiply(to, from, r.get(d), false);
-            }
-        });
+    let step = rows_of_task(rows);
+    let turn = |(task, out): (usize, &mut [T])| {
+        let count = out.len() / width;
+        for d in 0..width / r.b {
+            let from = x.part((task * step, count), (d * r.b, r.b));
+            let to = &mut MatMut::new(&mut out[d * r.b..], (count, r.b), width);
+            multiply_small(to, from, r.get(d), false);
+        }
+    };
+    match rows * width * r.b <= ALONE {
+        true => out.chunks_mut(step * width).enumerate().for_each(turn),
+        false => out.par_chunks_mut(step * width).enumerate().for_each(turn),
+    }
     out
 }
 
 /// `h . blockdiag(r)^T` in the place of the row-major `h`.
 pub(crate) fn rotate_back<T: Real>(h: &mut [T], width: usize, r: Blocks<T>) {
-    h.par_chunks_mut(ROWS * width).for_each(|h| {
+    let transposed = r.transposed();
+    let back = Blocks::new(&transposed, r.count, r.b);
+    let step = rows_of_task(h.len() / width.max(1));
+    h.par_chunks_mut(step * width).for_each(|h| {
         let count = h.len() / width;
         let mut panel = vec![T::zero(); count * r.b];
         for d in 0..width / r.b {
-            let rows = h.chunks_exact(width);
-            for (from, to) in rows.zip(panel.chunks_exact_mut(r.b)) {
-                to.copy_from_slice(&from[d * r.b..(d + 1) * r.b]);
-            }
-            let to = MatMut::new(&mut h[d * r.b..], (count, r.b), width);
-            multiply(to, Mat::row_major(&panel, count, r.b), r.get(d).t(), false);
+            pack(Mat::row_major(h, count, width), d * r.b, &mut panel, r.b);
+            let to = &mut MatMut::new(&mut h[d * r.b..], (count, r.b), width);
+            multiply_small(to, Mat::row_major(&panel, count, r.b), back.get(d), false);
         }
     });
+}
+
+/// `dR_d = x_d^T h_d` for each block, and `h . blockdiag(r)^T` in the place of `h`, in one pass.
+///
+/// Each thread takes a stretch of rows and has sums of its own, which are added from the first thread
+/// to the last. Going down the columns of one block instead would meet a new page with every row, and
+/// the same few sets of the cache where the width is a power of two.
+pub(crate) fn gradient_and_back<T: Real>(x: Mat<T>, h: &mut [T], r: Blocks<T>) -> Vec<T> {
+    let (rows, width, b) = (x.rows(), x.cols(), r.b);
+    let transposed = r.transposed();
+    let back = Blocks::new(&transposed, r.count, b);
+    let stretch = rows.div_ceil(rayon::current_num_threads()).max(1);
+    let one = |(task, h): (usize, &mut [T])| {
+        let mut sums = vec![T::zero(); r.count * b * b];
+        let mut panels = vec![T::zero(); 2 * ROWS.min(stretch) * b];
+        let (px, ph) = panels.split_at_mut(ROWS.min(stretch) * b);
+        for (i, h) in h.chunks_mut(ROWS * width).enumerate() {
+            let count = h.len() / width;
+            let x = x.part((task * stretch + i * ROWS, count), (0, width));
+            for d in 0..width / b {
+                pack(x, d * b, &mut px[..count * b], b);
+                pack(
+                    Mat::row_major(h, count, width),
+                    d * b,
+                    &mut ph[..count * b],
+                    b,
+                );
+                let (px, ph) = (Mat::row_major(px, count, b), Mat::row_major(ph, count, b));
+                let sum = &mut sums[r.place(d) * b * b..][..b * b];
+                multiply_small(&mut MatMut::new(sum, (b, b), b), px.t(), ph, true);
+                let to = &mut MatMut::new(&mut h[d * b..], (count, b), width);
+                multiply_small(to, ph, back.get(d), false);
+            }
+        }
+        sums
+    };
+    let tasks = h.par_chunks_mut(stretch * width).enumerate();
+    let parts: Vec<Vec<T>> = tasks.map(one).collect();
+    let mut parts = parts.into_iter();
+    let first = parts.next();
+    let mut grad = first.unwrap_or_else(|| vec![T::zero(); r.count * b * b]);
+    for part in parts {
+        grad.iter_mut().zip(part).for_each(|(a, v)| *a += v);
+    }
+    grad
+}
+
+/// Copies the columns of `x` from `start` on, `b` of them, into a panel.
+fn pack<T: Real>(x: Mat<T>, start: usize, panel: &mut [T], b: usize) {
+    for (row, to) in panel.chunks_exact_mut(b).enumerate() {
+        x.copy_row(row, start, to);
+    }
 }
 
 /// `dR_d = x_d^T h_d` for each block; summed over the blocks, first to last, when one is shared.

@@ -19,11 +19,12 @@
 
 use super::Weight;
 use super::adapted::{FromOutput, Gradients, Kernel, Stored, apply, bias_values, swamped};
-use super::blocks::{Blocks, gradient, rotate, rotate_back};
+use super::blocks::{Blocks, gradient, gradient_and_back, rotate, rotate_back};
 use super::composed;
 use super::gemm::{Mat, MatMut, multiply, multiply_wide};
 use super::real::{
-    Real, elements, has_kernel, narrowed, slice, tensor, tensor_as, with_elements, with_slice,
+    Real, elements, has_kernel, narrowed, not_on_cpu, slice, tensor, tensor_as, with_elements,
+    with_slice,
 };
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Layout, Result, Shape, Storage, Tensor};
@@ -152,16 +153,33 @@ impl Product {
         Ok(h)
     }
 
-    /// `h = (dy * ratio) W`.
-    fn back_through_weight<T: Real>(&self, dy: &Tensor, ratio: Option<&Tensor>) -> Result<Vec<T>> {
+    /// `h = (dy * ratio) W`, for a `dy` that was multiplied already, or for one that has to be.
+    fn back_through_weight<T: Real>(
+        &self,
+        dy: &Tensor,
+        ratio: Option<&Tensor>,
+        scaled: Option<Vec<T>>,
+    ) -> Result<Vec<T>> {
         let layout = Layout::contiguous(dy.shape());
-        let h = with_slice::<T, _>(dy, |dy, _| {
-            let dy = &dy[..layout.shape().elem_count()];
-            let Some(ratio) = ratio else {
-                return Ok(dy.to_vec());
-            };
-            with_slice::<T, _>(ratio, |ratio, _| {
-                let out = self.weight.out_dim();
+        let scaled = match (scaled, ratio) {
+            (Some(scaled), _) => scaled,
+            (None, Some(ratio)) => self.scaled(dy, ratio)?,
+            (None, None) => {
+                let (storage, layout) = dy.storage_and_layout();
+                let Storage::Cpu(storage) = &*storage else {
+                    return Err(not_on_cpu());
+                };
+                return T::cpu_storage_data(self.times_weight::<T>(storage, layout, false)?);
+            }
+        };
+        let h = self.times_weight::<T>(&T::to_cpu_storage_owned(scaled), &layout, false)?;
+        T::cpu_storage_data(h)
+    }
+
+    fn scaled<T: Real>(&self, dy: &Tensor, ratio: &Tensor) -> Result<Vec<T>> {
+        let out = self.weight.out_dim();
+        with_elements::<T, _>(dy, |dy| {
+            with_elements::<T, _>(ratio, |ratio| {
                 let mut scaled = vec![T::zero(); dy.len()];
                 let rows = scaled.par_chunks_mut(out).zip(dy.par_chunks(out));
                 rows.for_each(|(to, from)| {
@@ -170,34 +188,31 @@ impl Product {
                 });
                 Ok(scaled)
             })
-        })?;
-        let h = self.times_weight::<T>(&T::to_cpu_storage_owned(h), &layout, false)?;
-        T::cpu_storage_data(h)
+        })
     }
 
-    /// `dratio`, from y where that is exact, else from the product itself.
-    fn ratio_gradient<T: Real>(
+    /// `dy * ratio` and `dratio`, the latter from y where that is exact, else from the product itself.
+    fn scaled_and_ratio_gradient<T: Real>(
         &self,
         x: &Tensor,
         r: &Tensor,
         ratio: &Tensor,
         y: &Tensor,
         dy: &Tensor,
-    ) -> Result<Tensor> {
+    ) -> Result<(Vec<T>, Tensor)> {
         let bias = bias_values::<T>(self.bias.as_ref())?;
         let values = ratio.to_vec1::<T>()?;
         let swamped = swamped(y.dtype());
-        let sums = with_elements::<T, _>(y, |y| {
-            with_slice::<T, _>(dy, |dy, _| {
-                let bias = bias.as_deref();
-                Ok(column_sums((y, dy), bias, &values, x.dims()[0], swamped))
+        let (scaled, sums) = with_elements::<T, _>(y, |y| {
+            with_elements::<T, _>(dy, |dy| {
+                Ok(scaled_and_sums((y, dy), bias.as_deref(), &values, swamped))
             })
         })?;
         let (mut grad, lost): (Vec<T>, Vec<bool>) = sums.into_iter().unzip();
         if lost.contains(&true) {
             self.recompute(x, r, dy, &lost, &mut grad)?;
         }
-        tensor(grad, ratio.shape())
+        Ok((scaled, tensor(grad, ratio.shape())?))
     }
 
     /// `sum_t dy (x . blockdiag(r) . W^T)` for the rows of the weight that are marked.
@@ -305,41 +320,46 @@ impl Kernel for Product {
         let dtype = x.dtype();
         let dy = wide::<T>(dy)?.contiguous()?;
         let x = &wide::<T>(x)?;
-        let dratio = match (ratio, r) {
+        let of_ratio = match (ratio, r) {
             (Some(ratio), Some(r)) if ratio.track_op() => {
-                Some(self.ratio_gradient::<T>(x, r, ratio, y, &dy)?)
+                Some(self.scaled_and_ratio_gradient::<T>(x, r, ratio, y, &dy)?)
             }
             _ => None,
         };
+        let (scaled, dratio) = of_ratio.unzip();
         if !(need_x || need_r) {
             return Ok((None, None, dratio));
         }
         let mut h = match rows {
             0 => Vec::new(),
-            _ => self.back_through_weight::<T>(&dy, ratio)?,
+            _ => self.back_through_weight::<T>(&dy, ratio, scaled)?,
         };
         let Some(r) = r else {
             let dx = tensor_as(h, (rows, width), dtype)?;
             return Ok((Some(dx), None, dratio));
         };
         let (blocks, b, _) = r.dims3()?;
-        let dr = match need_r {
-            false => None,
-            true => Some(with_slice(x, |data, layout| {
-                let h = Mat::row_major(&h, rows, width);
-                let dr = gradient::<T>(matrix(data, layout)?, h, b, blocks == 1);
-                tensor(dr, r.shape())
-            })?),
-        };
+        let dr = with_slice(x, |data, layout| {
+            let x = matrix(data, layout)?;
+            with_slice(r, |values, _| {
+                let turns = Blocks::new(values, blocks, b);
+                let dr = match (need_x, need_r) {
+                    (true, true) => Some(gradient_and_back::<T>(x, &mut h, turns)),
+                    (false, _) => {
+                        let h = Mat::row_major(&h, rows, width);
+                        Some(gradient::<T>(x, h, b, blocks == 1))
+                    }
+                    (true, false) => {
+                        rotate_back::<T>(&mut h, width, turns);
+                        None
+                    }
+                };
+                dr.map(|dr| tensor(dr, r.shape())).transpose()
+            })
+        })?;
         let dx = match need_x {
+            true => Some(tensor_as(h, (rows, width), dtype)?),
             false => None,
-            true => {
-                with_slice(r, |data, _| {
-                    rotate_back::<T>(&mut h, width, Blocks::new(data, blocks, b));
-                    Ok(())
-                })?;
-                Some(tensor_as(h, (rows, width), dtype)?)
-            }
         };
         Ok((dx, dr, dratio))
     }
@@ -363,51 +383,101 @@ fn matrix<'a, T: Real>(data: &'a [T], layout: &Layout) -> Result<Mat<'a, T>> {
     ))
 }
 
-/// Columns that one task sums.
-const COLUMNS: usize = 64;
+/// Rows whose terms are summed in `T` before they go into sums of f64.
+const TERMS: usize = 16;
 
-/// For each column `sum_t dy (y - bias) / ratio`, and whether that is not to be trusted. Summed in
-/// f64 from the first row to the last.
-fn column_sums<T: Real>(
+/// `dy * ratio`; and for each column `sum_t dy (y - bias) / ratio`, and whether that is not to be
+/// trusted. Each thread takes a stretch of rows; their sums are added from the first to the last.
+fn scaled_and_sums<T: Real>(
     (y, dy): (&[T], &[T]),
     bias: Option<&[T]>,
     ratio: &[T],
-    rows: usize,
     limit: f64,
-) -> Vec<(T, bool)> {
+) -> (Vec<T>, Vec<(T, bool)>) {
     let out = ratio.len();
-    let mut sums = vec![(T::zero(), false); out];
-    sums.par_chunks_mut(COLUMNS)
-        .enumerate()
-        .for_each(|(chunk, sums)| {
-            let start = chunk * COLUMNS;
-            let mut slopes = [0f64; COLUMNS];
-            let mut squares = [0f64; COLUMNS];
-            for t in 0..rows {
-                let row = t * out + start;
-                for (c, _) in sums.iter().enumerate() {
-                    let bias = bias.map_or(0., |bias| bias[start + c].to_f64());
-                    let product = y[row + c].to_f64() - bias;
-                    slopes[c] += dy[row + c].to_f64() * product;
-                    squares[c] += product * product;
+    let rows = dy.len() / out.max(1);
+    let stretch = rows.div_ceil(rayon::current_num_threads()).max(1) * out.max(1);
+    let mut scaled = vec![T::zero(); dy.len()];
+    let stretches = y.par_chunks(stretch).zip(dy.par_chunks(stretch));
+    let tasks = scaled.par_chunks_mut(stretch).zip(stretches);
+    let parts: Vec<Sums> = tasks
+        .map(|(scaled, (y, dy))| {
+            let mut sums = Sums::new(out);
+            let pieces = y.chunks(TERMS * out).zip(dy.chunks(TERMS * out));
+            for (scaled, (y, dy)) in scaled.chunks_mut(TERMS * out).zip(pieces) {
+                for (scaled, dy) in scaled.chunks_exact_mut(out).zip(dy.chunks_exact(out)) {
+                    let products = dy.iter().zip(ratio).map(|(dy, s)| *dy * *s);
+                    scaled.iter_mut().zip(products).for_each(|(to, v)| *to = v);
+                }
+                sums.add(y, dy, bias);
+            }
+            sums
+        })
+        .collect();
+    let mut all = Sums::new(out);
+    for part in &parts {
+        let add = |to: &mut [f64], from: &[f64]| to.iter_mut().zip(from).for_each(|(a, v)| *a += v);
+        add(&mut all.slopes, &part.slopes);
+        add(&mut all.squares, &part.squares);
+    }
+    let gradient = |o: usize| {
+        let output = FromOutput {
+            slope: all.slopes[o],
+            square: all.squares[o],
+            bias: bias.map_or(0., |bias| bias[o].to_f64()),
+            ratio: ratio[o].to_f64(),
+            count: rows,
+            limit,
+        };
+        output.gradient()
+    };
+    (scaled, (0..out).map(gradient).collect())
+}
+
+/// `sum dy (y - bias)` and, where there is a bias to swamp it, `sum (y - bias)^2` of each column.
+struct Sums {
+    slopes: Vec<f64>,
+    squares: Vec<f64>,
+}
+
+impl Sums {
+    fn new(out: usize) -> Self {
+        Self {
+            slopes: vec![0.; out],
+            squares: vec![0.; out],
+        }
+    }
+
+    /// Adds some rows.
+    fn add<T: Real>(&mut self, y: &[T], dy: &[T], bias: Option<&[T]>) {
+        let out = self.slopes.len();
+        let mut slopes = vec![T::zero(); out];
+        let rows = y.chunks_exact(out).zip(dy.chunks_exact(out));
+        match bias {
+            None => {
+                for (y, dy) in rows {
+                    let terms = y.iter().zip(dy).map(|(y, dy)| *y * *dy);
+                    slopes.iter_mut().zip(terms).for_each(|(to, v)| *to += v);
                 }
             }
-            for (c, sum) in sums.iter_mut().enumerate() {
-                let ratio = ratio[start + c].to_f64();
-                let bias = bias.map_or(0., |bias| bias[start + c].to_f64());
-                let output = FromOutput {
-                    slope: slopes[c],
-                    square: squares[c],
-                    bias,
-                    ratio,
-                    count: rows,
-                    limit,
-                };
-                *sum = output.gradient();
+            Some(bias) => {
+                for (y, dy) in rows {
+                    let products = y.iter().zip(bias).map(|(y, bias)| *y - *bias);
+                    let sums = slopes.iter_mut().zip(&mut self.squares);
+                    for ((slope, square), (p, dy)) in sums.zip(products.zip(dy)) {
+                        *slope += p * *dy;
+                        *square += p.to_f64() * p.to_f64();
+                    }
+                }
             }
-        });
-    sums
+        }
+        let sums = self.slopes.iter_mut().zip(slopes);
+        sums.for_each(|(to, v)| *to += v.to_f64());
+    }
 }
+
+/// Rows of the weight whose gradients are made together.
+const COLUMNS: usize = 64;
 
 /// The stretches of marked rows, in pieces of at most [`COLUMNS`].
 fn runs(marked: &[bool]) -> Vec<(usize, usize)> {

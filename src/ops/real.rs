@@ -19,6 +19,9 @@ pub(crate) trait Real: WithDType + Send + Sync {
 
     /// `e^self`; of minus infinity 0, of NaN NaN.
     fn exp(self) -> Self;
+
+    /// `self * a + b`, rounded once. A call of the C library where the processor cannot.
+    fn fused(self, a: Self, b: Self) -> Self;
 }
 
 impl Real for f32 {
@@ -57,6 +60,11 @@ impl Real for f32 {
         let y = if self > 88.8 { f32::INFINITY } else { y };
         if self < -87.3 { 0. } else { y }
     }
+
+    #[inline(always)]
+    fn fused(self, a: Self, b: Self) -> Self {
+        self.mul_add(a, b)
+    }
 }
 
 impl Real for f64 {
@@ -70,6 +78,11 @@ impl Real for f64 {
 
     fn exp(self) -> Self {
         self.exp()
+    }
+
+    #[inline(always)]
+    fn fused(self, a: Self, b: Self) -> Self {
+        self.mul_add(a, b)
     }
 }
 

@@ -1,4 +1,8 @@
-//! A safe door to the `gemm` crate: products of strided views, their bounds checked.
+//! Products of strided views, their bounds checked: large ones by the `gemm` crate, small ones here.
+
+mod small;
+
+pub(crate) use small::multiply_small;
 
 use super::real::Real;
 use gemm::Parallelism;
@@ -73,6 +77,18 @@ impl<'a, T: Real> Mat<'a, T> {
         let offset = start * self.row_stride + col * self.col_stride;
         let data = &self.data[offset.min(self.data.len())..];
         Self::new(data, (rows, cols), (self.row_stride, self.col_stride))
+    }
+
+    /// Copies the columns of a row from `start` on, as many as `to` holds.
+    pub(crate) fn copy_row(&self, row: usize, start: usize, to: &mut [T]) {
+        let from = &self.data[row * self.row_stride + start * self.col_stride..];
+        match self.col_stride {
+            1 => to.copy_from_slice(&from[..to.len()]),
+            step => to
+                .iter_mut()
+                .zip(from.iter().step_by(step.max(1)))
+                .for_each(|(to, from)| *to = *from),
+        }
     }
 
     /// One element.
