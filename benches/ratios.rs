@@ -13,13 +13,13 @@ mod support;
 
 use candle_core::Result;
 use std::time::Instant;
-use support::{Run, conv, quantized};
+use support::{Run, conv, parts, quantized};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// What is compared with what: numerator, denominator.
-const PAIRS: [(&str, &str); 9] = [
+const PAIRS: [(&str, &str); 10] = [
     ("frozen", "gemm"),
     ("doft", "frozen"),
     ("oft", "frozen"),
@@ -27,8 +27,9 @@ const PAIRS: [(&str, &str); 9] = [
     ("lora", "frozen"),
     ("dora", "frozen"),
     ("candle_linear", "frozen"),
-    ("candle_dora", "doft"),
-    ("candle_oft", "doft"),
+    ("doft", "candle_lora"),
+    ("doft", "candle_dora"),
+    ("doft", "candle_oft"),
 ];
 
 const SHAPES: [support::Shape; 4] = [
@@ -54,28 +55,74 @@ struct Comparison {
     make: Box<dyn Fn() -> Result<[Run; 2]>>,
 }
 
+fn linear(
+    (numerator, denominator): (&'static str, &'static str),
+    shape: support::Shape,
+    block_size: usize,
+) -> Comparison {
+    Comparison {
+        what: "linear_step",
+        shape: match block_size {
+            32 => support::name(shape),
+            b => format!("{}, b = {b}", support::name(shape)),
+        },
+        numerator,
+        denominator,
+        make: Box::new(move || {
+            let steps = support::steps(&[numerator, denominator], shape, block_size)?;
+            let mut runs = steps
+                .into_iter()
+                .map(|step| Box::new(move || step.run()) as Run);
+            match (runs.next(), runs.next()) {
+                (Some(above), Some(below)) => Ok([above, below]),
+                _ => candle_core::bail!("two steps were asked for"),
+            }
+        }),
+    }
+}
+
 fn comparisons(quick: bool) -> Vec<Comparison> {
     let mut all = Vec::new();
     for shape in SHAPES {
-        for (numerator, denominator) in PAIRS {
-            all.push(Comparison {
-                what: "linear_step",
-                shape: support::name(shape),
-                numerator,
-                denominator,
-                make: Box::new(move || {
-                    let steps = support::steps(&[numerator, denominator], shape, 32)?;
-                    let mut runs = steps
-                        .into_iter()
-                        .map(|step| Box::new(move || step.run()) as Run);
-                    match (runs.next(), runs.next()) {
-                        (Some(above), Some(below)) => Ok([above, below]),
-                        _ => candle_core::bail!("two steps were asked for"),
-                    }
-                }),
-            });
+        for pair in PAIRS {
+            all.push(linear(pair, shape, 32));
         }
     }
+    // Where the rotation weighs most, and other block sizes.
+    all.push(linear(("doft", "frozen"), (512, 3072, 768), 32));
+    for b in [8, 16, 64, 128] {
+        all.push(linear(("doft", "frozen"), SHAPES[0], b));
+    }
+    for way in ["cached", "rebuilt"] {
+        all.push(Comparison {
+            what: "decode",
+            shape: "1x1024x1024".into(),
+            numerator: way,
+            denominator: "merged",
+            make: Box::new(move || {
+                let shape = (1, 1024, 1024);
+                Ok([parts::decode(way, shape)?, parts::decode("merged", shape)?])
+            }),
+        });
+    }
+    all.push(Comparison {
+        what: "rotation",
+        shape: parts::blocks(32),
+        numerator: "cayley",
+        denominator: "series",
+        make: Box::new(|| Ok([parts::map("cayley", 32)?.0, parts::map("series", 32)?.0])),
+    });
+    all.push(Comparison {
+        what: "rotation",
+        shape: parts::blocks(32),
+        numerator: "cayley",
+        denominator: "doft_step",
+        make: Box::new(|| {
+            let mut steps = support::steps(&["doft"], SHAPES[0], 32)?;
+            let step = steps.remove(0);
+            Ok([parts::map("cayley", 32)?.0, Box::new(move || step.run())])
+        }),
+    });
     let types = quantized::TYPES.iter().map(|(name, _)| (*name, "dense"));
     let others = [("bf16", "dense"), ("qmatmul", "forward")];
     for (numerator, denominator) in types.chain(others) {

@@ -3,6 +3,7 @@
 
 pub mod conv;
 pub mod llm;
+pub mod parts;
 mod plain;
 pub mod quantized;
 
