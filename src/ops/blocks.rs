@@ -1,8 +1,9 @@
 //! Products with the blocks of a block-diagonal matrix, and their gradient.
 
-use super::gemm::{Mat, MatMut, multiply, multiply_small};
+use super::gemm::{Mat, MatMut, filled, multiply, multiply_small};
 use super::real::Real;
 use rayon::prelude::*;
+use std::mem::MaybeUninit;
 
 /// Rows that are rotated together at most: they stay in cache.
 const ROWS: usize = 64;
@@ -64,21 +65,21 @@ const ALONE: usize = 1 << 18;
 /// `x . blockdiag(r)`, row-major.
 pub(crate) fn rotate<T: Real>(x: Mat<T>, r: Blocks<T>) -> Vec<T> {
     let (rows, width) = (x.rows(), x.cols());
-    let mut out = vec![T::zero(); rows * width];
     let step = rows_of_task(rows);
-    let turn = |(task, out): (usize, &mut [T])| {
+    let turn = |(task, out): (usize, &mut [MaybeUninit<T>])| {
         let count = out.len() / width;
         for d in 0..width / r.b {
             let from = x.part((task * step, count), (d * r.b, r.b));
-            let to = &mut MatMut::new(&mut out[d * r.b..], (count, r.b), width);
+            let to = &mut MatMut::unset(&mut out[d * r.b..], (count, r.b), width);
             multiply_small(to, from, r.get(d), false);
         }
     };
-    match rows * width * r.b <= ALONE {
+    // The blocks cover a row, so every element is written.
+    assert!(width.is_multiple_of(r.b), "blocks that do not fill a row");
+    filled(rows * width, |out| match rows * width * r.b <= ALONE {
         true => out.chunks_mut(step * width).enumerate().for_each(turn),
         false => out.par_chunks_mut(step * width).enumerate().for_each(turn),
-    }
-    out
+    })
 }
 
 /// `h . blockdiag(r)^T` in the place of the row-major `h`.

@@ -21,14 +21,16 @@ use super::Weight;
 use super::adapted::{FromOutput, Gradients, Kernel, Stored, apply, bias_values, swamped};
 use super::blocks::{Blocks, gradient, gradient_and_back, rotate, rotate_back};
 use super::composed;
-use super::gemm::{Mat, MatMut, multiply, multiply_wide};
+use super::gemm::{Mat, MatMut, filled, multiply, multiply_wide};
 use super::real::{
     Real, elements, has_kernel, narrowed, not_on_cpu, slice, tensor, tensor_as, with_elements,
     with_slice,
 };
+use super::vectorized::vectorized;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Layout, Result, Shape, Storage, Tensor};
 use rayon::prelude::*;
+use std::mem::MaybeUninit;
 
 /// Rows up to which candle's quantized product beats dequantizing, where it is allowed.
 const DECODE_ROWS: usize = 8;
@@ -180,13 +182,11 @@ impl Product {
         let out = self.weight.out_dim();
         with_elements::<T, _>(dy, |dy| {
             with_elements::<T, _>(ratio, |ratio| {
-                let mut scaled = vec![T::zero(); dy.len()];
-                let rows = scaled.par_chunks_mut(out).zip(dy.par_chunks(out));
-                rows.for_each(|(to, from)| {
-                    let products = from.iter().zip(ratio).map(|(dy, s)| *dy * *s);
-                    to.iter_mut().zip(products).for_each(|(to, v)| *to = v);
-                });
-                Ok(scaled)
+                assert!(dy.len().is_multiple_of(out), "rows that do not fit");
+                Ok(filled(dy.len(), |scaled| {
+                    let rows = scaled.par_chunks_mut(out).zip(dy.par_chunks(out));
+                    rows.for_each(|(to, dy)| scale(to, dy, ratio));
+                }))
             })
         })
     }
@@ -396,24 +396,30 @@ fn scaled_and_sums<T: Real>(
 ) -> (Vec<T>, Vec<(T, bool)>) {
     let out = ratio.len();
     let rows = dy.len() / out.max(1);
+    assert!(
+        y.len() == dy.len() && dy.len() == rows * out,
+        "rows that do not fit"
+    );
     let stretch = rows.div_ceil(rayon::current_num_threads()).max(1) * out.max(1);
-    let mut scaled = vec![T::zero(); dy.len()];
-    let stretches = y.par_chunks(stretch).zip(dy.par_chunks(stretch));
-    let tasks = scaled.par_chunks_mut(stretch).zip(stretches);
-    let parts: Vec<Sums> = tasks
-        .map(|(scaled, (y, dy))| {
+    let mut parts = Vec::new();
+    let scaled = filled(dy.len(), |scaled| {
+        let stretches = y.par_chunks(stretch).zip(dy.par_chunks(stretch));
+        let tasks = scaled.par_chunks_mut(stretch).zip(stretches);
+        let one = |scaled: &mut [MaybeUninit<T>], y: &[T], dy: &[T]| {
             let mut sums = Sums::new(out);
             let pieces = y.chunks(TERMS * out).zip(dy.chunks(TERMS * out));
             for (scaled, (y, dy)) in scaled.chunks_mut(TERMS * out).zip(pieces) {
-                for (scaled, dy) in scaled.chunks_exact_mut(out).zip(dy.chunks_exact(out)) {
-                    let products = dy.iter().zip(ratio).map(|(dy, s)| *dy * *s);
-                    scaled.iter_mut().zip(products).for_each(|(to, v)| *to = v);
-                }
-                sums.add(y, dy, bias);
+                vectorized(|| {
+                    scale(scaled, dy, ratio);
+                    sums.add(y, dy, bias);
+                });
             }
             sums
-        })
-        .collect();
+        };
+        tasks
+            .map(|(scaled, (y, dy))| one(scaled, y, dy))
+            .collect_into_vec(&mut parts);
+    });
     let mut all = Sums::new(out);
     for part in &parts {
         let add = |to: &mut [f64], from: &[f64]| to.iter_mut().zip(from).for_each(|(a, v)| *a += v);
@@ -434,6 +440,17 @@ fn scaled_and_sums<T: Real>(
     (scaled, (0..out).map(gradient).collect())
 }
 
+/// `dy * ratio` row by row, each element written.
+#[inline(always)]
+fn scale<T: Real>(to: &mut [MaybeUninit<T>], dy: &[T], ratio: &[T]) {
+    let out = ratio.len();
+    for (to, dy) in to.chunks_exact_mut(out).zip(dy.chunks_exact(out)) {
+        for (to, (dy, ratio)) in to.iter_mut().zip(dy.iter().zip(ratio)) {
+            to.write(*dy * *ratio);
+        }
+    }
+}
+
 /// `sum dy (y - bias)` and, where there is a bias to swamp it, `sum (y - bias)^2` of each column.
 struct Sums {
     slopes: Vec<f64>,
@@ -449,6 +466,7 @@ impl Sums {
     }
 
     /// Adds some rows.
+    #[inline(always)]
     fn add<T: Real>(&mut self, y: &[T], dy: &[T], bias: Option<&[T]>) {
         let out = self.slopes.len();
         let mut slopes = vec![T::zero(); out];

@@ -15,6 +15,7 @@ pub(crate) mod norm;
 pub(crate) mod pointwise;
 pub(crate) mod real;
 mod rows;
+mod vectorized;
 mod weight;
 
 pub(crate) use weight::Weight;

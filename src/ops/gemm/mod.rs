@@ -6,6 +6,7 @@ pub(crate) use small::multiply_small;
 
 use super::real::Real;
 use gemm::Parallelism;
+use std::mem::MaybeUninit;
 
 /// A read-only matrix inside a slice.
 #[derive(Clone, Copy)]
@@ -19,7 +20,9 @@ pub(crate) struct Mat<'a, T> {
 
 /// A row-major matrix inside a slice, to be written; rows may lie apart.
 pub(crate) struct MatMut<'a, T> {
-    data: &'a mut [T],
+    data: &'a mut [MaybeUninit<T>],
+    /// Whether the elements may have no value yet, so that none can be added to.
+    unset: bool,
     rows: usize,
     cols: usize,
     row_stride: usize,
@@ -100,15 +103,46 @@ impl<'a, T: Real> Mat<'a, T> {
 impl<'a, T: Real> MatMut<'a, T> {
     /// The matrix whose rows start `row_stride` apart, at least `cols`.
     pub(crate) fn new(data: &'a mut [T], shape: (usize, usize), row_stride: usize) -> Self {
+        #[allow(unsafe_code, reason = "no safe cast of a slice exists")]
+        // SAFETY: the layouts are equal, and this module writes nothing but values.
+        let data = unsafe { &mut *(std::ptr::from_mut(data) as *mut [MaybeUninit<T>]) };
+        Self {
+            unset: false,
+            ..Self::unset(data, shape, row_stride)
+        }
+    }
+
+    /// The same over memory without values: a product writes each element of its destination.
+    pub(crate) fn unset(
+        data: &'a mut [MaybeUninit<T>],
+        shape: (usize, usize),
+        row_stride: usize,
+    ) -> Self {
         assert!(row_stride >= shape.1, "rows that overlap");
         check(data.len(), shape, (row_stride, 1));
         Self {
             data,
+            unset: true,
             rows: shape.0,
             cols: shape.1,
             row_stride,
         }
     }
+}
+
+/// A vector of `n` elements that `fill` writes, each of them.
+pub(crate) fn filled<T: Real>(n: usize, fill: impl FnOnce(&mut [MaybeUninit<T>])) -> Vec<T> {
+    let mut out = Vec::with_capacity(n);
+    fill(&mut out.spare_capacity_mut()[..n]);
+    #[allow(
+        unsafe_code,
+        reason = "zeros that are overwritten cost a pass on one thread"
+    )]
+    // SAFETY: the callers, all in `ops`, write every element; floats need no drop.
+    unsafe {
+        out.set_len(n);
+    }
+    out
 }
 
 /// `dst = lhs rhs`, or `dst += lhs rhs`, on the calling thread.
@@ -133,6 +167,10 @@ fn run<T: Real>(
         lhs.cols == rhs.rows && dst.rows == lhs.rows && dst.cols == rhs.cols,
         "matrices that do not fit"
     );
+    assert!(
+        !(accumulate && dst.unset),
+        "nothing is there to be added to"
+    );
     let alpha = if accumulate { T::one() } else { T::zero() };
     #[allow(unsafe_code, reason = "gemm takes pointers")]
     // SAFETY: `check` has seen that every element the shapes and strides reach lies inside its
@@ -142,7 +180,7 @@ fn run<T: Real>(
             dst.rows,
             dst.cols,
             lhs.cols,
-            dst.data.as_mut_ptr(),
+            dst.data.as_mut_ptr().cast::<T>(),
             1,
             dst.row_stride as isize,
             accumulate,

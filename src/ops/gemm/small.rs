@@ -2,6 +2,7 @@
 
 use super::{Mat, MatMut};
 use crate::ops::real::Real;
+use crate::ops::vectorized::vectorized;
 
 /// `dst = lhs rhs`, or `dst += lhs rhs`, on the calling thread, for a `rhs` whose rows are contiguous.
 ///
@@ -21,19 +22,25 @@ pub(crate) fn multiply_small<T: Real>(
         rhs.col_stride == 1,
         "rows of the right matrix are contiguous"
     );
-    #[cfg(target_arch = "x86_64")]
-    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-        #[allow(unsafe_code, reason = "wider instructions, where there are any")]
-        // SAFETY: the processor has just answered that it knows both.
-        return unsafe { with_avx2(dst, lhs, rhs, accumulate) };
+    assert!(
+        !(accumulate && dst.unset),
+        "nothing is there to be added to"
+    );
+    match FUSES || fuses() {
+        true => vectorized(|| product::<T, true>(dst, lhs, rhs, accumulate)),
+        false => product::<T, false>(dst, lhs, rhs, accumulate),
     }
-    product::<T, { cfg!(target_arch = "aarch64") }>(dst, lhs, rhs, accumulate);
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn with_avx2<T: Real>(dst: &mut MatMut<T>, lhs: Mat<T>, rhs: Mat<T>, accumulate: bool) {
-    product::<T, true>(dst, lhs, rhs, accumulate);
+/// Whether every processor of this kind has a fused product and sum.
+const FUSES: bool = cfg!(target_arch = "aarch64");
+
+/// Whether [`vectorized`] compiles for one that has it.
+fn fuses() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+    #[cfg(not(target_arch = "x86_64"))]
+    return false;
 }
 
 // Tiles have 8 accumulators of 32 bytes where they can: two products for each of the 4 cycles that one
@@ -118,8 +125,14 @@ fn tile<T: Real, const M: usize, const N: usize, const FMA: bool>(
     for (m, sums) in sums.iter().enumerate() {
         let to = &mut dst.data[(row + m) * dst.row_stride + col..][..N];
         match accumulate {
-            true => to.iter_mut().zip(sums).for_each(|(to, sum)| *to += *sum),
-            false => to.copy_from_slice(sums),
+            #[allow(unsafe_code, reason = "a matrix that is added to has values")]
+            // SAFETY: a matrix that may be unset is not added to, as asserted by the only caller.
+            true => to.iter_mut().zip(sums).for_each(|(to, sum)| unsafe {
+                *to.assume_init_mut() += *sum;
+            }),
+            false => to.iter_mut().zip(sums).for_each(|(to, sum)| {
+                to.write(*sum);
+            }),
         }
     }
 }

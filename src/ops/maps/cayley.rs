@@ -2,6 +2,7 @@
 
 use super::dense::{add_diagonal, add_scaled, multiply, store, transposed};
 use super::{Map, Real};
+use crate::ops::vectorized::vectorized;
 
 #[derive(Clone)]
 pub(crate) struct Cayley;
@@ -14,7 +15,7 @@ impl Map for Cayley {
     fn forward<T: Real>(&self, q: &[T], b: usize, out: &mut [T]) {
         let mut a: Vec<f64> = q.iter().map(|v| 0. - v.to_f64()).collect();
         add_diagonal(&mut a, b, 1.);
-        invert(&mut a, b);
+        vectorized(|| invert(&mut a, b));
         a.iter_mut().for_each(|v| *v *= 2.);
         add_diagonal(&mut a, b, -1.);
         store(&a, out);
@@ -33,6 +34,7 @@ impl Map for Cayley {
 }
 
 /// Gauss-Jordan elimination in place with partial pivoting. The inner loop adds a whole row.
+#[inline(always)]
 fn invert(a: &mut [f64], n: usize) {
     let mut swapped = vec![0; n];
     let mut row = vec![0.; n];
