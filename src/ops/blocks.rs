@@ -5,8 +5,9 @@ use super::real::Real;
 use rayon::prelude::*;
 use std::mem::MaybeUninit;
 
-/// Rows that are rotated together at most: they stay in cache.
-const ROWS: usize = 64;
+/// Rows that are rotated together at most. They stay in cache, and are as many streams of memory as the
+/// processor can follow: with 64 a rotation of 512x1024 took 1.2 times as long.
+const ROWS: usize = 16;
 
 /// Square blocks of size `b`, one after the other; one alone acts everywhere.
 #[derive(Clone, Copy)]

@@ -18,19 +18,18 @@
 //! [composed](super::composed) twin runs.
 
 use super::Weight;
-use super::adapted::{FromOutput, Gradients, Kernel, Stored, apply, bias_values, swamped};
+use super::adapted::{Gradients, Kernel, Stored, apply, bias_values, swamped};
 use super::blocks::{Blocks, gradient, gradient_and_back, rotate, rotate_back};
 use super::composed;
-use super::gemm::{Mat, MatMut, filled, multiply, multiply_wide};
+use super::gemm::{Mat, MatMut, multiply, multiply_wide};
+use super::magnitude::{self, scaled_and_gradient};
 use super::real::{
     Real, elements, has_kernel, narrowed, not_on_cpu, slice, tensor, tensor_as, with_elements,
     with_slice,
 };
-use super::vectorized::vectorized;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Layout, Result, Shape, Storage, Tensor};
 use rayon::prelude::*;
-use std::mem::MaybeUninit;
 
 /// Rows up to which candle's quantized product beats dequantizing, where it is allowed.
 const DECODE_ROWS: usize = 8;
@@ -179,15 +178,8 @@ impl Product {
     }
 
     fn scaled<T: Real>(&self, dy: &Tensor, ratio: &Tensor) -> Result<Vec<T>> {
-        let out = self.weight.out_dim();
         with_elements::<T, _>(dy, |dy| {
-            with_elements::<T, _>(ratio, |ratio| {
-                assert!(dy.len().is_multiple_of(out), "rows that do not fit");
-                Ok(filled(dy.len(), |scaled| {
-                    let rows = scaled.par_chunks_mut(out).zip(dy.par_chunks(out));
-                    rows.for_each(|(to, dy)| scale(to, dy, ratio));
-                }))
-            })
+            with_elements::<T, _>(ratio, |ratio| Ok(magnitude::scaled(dy, ratio)))
         })
     }
 
@@ -205,7 +197,12 @@ impl Product {
         let swamped = swamped(y.dtype());
         let (scaled, sums) = with_elements::<T, _>(y, |y| {
             with_elements::<T, _>(dy, |dy| {
-                Ok(scaled_and_sums((y, dy), bias.as_deref(), &values, swamped))
+                Ok(scaled_and_gradient(
+                    (y, dy),
+                    bias.as_deref(),
+                    &values,
+                    swamped,
+                ))
             })
         })?;
         let (mut grad, lost): (Vec<T>, Vec<bool>) = sums.into_iter().unzip();
@@ -381,117 +378,6 @@ fn matrix<'a, T: Real>(data: &'a [T], layout: &Layout) -> Result<Mat<'a, T>> {
         shape,
         (layout.stride()[0], layout.stride()[1]),
     ))
-}
-
-/// Rows whose terms are summed in `T` before they go into sums of f64.
-const TERMS: usize = 16;
-
-/// `dy * ratio`; and for each column `sum_t dy (y - bias) / ratio`, and whether that is not to be
-/// trusted. Each thread takes a stretch of rows; their sums are added from the first to the last.
-fn scaled_and_sums<T: Real>(
-    (y, dy): (&[T], &[T]),
-    bias: Option<&[T]>,
-    ratio: &[T],
-    limit: f64,
-) -> (Vec<T>, Vec<(T, bool)>) {
-    let out = ratio.len();
-    let rows = dy.len() / out.max(1);
-    assert!(
-        y.len() == dy.len() && dy.len() == rows * out,
-        "rows that do not fit"
-    );
-    let stretch = rows.div_ceil(rayon::current_num_threads()).max(1) * out.max(1);
-    let mut parts = Vec::new();
-    let scaled = filled(dy.len(), |scaled| {
-        let stretches = y.par_chunks(stretch).zip(dy.par_chunks(stretch));
-        let tasks = scaled.par_chunks_mut(stretch).zip(stretches);
-        let one = |scaled: &mut [MaybeUninit<T>], y: &[T], dy: &[T]| {
-            let mut sums = Sums::new(out);
-            let pieces = y.chunks(TERMS * out).zip(dy.chunks(TERMS * out));
-            for (scaled, (y, dy)) in scaled.chunks_mut(TERMS * out).zip(pieces) {
-                vectorized(|| {
-                    scale(scaled, dy, ratio);
-                    sums.add(y, dy, bias);
-                });
-            }
-            sums
-        };
-        tasks
-            .map(|(scaled, (y, dy))| one(scaled, y, dy))
-            .collect_into_vec(&mut parts);
-    });
-    let mut all = Sums::new(out);
-    for part in &parts {
-        let add = |to: &mut [f64], from: &[f64]| to.iter_mut().zip(from).for_each(|(a, v)| *a += v);
-        add(&mut all.slopes, &part.slopes);
-        add(&mut all.squares, &part.squares);
-    }
-    let gradient = |o: usize| {
-        let output = FromOutput {
-            slope: all.slopes[o],
-            square: all.squares[o],
-            bias: bias.map_or(0., |bias| bias[o].to_f64()),
-            ratio: ratio[o].to_f64(),
-            count: rows,
-            limit,
-        };
-        output.gradient()
-    };
-    (scaled, (0..out).map(gradient).collect())
-}
-
-/// `dy * ratio` row by row, each element written.
-#[inline(always)]
-fn scale<T: Real>(to: &mut [MaybeUninit<T>], dy: &[T], ratio: &[T]) {
-    let out = ratio.len();
-    for (to, dy) in to.chunks_exact_mut(out).zip(dy.chunks_exact(out)) {
-        for (to, (dy, ratio)) in to.iter_mut().zip(dy.iter().zip(ratio)) {
-            to.write(*dy * *ratio);
-        }
-    }
-}
-
-/// `sum dy (y - bias)` and, where there is a bias to swamp it, `sum (y - bias)^2` of each column.
-struct Sums {
-    slopes: Vec<f64>,
-    squares: Vec<f64>,
-}
-
-impl Sums {
-    fn new(out: usize) -> Self {
-        Self {
-            slopes: vec![0.; out],
-            squares: vec![0.; out],
-        }
-    }
-
-    /// Adds some rows.
-    #[inline(always)]
-    fn add<T: Real>(&mut self, y: &[T], dy: &[T], bias: Option<&[T]>) {
-        let out = self.slopes.len();
-        let mut slopes = vec![T::zero(); out];
-        let rows = y.chunks_exact(out).zip(dy.chunks_exact(out));
-        match bias {
-            None => {
-                for (y, dy) in rows {
-                    let terms = y.iter().zip(dy).map(|(y, dy)| *y * *dy);
-                    slopes.iter_mut().zip(terms).for_each(|(to, v)| *to += v);
-                }
-            }
-            Some(bias) => {
-                for (y, dy) in rows {
-                    let products = y.iter().zip(bias).map(|(y, bias)| *y - *bias);
-                    let sums = slopes.iter_mut().zip(&mut self.squares);
-                    for ((slope, square), (p, dy)) in sums.zip(products.zip(dy)) {
-                        *slope += p * *dy;
-                        *square += p.to_f64() * p.to_f64();
-                    }
-                }
-            }
-        }
-        let sums = self.slopes.iter_mut().zip(slopes);
-        sums.for_each(|(to, v)| *to += v.to_f64());
-    }
 }
 
 /// Rows of the weight whose gradients are made together.

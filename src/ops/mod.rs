@@ -10,6 +10,7 @@ pub(crate) mod embedding;
 mod gemm;
 pub(crate) mod linear;
 pub(crate) mod loss;
+mod magnitude;
 pub(crate) mod maps;
 pub(crate) mod norm;
 pub(crate) mod pointwise;

@@ -2,7 +2,7 @@
 
 use super::{Mat, MatMut};
 use crate::ops::real::Real;
-use crate::ops::vectorized::vectorized;
+use crate::ops::vectorized::{Vectors, vectors};
 
 /// `dst = lhs rhs`, or `dst += lhs rhs`, on the calling thread, for a `rhs` whose rows are contiguous.
 ///
@@ -26,69 +26,116 @@ pub(crate) fn multiply_small<T: Real>(
         !(accumulate && dst.unset),
         "nothing is there to be added to"
     );
-    match FUSES || fuses() {
-        true => vectorized(|| product::<T, true>(dst, lhs, rhs, accumulate)),
-        false => product::<T, false>(dst, lhs, rhs, accumulate),
+    match vectors() {
+        Vectors::Compiled => {
+            Accumulators::<256>.product::<T, FUSES>(dst, lhs, rhs, accumulate);
+        }
+        #[cfg(target_arch = "x86_64")]
+        #[allow(unsafe_code, reason = "wider instructions, where there are any")]
+        // SAFETY: the processor has just answered that it knows them.
+        Vectors::Avx2 => unsafe { avx2(dst, lhs, rhs, accumulate) },
+        #[cfg(target_arch = "x86_64")]
+        #[allow(unsafe_code, reason = "wider instructions, where there are any")]
+        // SAFETY: as above.
+        Vectors::Avx512 => unsafe { avx512(dst, lhs, rhs, accumulate) },
     }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn avx2<T: Real>(dst: &mut MatMut<T>, lhs: Mat<T>, rhs: Mat<T>, accumulate: bool) {
+    Accumulators::<256>.product::<T, true>(dst, lhs, rhs, accumulate);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,avx512f")]
+fn avx512<T: Real>(dst: &mut MatMut<T>, lhs: Mat<T>, rhs: Mat<T>, accumulate: bool) {
+    Accumulators::<1024>.product::<T, true>(dst, lhs, rhs, accumulate);
 }
 
 /// Whether every processor of this kind has a fused product and sum.
 const FUSES: bool = cfg!(target_arch = "aarch64");
 
-/// Whether [`vectorized`] compiles for one that has it.
-fn fuses() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    return is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
-    #[cfg(not(target_arch = "x86_64"))]
-    return false;
-}
+/// Rows of a tile at most.
+const ROWS: usize = 8;
 
-// Tiles have 8 accumulators of 32 bytes where they can: two products for each of the 4 cycles that one
-// takes, with registers left for both operands.
-#[inline(always)]
-fn product<T: Real, const FMA: bool>(
-    dst: &mut MatMut<T>,
-    lhs: Mat<T>,
-    rhs: Mat<T>,
-    accumulate: bool,
-) {
-    let (cols, mut col) = (dst.cols, 0);
-    let narrow = size_of::<T>() == 4;
-    while narrow && col + 16 <= cols {
-        strip::<T, 4, 16, FMA>(dst, lhs, rhs, col, accumulate);
-        col += 16;
-    }
-    while col + 8 <= cols {
-        match narrow {
-            true => strip::<T, 8, 8, FMA>(dst, lhs, rhs, col, accumulate),
-            false => strip::<T, 4, 8, FMA>(dst, lhs, rhs, col, accumulate),
+/// How the product is cut into tiles: their sums fill registers of `BYTES` bytes. 8 of them, or more,
+/// hide the 4 cycles that a product takes; both operands need some as well.
+struct Accumulators<const BYTES: usize>;
+
+impl<const BYTES: usize> Accumulators<BYTES> {
+    // Rows outside: those of `lhs` stay in cache for all columns.
+    #[inline(always)]
+    fn product<T: Real, const FMA: bool>(
+        &self,
+        dst: &mut MatMut<T>,
+        lhs: Mat<T>,
+        rhs: Mat<T>,
+        accumulate: bool,
+    ) {
+        let mut row = 0;
+        while row < dst.rows {
+            let place = (row, ROWS.min(dst.rows - row));
+            let mut col = 0;
+            while BYTES / size_of::<T>() >= 8 * 32 && col + 32 <= dst.cols {
+                self.rows::<T, 32, FMA>(dst, lhs, rhs, (place, col), accumulate);
+                col += 32;
+            }
+            while BYTES / size_of::<T>() >= 4 * 16 && col + 16 <= dst.cols {
+                self.rows::<T, 16, FMA>(dst, lhs, rhs, (place, col), accumulate);
+                col += 16;
+            }
+            while col + 8 <= dst.cols {
+                self.rows::<T, 8, FMA>(dst, lhs, rhs, (place, col), accumulate);
+                col += 8;
+            }
+            while col < dst.cols {
+                self.rows::<T, 1, FMA>(dst, lhs, rhs, (place, col), accumulate);
+                col += 1;
+            }
+            row += place.1;
         }
-        col += 8;
     }
-    while col < cols {
-        strip::<T, 4, 1, FMA>(dst, lhs, rhs, col, accumulate);
-        col += 1;
+
+    /// `N` columns of some rows of the product, in tiles as tall as the registers allow.
+    #[inline(always)]
+    fn rows<T: Real, const N: usize, const FMA: bool>(
+        &self,
+        dst: &mut MatMut<T>,
+        lhs: Mat<T>,
+        rhs: Mat<T>,
+        ((start, count), col): ((usize, usize), usize),
+        accumulate: bool,
+    ) {
+        let (mut row, end) = (start, start + count);
+        if 8 * N * size_of::<T>() <= BYTES && row + 8 <= end {
+            tile::<T, 8, N, FMA>(dst, lhs, rhs, (row, col), accumulate);
+            row += 8;
+        }
+        while row + 4 <= end {
+            tile::<T, 4, N, FMA>(dst, lhs, rhs, (row, col), accumulate);
+            row += 4;
+        }
+        while row < end {
+            tile::<T, 1, N, FMA>(dst, lhs, rhs, (row, col), accumulate);
+            row += 1;
+        }
     }
 }
 
-/// `N` columns of the product, `M` rows at a time.
-#[inline(always)]
-fn strip<T: Real, const M: usize, const N: usize, const FMA: bool>(
-    dst: &mut MatMut<T>,
-    lhs: Mat<T>,
-    rhs: Mat<T>,
-    col: usize,
-    accumulate: bool,
-) {
-    let mut row = 0;
-    while row + M <= dst.rows {
-        tile::<T, M, N, FMA>(dst, lhs, rhs, (row, col), accumulate);
-        row += M;
-    }
-    while row < dst.rows {
-        tile::<T, 1, N, FMA>(dst, lhs, rhs, (row, col), accumulate);
-        row += 1;
-    }
+/// A loop over the rows of a tile, written out: the compiler unrolls none over so many sums, and would
+/// keep sums that are indexed in memory.
+macro_rules! rows {
+    ($m:ident < $count:ident, $body:expr) => {
+        rows!(@ $m, $count, $body, 0 1 2 3 4 5 6 7)
+    };
+    (@ $m:ident, $count:ident, $body:expr, $($at:literal)*) => {$(
+        if $at < $count {
+            // Never another value; the remainder is for tiles that this row is not in.
+            let $m = $at % $count;
+            $body
+        }
+    )*};
 }
 
 #[inline(always)]
@@ -116,25 +163,30 @@ fn tile<T: Real, const M: usize, const N: usize, const FMA: bool>(
                 std::array::from_fn(|m| *a.add(m * lhs.row_stride)),
             )
         };
-        for (sums, a) in sums.iter_mut().zip(a) {
-            for (sum, b) in sums.iter_mut().zip(b) {
-                *sum = if FMA { a.fused(b, *sum) } else { a * b + *sum };
+        rows!(
+            m < M,
+            for (sum, b) in sums[m].iter_mut().zip(b) {
+                *sum = if FMA {
+                    a[m].fused(b, *sum)
+                } else {
+                    a[m] * b + *sum
+                };
             }
-        }
+        );
     }
-    for (m, sums) in sums.iter().enumerate() {
+    rows!(m < M, {
         let to = &mut dst.data[(row + m) * dst.row_stride + col..][..N];
         match accumulate {
             #[allow(unsafe_code, reason = "a matrix that is added to has values")]
             // SAFETY: a matrix that may be unset is not added to, as asserted by the only caller.
-            true => to.iter_mut().zip(sums).for_each(|(to, sum)| unsafe {
-                *to.assume_init_mut() += *sum;
+            true => to.iter_mut().zip(sums[m]).for_each(|(to, sum)| unsafe {
+                *to.assume_init_mut() += sum;
             }),
-            false => to.iter_mut().zip(sums).for_each(|(to, sum)| {
-                to.write(*sum);
+            false => to.iter_mut().zip(sums[m]).for_each(|(to, sum)| {
+                to.write(sum);
             }),
         }
-    }
+    });
 }
 
 #[cfg(test)]
@@ -159,12 +211,21 @@ mod tests {
                 for accumulate in [false, true] {
                     let stride = cols + 2;
                     let start = vec![T::from_f64(0.5); rows * stride];
-                    let (mut wide, mut plain) = (start.clone(), start);
-                    let shape = (rows, cols);
-                    let dst = &mut MatMut::new(&mut wide, shape, stride);
-                    multiply_small(dst, lhs, rhs, accumulate);
-                    let dst = &mut MatMut::new(&mut plain, shape, stride);
-                    product::<T, false>(dst, lhs, rhs, accumulate);
+                    let product = |product: &dyn Fn(&mut MatMut<T>)| {
+                        let mut found = start.clone();
+                        product(&mut MatMut::new(&mut found, (rows, cols), stride));
+                        found
+                    };
+                    // The tiles of every processor, as far as this one can compute them.
+                    let found = [
+                        product(&|dst| multiply_small(dst, lhs, rhs, accumulate)),
+                        product(&|dst| {
+                            Accumulators::<256>.product::<T, false>(dst, lhs, rhs, accumulate)
+                        }),
+                        product(&|dst| {
+                            Accumulators::<1024>.product::<T, false>(dst, lhs, rhs, accumulate)
+                        }),
+                    ];
                     for i in 0..rows {
                         for j in 0..stride {
                             let terms =
@@ -173,8 +234,8 @@ mod tests {
                                 true => terms.sum::<f64>() + if accumulate { 0.5 } else { 0. },
                                 false => 0.5,
                             };
-                            for found in [wide[i * stride + j], plain[i * stride + j]] {
-                                let off = (found.to_f64() - expected).abs();
+                            for found in &found {
+                                let off = (found[i * stride + j].to_f64() - expected).abs();
                                 assert!(off < tolerance, "{rows}x{inner}x{cols} {i},{j}: {off:e}");
                             }
                         }

@@ -15,7 +15,7 @@ impl Map for Cayley {
     fn forward<T: Real>(&self, q: &[T], b: usize, out: &mut [T]) {
         let mut a: Vec<f64> = q.iter().map(|v| 0. - v.to_f64()).collect();
         add_diagonal(&mut a, b, 1.);
-        vectorized(|| invert(&mut a, b));
+        invert(&mut a, b);
         a.iter_mut().for_each(|v| *v *= 2.);
         add_diagonal(&mut a, b, -1.);
         store(&a, out);
@@ -33,35 +33,36 @@ impl Map for Cayley {
     }
 }
 
-/// Gauss-Jordan elimination in place with partial pivoting. The inner loop adds a whole row.
-#[inline(always)]
-fn invert(a: &mut [f64], n: usize) {
-    let mut swapped = vec![0; n];
-    let mut row = vec![0.; n];
-    for k in 0..n {
-        let size = |i: &usize| a[i * n + k].abs();
-        let pivot = (k + 1..n).fold(k, |best, i| if size(&i) > size(&best) { i } else { best });
-        swapped[k] = pivot;
-        if pivot != k {
-            let (above, below) = a.split_at_mut(pivot * n);
-            above[k * n..(k + 1) * n].swap_with_slice(&mut below[..n]);
-        }
-        let scale = 1. / a[k * n + k];
-        a[k * n + k] = 1.;
-        a[k * n..(k + 1) * n].iter_mut().for_each(|v| *v *= scale);
-        row.copy_from_slice(&a[k * n..(k + 1) * n]);
-        for (i, other) in a.chunks_exact_mut(n).enumerate() {
-            let factor = other[k];
-            if i != k && factor != 0. {
-                other[k] = 0.;
-                add_scaled(other, -factor, &row);
+vectorized! {
+    /// Gauss-Jordan elimination in place with partial pivoting. The inner loop adds a whole row.
+    fn invert(a: &mut [f64], n: usize) {
+        let mut swapped = vec![0; n];
+        let mut row = vec![0.; n];
+        for k in 0..n {
+            let size = |i: &usize| a[i * n + k].abs();
+            let pivot = (k + 1..n).fold(k, |best, i| if size(&i) > size(&best) { i } else { best });
+            swapped[k] = pivot;
+            if pivot != k {
+                let (above, below) = a.split_at_mut(pivot * n);
+                above[k * n..(k + 1) * n].swap_with_slice(&mut below[..n]);
+            }
+            let scale = 1. / a[k * n + k];
+            a[k * n + k] = 1.;
+            a[k * n..(k + 1) * n].iter_mut().for_each(|v| *v *= scale);
+            row.copy_from_slice(&a[k * n..(k + 1) * n]);
+            for (i, other) in a.chunks_exact_mut(n).enumerate() {
+                let factor = other[k];
+                if i != k && factor != 0. {
+                    other[k] = 0.;
+                    add_scaled(other, -factor, &row);
+                }
             }
         }
-    }
-    // The rows were swapped before, so the columns of the inverse are swapped after, last first.
-    for k in (0..n).rev().filter(|k| swapped[*k] != *k) {
-        for row in a.chunks_exact_mut(n) {
-            row.swap(k, swapped[k]);
+        // The rows were swapped before, so the columns of the inverse are swapped after, last first.
+        for k in (0..n).rev().filter(|k| swapped[*k] != *k) {
+            for row in a.chunks_exact_mut(n) {
+                row.swap(k, swapped[k]);
+            }
         }
     }
 }
