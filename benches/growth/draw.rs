@@ -70,15 +70,18 @@ fn panel(area: &Area, sweep: &Grown) -> Result<(), Box<dyn Error>> {
     let values = sweep.points.iter().map(|point| point.value as f64);
     let times = || sweep.points.iter().flat_map(|point| point.seconds.values());
     let milliseconds = times().map(|seconds| 1e3 * seconds);
-    // Powers of two on both axes, so that a line of slope one is one that grows in proportion.
-    let ((left, right), (low, high)) = (ends(values, 0.15), ends(milliseconds, 0.3));
+    let (left, right) = ends(values);
+    let (low, high) = ends(milliseconds);
+    // Whole powers of two above and below, so that a flat line looks flat.
+    let (low, high) = (low.log2().floor().exp2(), high.log2().ceil().exp2());
+    let margin = 0.15f64.exp2();
     let mut chart = ChartBuilder::on(area)
-        .caption(format!("{}: {}", sweep.name, sweep.fixed), style(16))
+        .caption(format!("by {} ({})", sweep.name, sweep.fixed), style(16))
         .margin(10)
         .x_label_area_size(40)
         .y_label_area_size(58)
         .build_cartesian_2d(
-            (left..right).log_scale().base(2.),
+            (left / margin..right * margin).log_scale().base(2.),
             (low..high).log_scale().base(2.),
         )?;
     chart
@@ -90,8 +93,8 @@ fn panel(area: &Area, sweep: &Grown) -> Result<(), Box<dyn Error>> {
         .y_labels(8)
         .x_desc(sweep.name)
         .y_desc("ms a step")
-        .x_label_formatter(&|value| format!("{value:.0}"))
-        .y_label_formatter(&|value| number(*value))
+        .x_label_formatter(&|value| power(*value))
+        .y_label_formatter(&|value| power(*value))
         .label_style(style(13))
         .draw()?;
     for method in METHODS {
@@ -105,22 +108,22 @@ fn panel(area: &Area, sweep: &Grown) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// The ends of an axis that holds the values, `margin` powers of two beyond them.
-fn ends(values: impl Iterator<Item = f64>, margin: f64) -> (f64, f64) {
-    let (low, high) = values.fold((f64::INFINITY, 0f64), |(low, high), v| {
-        (low.min(v), high.max(v))
+/// The least and the largest value; 1 and 2 where there is none.
+fn ends(values: impl Iterator<Item = f64>) -> (f64, f64) {
+    let ends = values.fold((f64::INFINITY, 0f64), |(low, high), value| {
+        (low.min(value), high.max(value))
     });
-    match low.is_finite() {
-        true => (low / margin.exp2(), high * margin.exp2()),
-        false => (1., 2.),
-    }
+    if ends.0.is_finite() { ends } else { (1., 2.) }
 }
 
-/// Without digits that say nothing.
-fn number(value: f64) -> String {
-    match value {
-        10.0.. => format!("{value:.0}"),
-        1.0..10. => format!("{value:.1}").trim_end_matches(".0").to_string(),
-        _ => format!("{value:.2}"),
+/// Powers of two alone: what an axis with few of them puts between has no round number.
+fn power(value: f64) -> String {
+    let exponent = value.log2();
+    if (exponent - exponent.round()).abs() > 1e-6 {
+        return String::new();
+    }
+    match exponent.round() {
+        0.0.. => format!("{value:.0}"),
+        _ => format!("1/{:.0}", 1. / value),
     }
 }

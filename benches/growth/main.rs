@@ -17,9 +17,9 @@ use candle_core::Result;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use support::context::context;
-use support::interleave::rounds;
-use support::stats::{Interval, interval, median};
-use support::{Run, Shape};
+use support::interleave::{Budget, rounds, timed};
+use support::stats::{Interval, VALUES, interval, median};
+use support::{Shape, Timed};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -27,9 +27,15 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 /// The sides, the floor first.
 const METHODS: [&str; 3] = ["gemm", "frozen", "doft"];
 
-/// Seconds for one point.
-const SECONDS: f64 = 7.;
-const QUICK: f64 = 0.4;
+/// Of one point.
+const FULL: Budget = Budget {
+    seconds: 7.,
+    rounds: VALUES,
+};
+const QUICK: Budget = Budget {
+    seconds: 0.4,
+    rounds: 2,
+};
 
 /// Multiplications of one product up to which a quick run takes a point.
 const QUICK_WORK: usize = 512 * 2048 * 1024;
@@ -115,7 +121,7 @@ fn sweeps() -> [Sweep; 4] {
 
 fn main() -> anyhow::Result<()> {
     let quick = std::env::args().any(|argument| argument == "--quick");
-    let budget = if quick { QUICK } else { SECONDS };
+    let budget = if quick { QUICK } else { FULL };
     let mut grown = Vec::new();
     for sweep in sweeps() {
         println!("{} ({})", sweep.name, sweep.fixed);
@@ -142,13 +148,13 @@ fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
-fn time(place: &Place, budget: f64) -> Result<Point> {
+fn time(place: &Place, budget: Budget) -> Result<Point> {
     let steps = support::stacks(&METHODS, place.shape, place.block_size, place.layers)?;
-    let runs: Vec<Run> = steps
+    let sides: Vec<Timed> = steps
         .into_iter()
-        .map(|step| Box::new(move || step.run()) as Run)
+        .map(|step| timed(Box::new(move || step.run())))
         .collect();
-    let rounds = rounds(&runs, budget)?;
+    let rounds = rounds(&sides, budget)?;
     let column = |of: &dyn Fn(&Vec<f64>) -> f64| rounds.iter().map(of).collect::<Vec<_>>();
     let seconds = METHODS.iter().enumerate();
     let pairs = [(1, 0), (2, 0), (2, 1)];

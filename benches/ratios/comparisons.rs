@@ -1,6 +1,7 @@
 //! What is compared with what.
 
-use crate::support::{self, Run, Shape, calls, conv, llm, parts, quantized};
+use crate::support::interleave::timed;
+use crate::support::{self, Run, Shape, Timed, calls, conv, llm, parts, quantized};
 use candle_core::Result;
 
 /// Methods on one linear layer: numerator, denominator.
@@ -36,17 +37,17 @@ pub struct Comparison {
 
 /// The two sides, and what is taken off the numerator because no method has to do with it.
 pub struct Sides {
-    pub numerator: Run,
-    pub denominator: Run,
-    pub surplus: Option<Run>,
+    pub numerator: Timed,
+    pub denominator: Timed,
+    pub surplus: Vec<Timed>,
 }
 
 impl Sides {
     fn new(numerator: Run, denominator: Run) -> Self {
         Self {
-            numerator,
-            denominator,
-            surplus: None,
+            numerator: timed(numerator),
+            denominator: timed(denominator),
+            surplus: Vec::new(),
         }
     }
 }
@@ -122,17 +123,23 @@ fn linear_steps() -> Vec<Comparison> {
     all
 }
 
-/// The op's two calls alone. They are no step, and say what a step adds to them.
-fn linear_calls() -> [Comparison; 2] {
+/// The op's two calls alone, and those of DOFT with the map that makes its R. They are no step, and say
+/// what a step adds to them.
+fn linear_calls() -> [Comparison; 3] {
     let shape = SHAPES[0];
-    [("frozen", "gemm"), ("doft", "gemm")].map(|pair| {
+    ["frozen", "doft", "doft_and_map"].map(|name| {
+        let pair = (name, "gemm");
         Comparison::new("linear_calls", support::name(shape), pair, move || {
-            let [pass, bookkeeping] = calls::calls(step(pair.0, shape, 32)?)?;
-            let products = step(pair.1, shape, 32)?;
+            let method = if name == "frozen" { name } else { "doft" };
+            let products = step("gemm", shape, 32)?;
+            let mut surplus = vec![calls::bookkeeping(step("gemm", shape, 32)?)?];
+            if name == "doft" {
+                surplus.push(calls::map(step(name, shape, 32)?)?);
+            }
             Ok(Sides {
-                numerator: pass,
-                denominator: Box::new(move || products.run()),
-                surplus: Some(bookkeeping),
+                numerator: calls::calls(step(method, shape, 32)?)?,
+                denominator: timed(Box::new(move || products.run())),
+                surplus,
             })
         })
     })

@@ -20,17 +20,23 @@ mod support;
 use comparisons::{Comparison, Sides};
 use serde_json::{Value, json};
 use support::context::context;
-use support::interleave::rounds;
-use support::stats::{interval, median};
+use support::interleave::{Budget, rounds};
+use support::stats::{VALUES, interval, median};
 
 #[global_allocator]
 static ALLOCATOR: memory::Counting = memory::ALLOCATOR;
 
 const FILE: &str = "target/ratios.json";
 
-/// Seconds for one pair at one shape.
-const SECONDS: f64 = 6.;
-const QUICK: f64 = 1.;
+/// Of one pair at one shape.
+const FULL: Budget = Budget {
+    seconds: 6.,
+    rounds: VALUES,
+};
+const QUICK: Budget = Budget {
+    seconds: 1.,
+    rounds: 2,
+};
 
 fn main() -> anyhow::Result<()> {
     // Cargo hands `--bench` to every bench.
@@ -58,7 +64,7 @@ fn main() -> anyhow::Result<()> {
     if wanted(memory::WHAT) {
         memory::compare(quick)?.into_iter().for_each(&mut tell);
     }
-    let budget = if quick { QUICK } else { SECONDS };
+    let budget = if quick { QUICK } else { FULL };
     for comparison in comparisons::all(quick) {
         if wanted(comparison.what) {
             tell(time(&comparison, budget)?);
@@ -73,7 +79,7 @@ fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
-fn time(comparison: &Comparison, budget: f64) -> anyhow::Result<Value> {
+fn time(comparison: &Comparison, budget: Budget) -> anyhow::Result<Value> {
     let Sides {
         numerator,
         denominator,
@@ -84,10 +90,11 @@ fn time(comparison: &Comparison, budget: f64) -> anyhow::Result<Value> {
         .chain(surplus)
         .collect();
     let rounds = rounds(&sides, budget)?;
-    let above = |round: &Vec<f64>| round[0] - round.get(2).unwrap_or(&0.);
+    let surplus = |round: &Vec<f64>| round[2..].iter().sum::<f64>();
+    let above = |round: &Vec<f64>| round[0] - surplus(round);
     let each = |of: &dyn Fn(&Vec<f64>) -> f64| rounds.iter().map(of).collect::<Vec<_>>();
     let ratio = interval(&each(&|round| above(round) / round[1]));
-    Ok(json!({
+    let mut entry = json!({
         "what": comparison.what,
         "shape": comparison.shape,
         "numerator": comparison.numerator,
@@ -98,7 +105,11 @@ fn time(comparison: &Comparison, budget: f64) -> anyhow::Result<Value> {
         "rounds": rounds.len(),
         "numerator_seconds": median(&each(&above)),
         "denominator_seconds": median(&each(&|round| round[1])),
-    }))
+    });
+    if sides.len() > 2 {
+        entry["surplus_seconds"] = median(&each(&surplus)).into();
+    }
+    Ok(entry)
 }
 
 fn print(entry: &Value) {

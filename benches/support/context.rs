@@ -14,7 +14,7 @@ pub fn context(quick: bool) -> Value {
         "rustc": rustc().unwrap_or_else(|| "unknown".into()),
         "candle": candle().unwrap_or("unknown"),
         "allocator": "mimalloc",
-        "date": date(),
+        "date": date(SystemTime::now()),
         "quick": quick,
     })
 }
@@ -38,8 +38,9 @@ fn candle() -> Option<&'static str> {
     Some(after.split_once('"')?.0)
 }
 
-fn date() -> String {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+/// `2026-11-25`.
+pub fn date(at: SystemTime) -> String {
+    let since = at.duration_since(UNIX_EPOCH);
     let (year, month, day) = civil(since.map_or(0, |since| since.as_secs() / 86_400));
     format!("{year}-{month:02}-{day:02}")
 }

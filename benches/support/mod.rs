@@ -21,6 +21,9 @@ use std::hint::black_box;
 /// One run of what is timed.
 pub type Run = Box<dyn Fn() -> Result<()>>;
 
+/// One run that says itself how many seconds of it count.
+pub type Timed = Box<dyn Fn() -> Result<f64>>;
+
 /// Rank of LoRA and DoRA: about the parameters of DOFT with blocks of 32.
 const RANK: usize = 8;
 

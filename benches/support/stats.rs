@@ -8,7 +8,7 @@ pub struct Interval {
     pub high: f64,
 }
 
-/// Fewer values than this give no interval.
+/// Fewer values than this give no interval of 95 %, but one from the least to the largest.
 pub const VALUES: usize = 6;
 
 pub fn median(values: &[f64]) -> f64 {

@@ -3,6 +3,8 @@
 //!     cargo bench --bench table
 
 mod bounds;
+#[path = "../support/context.rs"]
+mod context;
 mod markdown;
 mod results;
 
@@ -21,6 +23,12 @@ fn main() -> anyhow::Result<()> {
     if let Some(growth) = &growth {
         print!("{}", markdown::growth(growth));
     }
-    print!("{}", markdown::criterion(&criterion));
+    if let Some(last) = criterion.iter().map(|estimate| estimate.at).max() {
+        // Criterion keeps times alone; the rest is what it would find here.
+        let mut here = context::context(false);
+        here["date"] = context::date(last).into();
+        let here = serde_json::from_value(here)?;
+        print!("{}", markdown::criterion(&criterion, &here));
+    }
     Ok(())
 }

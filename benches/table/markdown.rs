@@ -1,7 +1,7 @@
 //! Tables of results.
 
 use crate::bounds::Bound;
-use crate::results::{Context, Entry, Estimate, Growth};
+use crate::results::{Context, Entry, Estimate, Growth, Interval, Point};
 use std::fmt::Display;
 
 /// A table; cells that are missing stay empty.
@@ -36,7 +36,29 @@ fn ratio(median: f64, low: f64, high: f64) -> String {
 }
 
 fn of(entry: &Entry) -> String {
-    ratio(entry.median, entry.low, entry.high)
+    match entry.numerator_bytes.zip(entry.denominator_bytes) {
+        Some((above, below)) => {
+            let mega = |bytes| bytes as f64 / 1e6;
+            format!(
+                "{:.2} ({:.1} over {:.1} MB)",
+                entry.median,
+                mega(above),
+                mega(below)
+            )
+        }
+        None => ratio(entry.median, entry.low, entry.high),
+    }
+}
+
+/// With a digit more than the bounds have, so that a median just above one does not look kept.
+fn exact(entry: &Entry) -> String {
+    let Entry {
+        median, low, high, ..
+    } = entry;
+    match *median < 0.1 {
+        true => of(entry),
+        false => format!("{median:.3} [{low:.3}, {high:.3}]"),
+    }
 }
 
 fn milliseconds(seconds: f64) -> String {
@@ -89,8 +111,8 @@ pub fn bounds(bounds: &[Bound], entries: &[Entry]) -> String {
         let found: Vec<_> = found.collect();
         let shapes = once(found.iter().map(|entry| &entry.shape)).len();
         let cell = |entry: &&Entry| match shapes {
-            1 => of(entry),
-            _ => format!("{}: {}", entry.shape, of(entry)),
+            1 => exact(entry),
+            _ => format!("{}: {}", entry.shape, exact(entry)),
         };
         let measured = found.iter().map(cell).collect::<Vec<_>>().join("; ");
         names([
@@ -150,15 +172,9 @@ fn grid(entries: &[&Entry], shapes: &[&str]) -> String {
 fn list(entries: &[&Entry]) -> String {
     let side = |entry: &Entry| {
         let seconds = entry.numerator_seconds.zip(entry.denominator_seconds);
-        let bytes = entry.numerator_bytes.zip(entry.denominator_bytes);
-        let mega = |bytes| bytes as f64 / 1e6;
-        match (seconds, bytes) {
-            (Some((above, below)), _) => {
-                format!("{} and {} ms", milliseconds(above), milliseconds(below))
-            }
-            (_, Some((above, below))) => format!("{:.1} and {:.1} MB", mega(above), mega(below)),
-            _ => String::new(),
-        }
+        seconds.map_or(String::new(), |(above, below)| {
+            format!("{} and {} ms", milliseconds(above), milliseconds(below))
+        })
     };
     let row = |entry: &&Entry| {
         let pair = format!("{} over {}", entry.numerator, entry.denominator);
@@ -170,22 +186,23 @@ fn list(entries: &[&Entry]) -> String {
 
 /// Times of a step as each size grows.
 pub fn growth(growth: &Growth) -> String {
+    let methods = ["gemm", "frozen", "doft"];
+    let pairs = ["frozen/gemm", "doft/gemm", "doft/frozen"];
     let mut text = format!("Growth of a step. {}\n\n", place(&growth.context));
     for sweep in &growth.sweeps {
-        let Some(first) = sweep.points.first() else {
-            continue;
-        };
-        let times = first.seconds.keys().map(|method| format!("{method}, ms"));
-        let ratios = first.ratios.keys().map(|pair| pair.replace('/', " over "));
+        let times = methods.map(|method| format!("{method}, ms"));
+        let ratios = pairs.map(|pair| pair.replace('/', " over "));
         let head = std::iter::once(sweep.name.clone())
             .chain(times)
             .chain(ratios);
-        let row = |point: &crate::results::Point| {
-            let mut cells = vec![point.value.to_string()];
-            cells.extend(point.seconds.values().map(|seconds| milliseconds(*seconds)));
-            let ratios = point.ratios.values();
-            cells.extend(ratios.map(|r| ratio(r.median, r.low, r.high)));
-            cells
+        let row = |point: &Point| {
+            let seconds = |method| point.seconds.get(method);
+            let times = methods.map(|m| seconds(m).map_or(String::new(), |s| milliseconds(*s)));
+            let interval = |pair| point.ratios.get(pair);
+            let cell = |r: &Interval| ratio(r.median, r.low, r.high);
+            let ratios = pairs.map(|pair| interval(pair).map_or(String::new(), cell));
+            let value = std::iter::once(point.value.to_string());
+            value.chain(times).chain(ratios).collect::<Vec<_>>()
         };
         let rows: Vec<_> = sweep.points.iter().map(row).collect();
         text.push_str(&format!("By {} ({}):\n\n", sweep.name, sweep.fixed));
@@ -195,8 +212,11 @@ pub fn growth(growth: &Growth) -> String {
 }
 
 /// Criterion's medians: methods against sizes.
-pub fn criterion(estimates: &[Estimate]) -> String {
-    let mut text = String::new();
+pub fn criterion(estimates: &[Estimate], here: &Context) -> String {
+    if estimates.is_empty() {
+        return String::new();
+    }
+    let mut text = format!("Medians of criterion. {}\n\n", place(here));
     for group in once(estimates.iter().map(|e| e.group.as_str())) {
         let mine: Vec<_> = estimates.iter().filter(|e| e.group == group).collect();
         let values = once(mine.iter().map(|e| e.value.as_str()));
@@ -211,8 +231,8 @@ pub fn criterion(estimates: &[Estimate]) -> String {
         };
         let methods = once(mine.iter().map(|e| e.method.as_str()));
         let rows: Vec<_> = methods.iter().map(row).collect();
-        let head = std::iter::once("ms").chain(values.iter().copied());
-        text.push_str(&format!("Criterion, `{group}`, medians:\n\n"));
+        let head = std::iter::once("").chain(values.iter().copied());
+        text.push_str(&format!("`{group}`, ms:\n\n"));
         text.push_str(&table(&names(head), &rows));
     }
     text

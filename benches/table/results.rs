@@ -3,6 +3,7 @@
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 /// Where and when it was measured.
 #[derive(Clone, Debug, Deserialize, PartialEq)]
@@ -68,6 +69,8 @@ pub struct Estimate {
     pub method: String,
     pub value: String,
     pub seconds: f64,
+    /// When it was written.
+    pub at: SystemTime,
 }
 
 /// A file's content, or none where there is no file.
@@ -114,6 +117,7 @@ pub fn criterion() -> anyhow::Result<Vec<Estimate>> {
                         method: names.function_id.unwrap_or_default(),
                         value: names.value_str.unwrap_or_default(),
                         seconds: 1e-9 * times.median.point_estimate,
+                        at: std::fs::metadata(&last)?.modified()?,
                     });
                 }
             }
