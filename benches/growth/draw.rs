@@ -89,7 +89,7 @@ fn panel(area: &Area, sweep: &Grown) -> Result<(), Box<dyn Error>> {
         .light_line_style(TRANSPARENT)
         .bold_line_style(SOFT.mix(0.3))
         .axis_style(SOFT)
-        .x_labels(14)
+        .x_labels(8)
         .y_labels(8)
         .x_desc(sweep.name)
         .y_desc("ms a step")

@@ -80,7 +80,10 @@ pub fn read<T: serde::de::DeserializeOwned>(path: impl AsRef<Path>) -> anyhow::R
         return Ok(None);
     };
     let value = serde_json::from_str(&text);
-    let value = value.map_err(|error| anyhow::anyhow!("{}: {error}", path.display()))?;
+    let value = value.map_err(|error| {
+        let path = path.display();
+        anyhow::anyhow!("{path} is not of this version, run its bench again: {error}")
+    })?;
     Ok(Some(value))
 }
 
