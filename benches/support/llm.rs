@@ -15,7 +15,7 @@ use std::collections::hash_map::Entry;
 const SEQUENCES: usize = 4;
 const TOKENS: usize = 128;
 
-/// Layers of the whole model, and of one that is timed in a hurry.
+/// Layers of the whole model, and of one that is timed in a hurry, with fewer words as well.
 pub const LAYERS: usize = 30;
 pub const QUICK_LAYERS: usize = 2;
 
@@ -33,7 +33,7 @@ fn config(layers: usize) -> Config {
         scaling: None,
         factors: None,
         context: TOKENS,
-        vocabulary: 49_152,
+        vocabulary: if layers < LAYERS { 4096 } else { 49_152 },
         tied: true,
     }
 }

@@ -1,20 +1,28 @@
 //! What the benches time: one training step of one linear layer under each method, and of other kinds
 //! of layer.
 
+pub mod calls;
+pub mod context;
 pub mod conv;
+pub mod interleave;
 pub mod llm;
 pub mod parts;
 mod plain;
 pub mod quantized;
+pub mod stats;
 
 use crate::methods::{Method, Tuned, Tuner};
 use candle_core::{Device, Module, Result, Tensor, Var};
 use candle_doft::DoftConfig;
 use candle_doft::rng::SplitMix64;
 use candle_nn::Linear;
+use std::hint::black_box;
 
 /// One run of what is timed.
 pub type Run = Box<dyn Fn() -> Result<()>>;
+
+/// One run that says itself how many seconds of it count.
+pub type Timed = Box<dyn Fn() -> Result<f64>>;
 
 /// Rank of LoRA and DoRA: about the parameters of DOFT with blocks of 32.
 const RANK: usize = 8;
@@ -36,52 +44,61 @@ pub fn seeded(shape: (usize, usize), seed: u64) -> Result<Tensor> {
     Tensor::from_vec(values, shape, &Device::Cpu)
 }
 
-/// A step of one method.
+/// A step of one method through a stack of layers, most often one.
 pub struct Step {
     pub method: String,
     /// The variables that must get a gradient.
     vars: Vec<Var>,
-    layer: Layer,
+    layers: Layers,
     x: Var,
     upstream: Tensor,
+}
+
+enum Layers {
+    Modules(Vec<Layer>),
+    /// The two products of each frozen layer and nothing else: `x W^T`, and `dy W`.
+    Products(Vec<Tensor>),
 }
 
 enum Layer {
     Crate(Tuned),
     Candle(plain::Plain),
-    /// The two products of a frozen layer and nothing else: `x W^T`, and `dy W`.
-    Products(Tensor),
 }
 
 impl Step {
     /// Forward, then backward to the input and to the adapter.
     pub fn run(&self) -> Result<()> {
-        let y = match &self.layer {
-            Layer::Products(weight) => {
-                let y = self.x.detach().matmul(&weight.t()?)?;
-                let dx = self.upstream.matmul(weight)?;
-                std::hint::black_box((y, dx));
-                return Ok(());
-            }
-            layer => layer.forward(&self.x)?,
+        let layers = match &self.layers {
+            Layers::Modules(layers) => layers,
+            Layers::Products(weights) => return self.products(weights),
         };
         // A loss that costs one pass over y and hands back the upstream gradient.
+        let y = forward(layers, &self.x)?;
         let grads = (y * &self.upstream)?.sum_all()?.backward()?;
-        std::hint::black_box(grads);
+        black_box(grads);
+        Ok(())
+    }
+
+    fn products(&self, weights: &[Tensor]) -> Result<()> {
+        let mut y = self.x.detach();
+        for weight in weights {
+            y = y.matmul(&weight.t()?)?;
+        }
+        let mut dx = self.upstream.clone();
+        for weight in weights.iter().rev() {
+            dx = dx.matmul(weight)?;
+        }
+        black_box((y, dx));
         Ok(())
     }
 
     /// Checks that the step does what it is timed for.
     fn check(&self, expected: &Tensor) -> Result<()> {
-        if matches!(self.layer, Layer::Products(_)) {
+        let Layers::Modules(layers) = &self.layers else {
             return Ok(());
-        }
-        let y = self.layer.forward(&self.x)?;
-        let off = (&y - expected)?
-            .abs()?
-            .flatten_all()?
-            .max(0)?
-            .to_scalar::<f32>()?;
+        };
+        let y = forward(layers, &self.x)?;
+        let off = (&y - expected)?.abs()?.max_all()?.to_scalar::<f32>()?;
         // Every method starts at the base.
         assert!(off < 1e-3, "{} is off by {off}", self.method);
         let grads = y.sum_all()?.backward()?;
@@ -100,14 +117,11 @@ impl Step {
     }
 }
 
-impl Layer {
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        match self {
-            Self::Crate(layer) => layer.forward(x),
-            Self::Candle(layer) => layer.forward(x),
-            Self::Products(weight) => x.matmul(&weight.t()?),
-        }
-    }
+fn forward(layers: &[Layer], x: &Tensor) -> Result<Tensor> {
+    layers.iter().try_fold(x.clone(), |x, layer| match layer {
+        Layer::Crate(layer) => layer.forward(&x),
+        Layer::Candle(layer) => layer.forward(&x),
+    })
 }
 
 /// The steps of the named methods at one shape, on the same weight and input, checked.
@@ -115,31 +129,73 @@ impl Layer {
 /// A `candle_` method is what one writes with plain candle operations; the others stand on the
 /// crate's frozen product.
 pub fn steps(names: &[&str], shape: Shape, block_size: usize) -> Result<Vec<Step>> {
-    let (tokens, width, out) = shape;
-    let weight = (seeded((out, width), 1)? / (width as f64).sqrt())?;
-    let x = seeded((tokens, width), 2)?;
-    let upstream = seeded((tokens, out), 3)?;
-    let expected = x.matmul(&weight.t()?)?;
+    stacks(names, shape, block_size, 1)
+}
+
+/// The same through `depth` layers of that shape, one after the other.
+pub fn stacks(names: &[&str], shape: Shape, block_size: usize, depth: usize) -> Result<Vec<Step>> {
+    let setting = Setting::new(shape, block_size, depth)?;
+    let mut expected = setting.x.clone();
+    for weight in &setting.weights {
+        expected = expected.matmul(&weight.t()?)?;
+    }
     let mut steps = Vec::new();
     for method in names {
-        let (layer, vars) = layer(method, &weight, block_size)?;
-        let step = Step {
-            method: method.to_string(),
-            vars,
-            layer,
-            x: Var::from_tensor(&x)?,
-            upstream: upstream.clone(),
-        };
+        let step = setting.step(method)?;
         step.check(&expected)?;
         steps.push(step);
     }
     Ok(steps)
 }
 
-fn layer(method: &str, weight: &Tensor, block_size: usize) -> Result<(Layer, Vec<Var>)> {
-    if method == "gemm" {
-        return Ok((Layer::Products(weight.clone()), Vec::new()));
+/// A step on which nothing has run yet, not even a check.
+pub fn untouched(method: &str, shape: Shape, block_size: usize) -> Result<Step> {
+    Setting::new(shape, block_size, 1)?.step(method)
+}
+
+/// What the sides of a comparison share.
+struct Setting {
+    weights: Vec<Tensor>,
+    x: Tensor,
+    upstream: Tensor,
+    block_size: usize,
+}
+
+impl Setting {
+    fn new((tokens, width, out): Shape, block_size: usize, depth: usize) -> Result<Self> {
+        let weight = |layer| seeded((out, width), 10 + layer as u64)? / (width as f64).sqrt();
+        Ok(Self {
+            weights: (0..depth).map(weight).collect::<Result<_>>()?,
+            x: seeded((tokens, width), 2)?,
+            upstream: seeded((tokens, out), 3)?,
+            block_size,
+        })
     }
+
+    fn step(&self, method: &str) -> Result<Step> {
+        let mut vars = Vec::new();
+        let mut layers = Vec::new();
+        if method != "gemm" {
+            for weight in &self.weights {
+                let (layer, own) = layer(method, weight, self.block_size)?;
+                layers.push(layer);
+                vars.extend(own);
+            }
+        }
+        Ok(Step {
+            method: method.to_string(),
+            vars,
+            layers: match method {
+                "gemm" => Layers::Products(self.weights.clone()),
+                _ => Layers::Modules(layers),
+            },
+            x: Var::from_tensor(&self.x)?,
+            upstream: self.upstream.clone(),
+        })
+    }
+}
+
+fn layer(method: &str, weight: &Tensor, block_size: usize) -> Result<(Layer, Vec<Var>)> {
     if let Some(plain) = plain::Plain::new(method, weight, RANK, block_size)? {
         let vars = plain.vars();
         return Ok((Layer::Candle(plain), vars));
