@@ -2,21 +2,19 @@
 
 mod build;
 mod extra;
-mod gradients;
 mod matching;
 mod report;
 mod scope;
 mod select;
 mod stored;
 
-pub use gradients::GradientReport;
 pub(crate) use matching::flat;
 pub use report::{LayerReport, Report};
 pub use stored::Warning;
 pub(crate) use stored::{NORMS_DIFFER, Stored, StoredLayer, differs, fingerprint};
 
 use crate::config::DoftConfig;
-use crate::error::{Error, Result};
+use crate::error::{Error, GradientReport, Result};
 use crate::layer::Adaptation;
 use crate::params::names;
 use candle_core::backprop::GradStore;

@@ -3,9 +3,8 @@
 use super::matching::{component, rule};
 use super::{Adapter, Inner};
 use crate::config::{BlockLayout, DoftConfig, LayerKind, Magnitude, Map};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, nearest};
 use crate::layer::Adaptation;
-use crate::nearest::nearest;
 use crate::params::names;
 use candle_core::{DType, Device, Tensor, Var};
 use std::collections::{BTreeMap, BTreeSet};

@@ -3,7 +3,7 @@
 use super::{LoadOptions, canonical, peft_write, read_stored, write};
 use crate::adapter::{Stored, Warning};
 use crate::config::LayerKind;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, nearest};
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -81,7 +81,7 @@ fn settle(stored: &mut Stored, shapes: &BTreeMap<String, Vec<usize>>) -> Result<
             count: stored.layers.len() - renamed.len(),
             total: stored.layers.len(),
             first: module.clone(),
-            nearest: crate::nearest::nearest(module, shapes.keys().map(String::as_str)),
+            nearest: nearest(module, shapes.keys().map(String::as_str)),
         });
     }
     stored.layers = renamed.into_values().collect();

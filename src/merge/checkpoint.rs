@@ -3,7 +3,7 @@
 use super::Merge;
 use super::header::Source;
 use super::untie::{self, Untied};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, nearest};
 use crate::file::raw_bytes;
 use std::fs;
 use std::io::{BufWriter, Write};
@@ -139,7 +139,7 @@ impl Merge {
                     count: missing.len(),
                     total: part.stored.layers.len() + part.stored.extras.len(),
                     first: first.to_string(),
-                    nearest: crate::nearest::nearest(first, names.iter().map(String::as_str)),
+                    nearest: nearest(first, names.iter().map(String::as_str)),
                 });
             }
         }

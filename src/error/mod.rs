@@ -1,5 +1,11 @@
 //! Errors: one variant for each thing that the caller has to mend, with the data to mend it.
 
+mod gradients;
+mod nearest;
+
+pub use gradients::GradientReport;
+pub(crate) use nearest::nearest;
+
 use std::path::PathBuf;
 
 /// What went wrong, with the names and numbers needed to mend it.
@@ -138,7 +144,7 @@ pub enum Error {
 
     /// Adapter parameters got no gradient, or one that is not finite.
     #[error("{0}")]
-    Gradients(Box<crate::adapter::GradientReport>),
+    Gradients(Box<GradientReport>),
 
     /// A file or folder cannot be read or written.
     #[error("{path}: {source}")]
