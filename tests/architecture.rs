@@ -1,9 +1,15 @@
-//! The house rules that can be read off the sources: who uses whom, how many names the crate root
-//! has, and that the library does not panic for its user.
+//! The house rules that can be read off the sources: who uses whom, how long a file is, how many names
+//! the crate root has, and that the library does not panic for its user.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
+
+/// Lines that a file may have.
+const LONGEST: usize = 500;
+
+/// Files that are longer and wait to be split. None may join them.
+const LONGER: [&str; 1] = ["src/ops/linear.rs"];
 
 /// Names that the crate root may have.
 const NAMES: usize = 25;
@@ -358,6 +364,19 @@ fn a_wrong_import_is_caught_and_what_only_looks_like_one_is_not() {
         assert_eq!(caught("config", 2, innocent), [], "{innocent}");
     }
     assert!(against_the_flow(&table, &names, "new", "error").is_some());
+}
+
+#[test]
+fn no_file_is_too_long_to_read_at_once() {
+    for path in ["src", "tests", "examples", "benches"]
+        .map(sources)
+        .concat()
+    {
+        let lines = read(&path).lines().count();
+        let name = name(&path);
+        let fits = lines <= LONGEST || LONGER.contains(&name.as_str());
+        assert!(fits, "{name} has {lines} lines, of {LONGEST}");
+    }
 }
 
 #[test]

@@ -2,16 +2,19 @@
 
 mod build;
 mod extra;
+mod fingerprint;
 mod matching;
 mod report;
 mod scope;
 mod select;
+mod source;
 mod stored;
 
+pub(crate) use fingerprint::{differs, fingerprint};
 pub(crate) use matching::flat;
 pub use report::{LayerReport, Report};
 pub use stored::Warning;
-pub(crate) use stored::{NORMS_DIFFER, Stored, StoredLayer, differs, fingerprint};
+pub(crate) use stored::{NORMS_DIFFER, Stored, StoredLayer};
 
 use crate::config::DoftConfig;
 use crate::error::{Error, GradientReport, Result};
@@ -60,7 +63,7 @@ struct Inner {
     layers: Mutex<BTreeMap<String, Entry>>,
     extras: Mutex<BTreeMap<String, Var>>,
     /// The file that layers take their parameters from, of a loaded adapter.
-    source: Option<stored::Source>,
+    source: Option<source::Source>,
 }
 
 /// A layer that was built through the adapter.
@@ -91,7 +94,7 @@ impl Adapter {
         Ok(Self::with_source(config, device, None))
     }
 
-    fn with_source(config: DoftConfig, device: &Device, source: Option<stored::Source>) -> Self {
+    fn with_source(config: DoftConfig, device: &Device, source: Option<source::Source>) -> Self {
         Self {
             inner: Arc::new(Inner {
                 config,
@@ -313,14 +316,19 @@ fn unnamed(vars: impl IntoIterator<Item = (String, Var)>) -> Vec<Var> {
     vars.into_iter().map(|(_, var)| var).collect()
 }
 
+/// What a lock guards. A panic elsewhere leaves these maps and sets whole, so a poisoned lock is still
+/// good.
+pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
+
 impl Inner {
-    // A panic elsewhere leaves the maps whole, so a poisoned lock is still good.
     fn layers(&self) -> MutexGuard<'_, BTreeMap<String, Entry>> {
-        self.layers.lock().unwrap_or_else(|e| e.into_inner())
+        locked(&self.layers)
     }
 
     fn extras(&self) -> MutexGuard<'_, BTreeMap<String, Var>> {
-        self.extras.lock().unwrap_or_else(|e| e.into_inner())
+        locked(&self.extras)
     }
 
     fn adapted(&self) -> Vec<Arc<Adaptation>> {

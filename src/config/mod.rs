@@ -3,146 +3,18 @@
 //! [`DoftConfig::layout`] turns a configuration and a width into a [`BlockLayout`]; after that
 //! nothing about sizes can go wrong any more.
 
+mod kinds;
+mod layout;
+mod map;
 mod pattern;
 
+pub use kinds::{LayerKind, Magnitude};
+pub use layout::{BlockLayout, Indivisible, nearest_divisor};
+pub use map::Map;
 pub use pattern::{Pattern, Rule, Targets};
 
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
-
-/// How a skew-symmetric block becomes a rotation. [`rotation`](crate::rotation) has the formulas.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[non_exhaustive]
-pub enum Map {
-    /// `(I + Q)(I - Q)^-1`, exactly orthogonal.
-    #[default]
-    Cayley,
-    /// The truncated series of the Cayley transform that OneTrainer and PEFT train. Not orthogonal;
-    /// here so that files trained with it mean what they meant.
-    CayleyNeumann {
-        /// Number of terms, 0 to 64. OneTrainer and PEFT use 5.
-        terms: usize,
-        /// Coefficient of the highest power, 1 or 2. Files written before PEFT 0.18 mean 2.
-        last_coefficient: u8,
-    },
-    /// `exp(Q)`, exactly orthogonal.
-    Exponential,
-}
-
-impl Map {
-    /// The series as OneTrainer and PEFT (0.18 and newer) train it: five terms, last coefficient 1.
-    pub const SERIES: Self = Self::CayleyNeumann {
-        terms: 5,
-        last_coefficient: 1,
-    };
-
-    /// Whether every `Q` gives an orthogonal `R`.
-    pub fn is_orthogonal(&self) -> bool {
-        !matches!(self, Self::CayleyNeumann { .. })
-    }
-
-    /// The divisor `c` of scaled OFT: `2 sqrt(b - 1)` for the Cayley maps, `sqrt(b - 1)` for the
-    /// exponential, 1 where there is nothing to rotate (`block_size` up to 1).
-    ///
-    /// A row of `R - I` is about `2Q` for the Cayley maps and `Q` for the exponential. Adam moves
-    /// each of its `b - 1` entries by about `lr`, so after division by `c` a unit row turns by `lr`.
-    pub fn divisor(&self, block_size: usize) -> f64 {
-        if block_size <= 1 {
-            return 1.;
-        }
-        let root = ((block_size - 1) as f64).sqrt();
-        match self {
-            Self::Exponential => root,
-            _ => 2. * root,
-        }
-    }
-}
-
-/// `cayley`, `exponential`, `neumann:T` or `neumann:T:2` for a series of `T` terms.
-impl std::str::FromStr for Map {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        let mut parts = text.split(':');
-        let series = |terms: &str, last: &str| {
-            Some(Self::CayleyNeumann {
-                terms: terms.parse().ok().filter(|terms| *terms <= 64)?,
-                last_coefficient: last.parse().ok().filter(|last| (1..=2).contains(last))?,
-            })
-        };
-        let found = match (parts.next(), parts.next(), parts.next(), parts.next()) {
-            (Some("cayley"), None, ..) => Some(Self::Cayley),
-            (Some("exponential"), None, ..) => Some(Self::Exponential),
-            (Some("neumann"), Some(terms), last, None) => series(terms, last.unwrap_or("1")),
-            _ => None,
-        };
-        found.ok_or_else(|| Error::Config {
-            field: "map",
-            found: format!("`{text}`"),
-            expected: "cayley, exponential, neumann:T or neumann:T:2".into(),
-        })
-    }
-}
-
-/// How the magnitude `m` of an output channel is parametrised. `n0` is the norm of the frozen row.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[non_exhaustive]
-pub enum Magnitude {
-    /// `m = n0 exp(mu)`, trained `mu` starts at 0. A step of `lr` changes `m` by about `lr` of itself.
-    #[default]
-    Log,
-    /// `m = n0 f`, trained `f` starts at 1.
-    Factor,
-    /// `m` itself is trained and starts at `n0`.
-    Absolute,
-    /// No magnitude: plain OFT.
-    None,
-}
-
-/// The kinds of layer that can be adapted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[non_exhaustive]
-pub enum LayerKind {
-    /// A linear layer, weight `(out, in)`.
-    Linear,
-    /// A one-dimensional convolution, weight `(out, in/groups, k)`.
-    Conv1d,
-    /// A two-dimensional convolution, weight `(out, in/groups, kh, kw)`.
-    Conv2d,
-    /// An embedding, table `(vocabulary, hidden)`.
-    Embedding,
-}
-
-impl LayerKind {
-    /// Number of axes of the layer's weight.
-    pub fn rank(self) -> usize {
-        match self {
-            Self::Linear | Self::Embedding => 2,
-            Self::Conv1d => 3,
-            Self::Conv2d => 4,
-        }
-    }
-
-    /// Whether the weight is the kernel of a convolution.
-    pub fn is_kernel(self) -> bool {
-        matches!(self, Self::Conv1d | Self::Conv2d)
-    }
-}
-
-/// What to do when the block size does not divide the width of a layer.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[non_exhaustive]
-pub enum Indivisible {
-    /// Take the nearest divisor, ties go down, as OneTrainer and PEFT do. The report says so.
-    #[default]
-    Nearest,
-    /// Answer [`Error::BlockSize`].
-    Error,
-}
 
 /// What to adapt and how.
 ///
@@ -222,64 +94,6 @@ impl Default for DoftConfig {
             rules: Vec::new(),
         }
     }
-}
-
-/// A configuration that met the width of a layer: sizes that fit, and how to use them.
-#[derive(Clone, Debug, PartialEq)]
-#[non_exhaustive]
-pub struct BlockLayout {
-    /// Input width of the layer, `blocks * block_size`.
-    pub width: usize,
-    /// Width `b` of one block.
-    pub block_size: usize,
-    /// Number `D` of blocks that act.
-    pub blocks: usize,
-    /// One stored block acts `blocks` times.
-    pub shared: bool,
-    /// From skew matrix to rotation.
-    pub map: Map,
-    /// Step normalisation.
-    pub scaled: bool,
-    /// Cap on the spectral norm of `Q`.
-    pub max_norm: Option<f64>,
-}
-
-impl BlockLayout {
-    /// Rows of the packed parameter: 1 when shared, else `blocks`.
-    pub fn rows(&self) -> usize {
-        if self.shared { 1 } else { self.blocks }
-    }
-
-    /// Entries of a packed block, `b (b - 1) / 2`.
-    pub fn entries(&self) -> usize {
-        self.block_size * (self.block_size - 1) / 2
-    }
-
-    /// What the packed parameter is divided by before it becomes `Q`.
-    pub fn divisor(&self) -> f64 {
-        if self.scaled {
-            self.map.divisor(self.block_size)
-        } else {
-            1.
-        }
-    }
-}
-
-/// The divisor of `width` nearest to `asked`, ties go down. OneTrainer's and PEFT's rule.
-///
-/// Both must be at least 1; anything from `width` up answers `width`.
-pub fn nearest_divisor(width: usize, asked: usize) -> usize {
-    if asked >= width {
-        return width;
-    }
-    let down = (1..=asked)
-        .rev()
-        .find(|d| width.is_multiple_of(*d))
-        .unwrap_or(1);
-    let up = (asked..=width)
-        .find(|d| width.is_multiple_of(*d))
-        .unwrap_or(width);
-    if asked - down <= up - asked { down } else { up }
 }
 
 impl DoftConfig {
@@ -443,51 +257,6 @@ impl DoftConfig {
             }
         }
         Ok(config.without_patterns())
-    }
-
-    /// Checks the configuration and fits it to a layer of input width `width`. Rules are the
-    /// business of [`DoftConfig::for_layer`]; `path` only names the layer in errors.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Config`] for a field out of range, [`Error::BlockSize`] when the block size does not
-    /// divide and may not be adjusted, [`Error::NothingToRotate`] when only 1 divides nearby.
-    pub fn layout(&self, path: &str, width: usize) -> Result<BlockLayout> {
-        self.validate()?;
-        if width == 0 {
-            return Err(Error::Shape {
-                layer: path.to_string(),
-                what: "the weight",
-                found: vec![0],
-                expected: "an input width of at least 1".to_string(),
-            });
-        }
-        let asked = self.block_size;
-        let block_size = nearest_divisor(width, asked);
-        if self.indivisible == Indivisible::Error && !width.is_multiple_of(asked) {
-            return Err(Error::BlockSize {
-                layer: path.to_string(),
-                asked,
-                width,
-                nearest: block_size,
-            });
-        }
-        if block_size == 1 {
-            return Err(Error::NothingToRotate {
-                layer: path.to_string(),
-                asked,
-                width,
-            });
-        }
-        Ok(BlockLayout {
-            width,
-            block_size,
-            blocks: width / block_size,
-            shared: self.block_share,
-            map: self.map,
-            scaled: self.scaled,
-            max_norm: self.max_norm,
-        })
     }
 
     /// The kind of magnitude that a kind of layer has.

@@ -3,7 +3,7 @@
 use super::{LoadOptions, canonical, peft_write, read_stored, write};
 use crate::adapter::{Stored, Warning};
 use crate::config::LayerKind;
-use crate::error::{Error, Result, nearest};
+use crate::error::Result;
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -27,7 +27,7 @@ pub enum Target {
 ///
 /// # Errors
 ///
-/// Those of reading and writing; [`Error::File`] for what the target cannot hold, with the layer.
+/// Those of reading and writing; [`Error::File`](crate::Error::File) for what the target cannot hold, with the layer.
 pub fn convert(
     input: &Path,
     output: &Path,
@@ -71,18 +71,10 @@ fn settle(stored: &mut Stored, shapes: &BTreeMap<String, Vec<usize>>) -> Result<
         layer.shape = Some(shape.clone());
         renamed.insert(module.clone(), (path.clone(), layer));
     }
-    if let Some(module) = stored
-        .layers
-        .keys()
-        .find(|module| !renamed.contains_key(*module))
-    {
-        return Err(Error::FileUnused {
-            file: stored.file.clone(),
-            count: stored.layers.len() - renamed.len(),
-            total: stored.layers.len(),
-            first: module.clone(),
-            nearest: nearest(module, shapes.keys().map(String::as_str)),
-        });
+    let modules = stored.layers.keys();
+    let unused: Vec<&String> = modules.filter(|m| !renamed.contains_key(*m)).collect();
+    if !unused.is_empty() {
+        return Err(stored.unused(&unused, shapes.keys().map(String::as_str)));
     }
     stored.layers = renamed.into_values().collect();
     Ok(())

@@ -3,7 +3,7 @@
 use super::Merge;
 use super::header::Source;
 use super::untie::{self, Untied};
-use crate::error::{Error, Result, nearest};
+use crate::error::{Error, Result};
 use crate::file::raw_bytes;
 use std::fs;
 use std::io::{BufWriter, Write};
@@ -129,18 +129,12 @@ impl Merge {
                 .extras
                 .keys()
                 .filter(|name| !names.contains(name));
-            let missing = modules
-                .filter(|module| !found.contains(module))
-                .chain(extras);
-            let missing: Vec<&String> = missing.collect();
-            if let (Some(first), false) = (missing.first(), partial) {
-                return Err(Error::FileUnused {
-                    file: part.stored.file.clone(),
-                    count: missing.len(),
-                    total: part.stored.layers.len() + part.stored.extras.len(),
-                    first: first.to_string(),
-                    nearest: nearest(first, names.iter().map(String::as_str)),
-                });
+            let modules = modules.filter(|module| !found.contains(module));
+            let missing: Vec<&String> = modules.chain(extras).collect();
+            if !missing.is_empty() && !partial {
+                return Err(part
+                    .stored
+                    .unused(&missing, names.iter().map(String::as_str)));
             }
         }
         Ok(())
