@@ -148,23 +148,8 @@ impl Params {
         let Some(p) = &self.magnitude else {
             return Ok(None);
         };
-        let (p, norms) = (rows(p)?, || rows(&self.norms));
-        // `keep` is 1 for live rows and 0 for dead ones.
-        let ratio = match (self.kind, &self.alive) {
-            (Magnitude::Log, None) => p.exp()?,
-            (Magnitude::Log, Some(keep)) => p.mul(&rows(keep)?)?.exp()?,
-            (Magnitude::Absolute, None) => p.div(&norms()?)?,
-            (Magnitude::Absolute, Some(keep)) => {
-                let keep = rows(keep)?;
-                let dead = keep.affine(-1., 1.)?;
-                p.mul(&keep)?.add(&dead)?.div(&norms()?.add(&dead)?)?
-            }
-            (_, None) => p,
-            (_, Some(keep)) => {
-                let keep = rows(keep)?;
-                p.mul(&keep)?.add(&keep.affine(-1., 1.)?)?
-            }
-        };
+        let keep = self.alive.as_ref().map(&rows).transpose()?;
+        let ratio = ratio(self.kind, rows(p)?, keep.as_ref(), || rows(&self.norms))?;
         Ok(Some(ratio))
     }
 
@@ -178,6 +163,32 @@ impl Params {
             Some(ratio) => Ok(ratio.mul(&self.norms)?),
             None => Ok(self.norms.clone()),
         }
+    }
+}
+
+/// `m / n0` of the magnitude parameter `p`. `keep` is 1 for live rows and 0 for dead ones, whose ratio
+/// is 1; none where all rows live.
+pub(crate) fn ratio(
+    kind: Magnitude,
+    p: Tensor,
+    keep: Option<&Tensor>,
+    norms: impl FnOnce() -> candle_core::Result<Tensor>,
+) -> candle_core::Result<Tensor> {
+    let dead = keep.map(|keep| keep.affine(-1., 1.)).transpose()?;
+    let kept = |p: Tensor| match (keep, &dead) {
+        (Some(keep), Some(dead)) => p.mul(keep)?.add(dead),
+        _ => Ok(p),
+    };
+    match kind {
+        Magnitude::Log => match keep {
+            Some(keep) => p.mul(keep)?.exp(),
+            None => p.exp(),
+        },
+        Magnitude::Absolute => kept(p)?.div(&match &dead {
+            Some(dead) => norms()?.add(dead)?,
+            None => norms()?,
+        }),
+        Magnitude::Factor | Magnitude::None => kept(p),
     }
 }
 

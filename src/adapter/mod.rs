@@ -11,7 +11,7 @@ mod source;
 mod stored;
 
 pub(crate) use fingerprint::{differs, fingerprint};
-pub(crate) use matching::flat;
+pub(crate) use matching::{PEFT_PREFIX, flat};
 pub use report::{LayerReport, Report};
 pub use stored::Warning;
 pub(crate) use stored::{NORMS_DIFFER, Stored, StoredLayer};

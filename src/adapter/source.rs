@@ -42,10 +42,7 @@ impl Source {
                 "`{path}` is a {kind:?} layer, in the file it is a {:?}",
                 layer.kind
             );
-            return Err(Error::File {
-                file: self.stored.file.clone(),
-                reason,
-            });
+            return Err(Error::file(&self.stored.file, reason));
         }
         layer.check_shape(&self.stored.file, module, path, weight)?;
         self.compare_base(path, layer, norms)?;

@@ -3,7 +3,7 @@
 use super::matching::{component, rule};
 use crate::config::{BlockLayout, DoftConfig, LayerKind, Magnitude, Map};
 use crate::error::{Error, Result, nearest};
-use crate::params::names;
+use crate::params::{self, names};
 use candle_core::{DType, Tensor};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -103,21 +103,17 @@ impl StoredLayer {
             return Ok(None);
         };
         let value = value.to_dtype(dtype)?;
-        Ok(Some(match self.magnitude {
-            Magnitude::Log => value.exp()?,
-            Magnitude::Absolute => {
-                let Some(norms) = self.norms.as_ref().or(norms) else {
-                    return Ok(None);
-                };
-                let norms = norms.to_dtype(dtype)?.to_device(value.device())?;
-                let alive = norms.gt(0.)?;
-                let ones = norms.ones_like()?;
-                alive
-                    .where_cond(&value, &ones)?
-                    .div(&alive.where_cond(&norms, &ones)?)?
+        let norms = match (self.magnitude, self.norms.as_ref().or(norms)) {
+            (Magnitude::Absolute, Some(norms)) => {
+                norms.to_dtype(dtype)?.to_device(value.device())?
             }
-            _ => value,
-        }))
+            (Magnitude::Absolute, None) => return Ok(None),
+            // The other kinds are relative to the norms already.
+            _ => value.ones_like()?,
+        };
+        let keep = norms.gt(0.)?.to_dtype(dtype)?;
+        let ratio = params::ratio(self.magnitude, value, Some(&keep), || Ok(norms))?;
+        Ok(Some(ratio))
     }
 
     /// Whether the norms that it stores are more than 1 % off those of a weight.

@@ -43,6 +43,12 @@ impl LayerKind {
         }
     }
 
+    /// The kind of a weight by its number of axes. That of an embedding cannot be told from a matrix.
+    pub(crate) fn of_rank(rank: usize) -> Option<Self> {
+        let kinds = [Self::Linear, Self::Conv1d, Self::Conv2d];
+        kinds.into_iter().find(|kind| kind.rank() == rank)
+    }
+
     /// Whether the weight is the kernel of a convolution.
     pub fn is_kernel(self) -> bool {
         matches!(self, Self::Conv1d | Self::Conv2d)

@@ -35,6 +35,27 @@ impl Map {
         !matches!(self, Self::CayleyNeumann { .. })
     }
 
+    /// Refuses a series that there is none of.
+    pub(crate) fn check(&self) -> Result<()> {
+        match *self {
+            Self::Cayley | Self::Exponential => Ok(()),
+            Self::CayleyNeumann { terms, .. } if terms > 64 => {
+                Err(Error::config("map.terms", terms, "at most 64"))
+            }
+            Self::CayleyNeumann {
+                last_coefficient: 1 | 2,
+                ..
+            } => Ok(()),
+            Self::CayleyNeumann {
+                last_coefficient, ..
+            } => Err(Error::config(
+                "map.last_coefficient",
+                last_coefficient,
+                "1 or 2",
+            )),
+        }
+    }
+
     /// The divisor `c` of scaled OFT: `2 sqrt(b - 1)` for the Cayley maps, `sqrt(b - 1)` for the
     /// exponential, 1 where there is nothing to rotate (`block_size` up to 1).
     ///
@@ -60,8 +81,8 @@ impl std::str::FromStr for Map {
         let mut parts = text.split(':');
         let series = |terms: &str, last: &str| {
             Some(Self::CayleyNeumann {
-                terms: terms.parse().ok().filter(|terms| *terms <= 64)?,
-                last_coefficient: last.parse().ok().filter(|last| (1..=2).contains(last))?,
+                terms: terms.parse().ok()?,
+                last_coefficient: last.parse().ok()?,
             })
         };
         let found = match (parts.next(), parts.next(), parts.next(), parts.next()) {
@@ -70,10 +91,9 @@ impl std::str::FromStr for Map {
             (Some("neumann"), Some(terms), last, None) => series(terms, last.unwrap_or("1")),
             _ => None,
         };
-        found.ok_or_else(|| Error::Config {
-            field: "map",
-            found: format!("`{text}`"),
-            expected: "cayley, exponential, neumann:T or neumann:T:2".into(),
-        })
+        let expected = "cayley, exponential, neumann:T or neumann:T:2";
+        found
+            .filter(|map| map.check().is_ok())
+            .ok_or_else(|| Error::config("map", format!("`{text}`"), expected))
     }
 }

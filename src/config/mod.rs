@@ -187,50 +187,19 @@ impl DoftConfig {
     /// [`Error::Config`] with the field, its value and its range; [`Error::Pattern`] for a pattern
     /// that cannot be read.
     pub fn validate(&self) -> Result<()> {
-        let fail = |field, found: String, expected: &str| {
-            Err(Error::Config {
-                field,
-                found,
-                expected: expected.to_string(),
-            })
-        };
+        let fail = |field, found: f64, expected: &str| Err(Error::config(field, found, expected));
         if self.block_size == 0 {
-            return fail("block_size", "0".into(), "at least 1");
+            return fail("block_size", 0., "at least 1");
         }
-        if let Map::CayleyNeumann {
-            terms,
-            last_coefficient,
-        } = self.map
-        {
-            if terms > 64 {
-                return fail("map.terms", terms.to_string(), "at most 64");
-            }
-            if !(1..=2).contains(&last_coefficient) {
-                return fail(
-                    "map.last_coefficient",
-                    last_coefficient.to_string(),
-                    "1 or 2",
-                );
-            }
-        }
-        if let Some(norm) = self.max_norm
-            && !(norm > 0. && norm.is_finite())
-        {
-            return fail("max_norm", norm.to_string(), "a finite number above 0");
+        self.map.check()?;
+        if let Some(norm) = self.max_norm {
+            check_max_norm(norm)?;
         }
         if !(0. ..1.).contains(&self.dropout) {
-            return fail(
-                "dropout",
-                self.dropout.to_string(),
-                "at least 0 and below 1",
-            );
+            return fail("dropout", self.dropout, "at least 0 and below 1");
         }
         if self.dropout > 0. && self.block_share {
-            return fail(
-                "dropout",
-                self.dropout.to_string(),
-                "0 when one block is shared",
-            );
+            return fail("dropout", self.dropout, "0 when one block is shared");
         }
         self.targets.validate()?;
         for pattern in &self.exclude {
@@ -272,5 +241,17 @@ impl DoftConfig {
         self.exclude.clear();
         self.rules.clear();
         self
+    }
+}
+
+/// Refuses a cap on the spectral norm that is none.
+pub(crate) fn check_max_norm(max_norm: f64) -> Result<()> {
+    match max_norm > 0. && max_norm.is_finite() {
+        true => Ok(()),
+        false => Err(Error::config(
+            "max_norm",
+            max_norm,
+            "a finite number above 0",
+        )),
     }
 }

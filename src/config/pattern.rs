@@ -105,11 +105,11 @@ pub enum Targets {
 impl Targets {
     pub(super) fn validate(&self) -> Result<()> {
         match self {
-            Self::Patterns(patterns) if patterns.is_empty() => Err(Error::Config {
-                field: "targets",
-                found: "an empty list".to_string(),
-                expected: "at least one pattern, or all layers".to_string(),
-            }),
+            Self::Patterns(patterns) if patterns.is_empty() => Err(Error::config(
+                "targets",
+                "an empty list",
+                "at least one pattern, or all layers",
+            )),
             Self::Patterns(patterns) => patterns.iter().try_for_each(Pattern::validate),
             Self::All | Self::AllLinear => Ok(()),
         }

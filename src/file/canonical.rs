@@ -1,5 +1,6 @@
 //! The canonical dialect: [`Stored`] to bytes and back.
 
+use super::keys::EXTRA;
 use super::layer;
 use super::metadata::{self, LayerEntry};
 use super::tensors::{Tensors, not_finite, refused, shown};
@@ -12,7 +13,6 @@ use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeMap;
 use std::path::Path;
 
-pub(super) const EXTRA: &str = "doft_extra.";
 const INITIAL_NORM: &str = "initial_norm";
 
 /// Markers of a rotation, behind its name without `weight`.

@@ -61,13 +61,8 @@ fn settle(stored: &mut Stored, shapes: &BTreeMap<String, Vec<usize>>) -> Result<
             continue;
         };
         layer.check_shape(&stored.file, module, path, shape)?;
-        let kind = match shape.len() {
-            2 => LayerKind::Linear,
-            3 => LayerKind::Conv1d,
-            _ => LayerKind::Conv2d,
-        };
         let mut layer = layer.clone();
-        layer.kind = layer.kind.or(Some(kind));
+        layer.kind = layer.kind.or(LayerKind::of_rank(shape.len()));
         layer.shape = Some(shape.clone());
         renamed.insert(module.clone(), (path.clone(), layer));
     }

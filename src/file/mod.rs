@@ -33,7 +33,8 @@ mod write;
 pub use convert::{Target, convert};
 pub use options::{Divisor, LoadOptions, Rename};
 pub use read::Dialect;
-pub(crate) use write::{raw_bytes, replace, safetensors as safetensors_bytes};
+pub(crate) use tensors::float;
+pub(crate) use write::{persist, raw_bytes, replace, safetensors as safetensors_bytes, temporary};
 
 use crate::adapter::{Adapter, Stored, Warning};
 use crate::error::Result;

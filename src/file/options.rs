@@ -43,11 +43,11 @@ impl std::str::FromStr for Divisor {
             "2sqrt" => Ok(Self::TwoSqrt),
             "sqrt" => Ok(Self::Sqrt),
             "sqrtn" => Ok(Self::SqrtEntries),
-            other => Err(Error::Config {
-                field: "divisor",
-                found: format!("`{other}`"),
-                expected: "none, 2sqrt, sqrt or sqrtn".into(),
-            }),
+            other => Err(Error::config(
+                "divisor",
+                format!("`{other}`"),
+                "none, 2sqrt, sqrt or sqrtn",
+            )),
         }
     }
 }

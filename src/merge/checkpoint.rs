@@ -4,7 +4,7 @@ use super::Merge;
 use super::header::Source;
 use super::untie::{self, Untied};
 use crate::error::{Error, Result};
-use crate::file::raw_bytes;
+use crate::file::{persist, raw_bytes, temporary};
 use std::fs;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -103,7 +103,7 @@ impl Merge {
             }
         }
         for (file, to) in written {
-            file.persist(to).map_err(|e| io(to)(e.error))?;
+            persist(file, to)?;
         }
         Ok(report)
     }
@@ -116,10 +116,8 @@ impl Merge {
                 let path = name.strip_suffix(".weight").unwrap_or(name);
                 let module = part.stored.find(path)?.map(|(module, _)| module);
                 if module.is_some_and(|module| !found.insert(module)) {
-                    return Err(Error::File {
-                        file: part.stored.file.clone(),
-                        reason: format!("a module means several weights, `{path}` is one of them"),
-                    });
+                    let reason = format!("a module means several weights, `{path}` is one of them");
+                    return Err(Error::file(&part.stored.file, reason));
                 }
             }
             let partial = part.stored.allow_partial && !found.is_empty();
@@ -153,7 +151,7 @@ impl Merge {
         let mut out = BufWriter::with_capacity(1 << 20, file.as_file_mut());
         let head = untied.map(|untied| untied.head(source)).transpose()?;
         out.write_all(head.as_ref().unwrap_or(&source.head))
-            .map_err(io(to))?;
+            .map_err(Error::io(to))?;
         for name in source.names() {
             let bytes = match self.replaced(source, &name, options.allow_changed_base)? {
                 Some(bytes) => {
@@ -165,7 +163,7 @@ impl Merge {
                     source.bytes(&name)?
                 }
             };
-            out.write_all(&bytes).map_err(io(to))?;
+            out.write_all(&bytes).map_err(Error::io(to))?;
             report.bytes += bytes.len() as u64;
             if let Some(progress) = &mut options.progress {
                 progress(report.bytes, total);
@@ -175,12 +173,12 @@ impl Merge {
             let table = source.tensor(&untied.table)?;
             let head = self.weight(Untied::path(), &table, options.allow_changed_base)?;
             let bytes = raw_bytes(&head.unwrap_or(table))?;
-            out.write_all(&bytes).map_err(io(to))?;
+            out.write_all(&bytes).map_err(Error::io(to))?;
             report.bytes += bytes.len() as u64;
         }
-        out.flush().map_err(io(to))?;
+        out.flush().map_err(Error::io(to))?;
         drop(out);
-        file.as_file().sync_all().map_err(io(to))?;
+        file.as_file().sync_all().map_err(Error::io(to))?;
         Ok(file)
     }
 
@@ -233,7 +231,7 @@ struct Files {
 
 impl Files {
     fn of(base: &Path, output: &Path) -> Result<Self> {
-        if !fs::metadata(base).map_err(io(base))?.is_dir() {
+        if !fs::metadata(base).map_err(Error::io(base))?.is_dir() {
             return Ok(Self {
                 checkpoints: vec![(base.to_path_buf(), output.to_path_buf())],
                 others: Vec::new(),
@@ -244,8 +242,8 @@ impl Files {
             others: Vec::new(),
         };
         let mut entries = Vec::new();
-        for entry in fs::read_dir(base).map_err(io(base))? {
-            entries.push(entry.map_err(io(base))?.path());
+        for entry in fs::read_dir(base).map_err(Error::io(base))? {
+            entries.push(entry.map_err(Error::io(base))?.path());
         }
         entries.sort();
         for from in entries.into_iter().filter(|path| path.is_file()) {
@@ -259,46 +257,25 @@ impl Files {
             }
         }
         if files.checkpoints.is_empty() {
-            return Err(Error::File {
-                file: base.to_path_buf(),
-                reason: format!("a folder without .{SUFFIX} files"),
-            });
+            let reason = format!("a folder without .{SUFFIX} files");
+            return Err(Error::file(base, reason));
         }
-        fs::create_dir_all(output).map_err(io(output))?;
+        fs::create_dir_all(output).map_err(Error::io(output))?;
         Ok(files)
     }
 }
 
-fn temporary(to: &Path) -> Result<NamedTempFile> {
-    let folder = match to.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".merge").suffix(".tmp");
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    builder.tempfile_in(folder).map_err(io(to))
-}
-
 fn copied(from: &Path, to: &Path) -> Result<NamedTempFile> {
     let mut file = temporary(to)?;
-    let mut source = fs::File::open(from).map_err(io(from))?;
-    std::io::copy(&mut source, file.as_file_mut()).map_err(io(to))?;
-    file.as_file().sync_all().map_err(io(to))?;
+    let mut source = fs::File::open(from).map_err(Error::io(from))?;
+    std::io::copy(&mut source, file.as_file_mut()).map_err(Error::io(to))?;
+    file.as_file().sync_all().map_err(Error::io(to))?;
     Ok(file)
 }
 
 fn filled(to: &Path, content: &[u8]) -> Result<NamedTempFile> {
     let mut file = temporary(to)?;
-    file.write_all(content).map_err(io(to))?;
-    file.as_file().sync_all().map_err(io(to))?;
+    file.write_all(content).map_err(Error::io(to))?;
+    file.as_file().sync_all().map_err(Error::io(to))?;
     Ok(file)
-}
-
-fn io(path: &Path) -> impl Fn(std::io::Error) -> Error + '_ {
-    move |source| Error::Io {
-        path: path.to_path_buf(),
-        source,
-    }
 }

@@ -146,11 +146,7 @@ fn against(
             return Ok(());
         }
     };
-    found.kind = found.kind.or(match weight.rank() {
-        2 => Some(LayerKind::Linear),
-        3 => Some(LayerKind::Conv1d),
-        _ => Some(LayerKind::Conv2d),
-    });
+    found.kind = found.kind.or(LayerKind::of_rank(weight.rank()));
     if let (Some(stored), Some(at_hand)) = (layer.base, fingerprint(&norms)?)
         && differs(&stored, &at_hand)
     {
@@ -190,10 +186,7 @@ impl Weights {
     fn open(base: &Path) -> Result<Self> {
         let mut files: Vec<PathBuf> = vec![base.to_path_buf()];
         if base.is_dir() {
-            let failed = |source| Error::Io {
-                path: base.to_path_buf(),
-                source,
-            };
+            let failed = Error::io(base);
             let entries = std::fs::read_dir(base)
                 .map_err(failed)?
                 .filter_map(|e| Some(e.ok()?.path()));

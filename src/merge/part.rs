@@ -120,18 +120,14 @@ impl Part {
     }
 
     fn kind(&self, layer: &StoredLayer, path: &str, weight: &Tensor) -> Result<LayerKind> {
-        let kind = match (layer.kind, weight.rank()) {
-            (Some(LayerKind::Embedding), 2) => LayerKind::Embedding,
-            (_, 2) => LayerKind::Linear,
-            (_, 3) => LayerKind::Conv1d,
-            (_, 4) => LayerKind::Conv2d,
-            (_, rank) => return self.refuse(&format!("`{path}` has {rank} axes, expected 2 to 4")),
-        };
-        match layer.kind {
-            Some(stored) if stored != kind => self.refuse(&format!(
+        let rank = weight.rank();
+        match (layer.kind, LayerKind::of_rank(rank)) {
+            (Some(stored), _) if stored.rank() == rank => Ok(stored),
+            (None, Some(kind)) => Ok(kind),
+            (Some(stored), Some(kind)) => self.refuse(&format!(
                 "`{path}` is a {kind:?} layer, trained was a {stored:?} layer"
             )),
-            _ => Ok(kind),
+            (_, None) => self.refuse(&format!("`{path}` has {rank} axes, expected 2 to 4")),
         }
     }
 
@@ -196,10 +192,7 @@ impl Part {
     }
 
     fn refuse<T>(&self, reason: &str) -> Result<T> {
-        Err(Error::File {
-            file: self.stored.file.clone(),
-            reason: reason.to_string(),
-        })
+        Err(Error::file(&self.stored.file, reason))
     }
 }
 
