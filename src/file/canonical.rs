@@ -3,7 +3,7 @@
 use super::keys::EXTRA;
 use super::layer;
 use super::metadata::{self, LayerEntry};
-use super::tensors::{Tensors, not_finite, refused, shown};
+use super::tensors::{Tensors, check_finite, refused, shown};
 use super::write;
 use crate::adapter::{Stored, StoredLayer, Warning};
 use crate::config::{DoftConfig, LayerKind, Magnitude, Map};
@@ -34,15 +34,7 @@ pub(super) fn to_bytes(stored: &Stored) -> Result<(Vec<u8>, Vec<Warning>)> {
     for (name, tensor) in &stored.extras {
         tensors.insert(format!("{EXTRA}{name}"), tensor.clone());
     }
-    for (name, tensor) in &tensors {
-        if let Some((index, found)) = not_finite(tensor)? {
-            return Err(Error::NotFinite {
-                tensor: name.clone(),
-                found,
-                index,
-            });
-        }
-    }
+    check_finite(&tensors)?;
     Ok((
         write::safetensors(&tensors, &metadata::write(stored)?)?,
         warnings,

@@ -1,6 +1,6 @@
 //! Writing a PEFT OFT folder, for what such a folder can hold.
 
-use super::tensors::{not_finite, refused, shown};
+use super::tensors::{check_finite, refused, shown};
 use super::write;
 use crate::adapter::{PEFT_PREFIX, Stored, StoredLayer, Warning};
 use crate::config::{LayerKind, Magnitude, Map, nearest_divisor};
@@ -34,15 +34,7 @@ pub(super) fn folder(stored: &Stored, folder: &Path, drop_magnitude: bool) -> Re
     for (name, tensor) in &stored.extras {
         tensors.insert(plan.extra_key(stored, name)?, tensor.clone());
     }
-    for (name, tensor) in &tensors {
-        if let Some((index, found)) = not_finite(tensor)? {
-            return Err(Error::NotFinite {
-                tensor: name.clone(),
-                found,
-                index,
-            });
-        }
-    }
+    check_finite(&tensors)?;
     let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
     let bytes = write::safetensors(&tensors, &metadata)?;
     std::fs::create_dir_all(folder).map_err(Error::io(folder))?;

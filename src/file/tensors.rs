@@ -180,3 +180,17 @@ pub(super) fn not_finite(tensor: &Tensor) -> Result<Option<(usize, f64)>> {
     let values: Vec<f64> = tensor.flatten_all()?.to_dtype(DType::F64)?.to_vec1()?;
     Ok(values.into_iter().enumerate().find(|(_, v)| !v.is_finite()))
 }
+
+/// Refuses to save what a reader would refuse to load.
+pub(super) fn check_finite(tensors: &BTreeMap<String, Tensor>) -> Result<()> {
+    for (name, tensor) in tensors {
+        if let Some((index, found)) = not_finite(tensor)? {
+            return Err(Error::NotFinite {
+                tensor: name.clone(),
+                found,
+                index,
+            });
+        }
+    }
+    Ok(())
+}

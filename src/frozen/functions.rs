@@ -1,13 +1,11 @@
 //! Functions without parameters that pass gradients on where candle's cut the graph.
 
-use super::check_float;
+use super::{FLOATS, check_float};
 use crate::error::Error;
 use crate::ops::attention::{Attention, one_dtype};
 use crate::ops::pointwise::{Rope, SiluMul, Softmax};
 use crate::ops::real::has_kernel;
-use candle_core::{DType, Result, Tensor};
-
-const FLOATS: &[DType] = &[DType::F16, DType::BF16, DType::F32, DType::F64];
+use candle_core::{Result, Tensor};
 
 fn refuse<A>(
     function: &'static str,

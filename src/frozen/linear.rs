@@ -211,6 +211,10 @@ impl Linear {
         self.weight.dtype()
     }
 
+    pub(crate) fn dims(&self) -> &[usize] {
+        self.weight.dims()
+    }
+
     pub(crate) fn frozen_weight(&self) -> &Weight {
         &self.weight
     }

@@ -1,8 +1,9 @@
 //! [`RmsNorm`] and [`LayerNorm`]: normalisations of frozen scale that pass gradients on.
 
+use super::{FLOATS, check_float};
 use crate::error::Error;
 use crate::ops::norm::Norm;
-use candle_core::{DType, Result, Tensor};
+use candle_core::{Result, Tensor};
 use candle_nn::layer_norm::LayerNormConfig;
 use candle_nn::{Module, VarBuilder};
 
@@ -203,9 +204,5 @@ fn check(function: &'static str, norm: &Norm, x: &Tensor) -> crate::Result<()> {
             expected: format!("(.., {size}), the size of the norm"),
         });
     }
-    super::check_float(
-        function,
-        x,
-        &[DType::F16, DType::BF16, DType::F32, DType::F64],
-    )
+    check_float(function, x, FLOATS)
 }

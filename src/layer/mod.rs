@@ -7,6 +7,7 @@ mod embedding;
 mod linear;
 
 pub(crate) use adaptation::{Adaptation, Base, check_weight};
+pub(crate) use common::Layer;
 pub use conv::{DoftConv1d, DoftConv2d};
 pub use embedding::DoftEmbedding;
 pub use linear::DoftLinear;

@@ -1,7 +1,8 @@
 //! Checkpoints on disk: what is written, what is kept byte for byte, and what stops a merge.
 
+use super::support::golden::load;
 use super::support::tensors::{CPU, bits, relative, seeded};
-use super::{adapter, base, load, one};
+use super::{adapter, base, one};
 use candle_core::{DType, Tensor, safetensors};
 use candle_doft::file::LoadOptions;
 use candle_doft::merge::{CheckpointOptions, Merge, Strength};

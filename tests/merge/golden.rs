@@ -1,29 +1,15 @@
 //! Files of OneTrainer and PEFT against the weights that those tools merge.
 
+use super::one;
+use super::support::golden::{cases, golden, load};
 use super::support::tensors::{CPU, bits, relative};
 use super::support::tolerance::GOLDEN_WEIGHTS;
-use super::{load, one};
 use candle_core::{DType, Tensor};
 use candle_doft::file::{Divisor, LoadOptions};
 use candle_doft::merge::{CheckpointOptions, Merge, Strength};
 use candle_nn::VarBuilder;
 use std::collections::{BTreeMap, HashMap};
-use std::path::{Path, PathBuf};
-
-fn golden(tool: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/golden")
-        .join(tool)
-}
-
-fn cases(tool: &str) -> Vec<PathBuf> {
-    let entries = std::fs::read_dir(golden(tool))
-        .unwrap()
-        .map(|e| e.unwrap().path());
-    let mut cases: Vec<PathBuf> = entries.filter(|p| p.join("meta.json").exists()).collect();
-    cases.sort();
-    cases
-}
+use std::path::Path;
 
 /// The weights of a merged base, from disk, after they were found equal through a `VarBuilder`.
 fn merged(merge: &Merge, base: &Path) -> candle_doft::Result<BTreeMap<String, Tensor>> {

@@ -8,18 +8,14 @@ mod checkpoint;
 mod golden;
 mod strength;
 
-use candle_core::{DType, Result, Tensor, safetensors};
+use candle_core::{DType, Result, Tensor};
 use candle_doft::file::LoadOptions;
 use candle_doft::merge::{Merge, Strength};
 use candle_doft::{Adapter, DoftConfig};
 use candle_nn::Linear;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::path::Path;
 use support::tensors::{CPU, seeded};
-
-fn load(path: &Path) -> Result<BTreeMap<String, Tensor>> {
-    Ok(safetensors::load(path, &CPU)?.into_iter().collect())
-}
 
 fn one(file: &Path, options: &LoadOptions, strength: Strength) -> candle_doft::Result<Merge> {
     Merge::new().with_file(file, options, strength)
