@@ -173,17 +173,20 @@ fn a_step_through_a_quantized_or_half_weight_never_widens_the_whole() -> Result<
             Ok(())
         };
         step()?;
-        let live = LIVE.load(SeqCst);
-        let (done, _, peak) = counted(step);
-        done?;
-        assert!(
-            peak < LIMIT,
-            "{dtype:?}: {peak} bytes at the peak of a step"
-        );
-        assert!(
-            LIVE.load(SeqCst) <= live + 4096,
-            "{dtype:?}: the step kept memory"
-        );
+        // Threads of the pool keep a little for themselves now and then. What a step keeps, each keeps.
+        let mut kept = Vec::new();
+        for _ in 0..4 {
+            let live = LIVE.load(SeqCst);
+            let (done, _, peak) = counted(step);
+            done?;
+            assert!(
+                peak < LIMIT,
+                "{dtype:?}: {peak} bytes at the peak of a step"
+            );
+            kept.push(LIVE.load(SeqCst).saturating_sub(live));
+        }
+        let least = kept.iter().min();
+        assert!(least <= Some(&4096), "{dtype:?}: steps kept {kept:?} bytes");
     }
     Ok(())
 }
