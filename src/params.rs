@@ -53,7 +53,26 @@ pub mod names {
 /// | magnitude, `Factor` | `(out)` | 1 |
 /// | magnitude, `Absolute` | `(out)` | `n0` |
 ///
-/// `n0` are the norms of the frozen rows. Since a rotation keeps them, they are taken once.
+/// `n0` are the norms of the frozen rows. Since a rotation keeps them, they are taken once. The
+/// magnitude is `m = n0 exp(mu)`, `m = n0 f`, or `m` itself; a layer scales its outputs by `m / n0`.
+///
+/// # Examples
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_doft::params::{Params, names, row_norms};
+/// use candle_doft::{DoftConfig, Magnitude};
+/// use candle_nn::{VarBuilder, VarMap};
+///
+/// let varmap = VarMap::new();
+/// let vb = VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu).pp("head");
+/// let weight = Tensor::new(&[[3f32, 4.], [0., 2.]], &Device::Cpu)?;
+/// let layout = DoftConfig::default().with_block_size(2).layout("head", 2)?;
+/// let params = Params::new(&layout, Magnitude::Log, row_norms(&weight)?, names::ROTATION, vb)?;
+/// assert_eq!(params.rotation().dims(), [1, 1]);
+/// assert_eq!(params.magnitude()?.to_vec1::<f32>()?, [5., 2.]);
+/// # Ok::<(), candle_doft::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Params {
     rotation: Tensor,
@@ -71,7 +90,7 @@ impl Params {
     ///
     /// # Errors
     ///
-    /// When `vb` holds a tensor of another shape, or lacks one.
+    /// Those of candle: when `vb` holds a tensor of another shape, or lacks one.
     pub fn new(
         layout: &BlockLayout,
         kind: Magnitude,
@@ -211,9 +230,13 @@ fn absolute(norms: &Tensor, vb: &VarBuilder) -> Result<Tensor> {
 /// The answer is f64 for an f64 weight and f32 for any other. Reads a few rows at a time, so that no
 /// copy of the weight is made.
 ///
+/// # Shapes
+///
+/// `weight` is `(out, ..)`, of rank 2 or more; the answer is `(out)`.
+///
 /// # Errors
 ///
-/// When `weight` is of rank 0 or not a float tensor.
+/// When `weight` is of another rank or not a float tensor.
 pub fn row_norms(weight: &Tensor) -> Result<Tensor> {
     let dtype = match weight.dtype() {
         DType::F64 => DType::F64,

@@ -118,8 +118,20 @@ impl Adapter {
     }
 
     /// A `VarBuilder` for extra trainable tensors that are saved with the adapter, such as a new
-    /// head: `candle_nn::linear(hidden, classes, adapter.extra_vb().pp("classifier"))`. Tensors are
+    /// head: `candle_nn::linear(hidden, classes, adapter.extra_vb(dtype).pp("classifier"))`. Tensors are
     /// made when asked for the first time, from the configuration's seed and their name.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use candle_core::{DType, Device};
+    /// use candle_doft::{Adapter, DoftConfig};
+    ///
+    /// let adapter = Adapter::new(DoftConfig::default(), &Device::Cpu)?;
+    /// let head = candle_nn::linear(64, 3, adapter.extra_vb(DType::F32).pp("classifier"))?;
+    /// assert_eq!(adapter.vars()?.len(), 2); // its weight and bias train
+    /// # Ok::<(), candle_doft::Error>(())
+    /// ```
     pub fn extra_vb(&self, dtype: candle_core::DType) -> VarBuilder<'static> {
         let backend = extra::ExtraBackend {
             inner: self.inner.clone(),
@@ -151,7 +163,8 @@ impl Adapter {
     }
 
     /// Checks that the model is complete: at least one layer or extra tensor, no pattern that matches
-    /// nothing, and nothing of a loaded file left over. [`Adapter::vars`] and all that follows from it check this first.
+    /// nothing, and nothing of a loaded file left over. [`Adapter::vars`] and all that follows from it
+    /// check this first.
     ///
     /// # Errors
     ///

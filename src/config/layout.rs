@@ -60,6 +60,16 @@ impl BlockLayout {
 /// The divisor of `width` nearest to `asked`, ties go down. OneTrainer's and PEFT's rule.
 ///
 /// Both must be at least 1; anything from `width` up answers `width`.
+///
+/// # Examples
+///
+/// ```
+/// use candle_doft::config::nearest_divisor;
+///
+/// assert_eq!(nearest_divisor(576, 32), 32);
+/// assert_eq!(nearest_divisor(49, 32), 49); // of 7 and 49
+/// assert_eq!(nearest_divisor(10, 3), 2); // of 2 and 5
+/// ```
 pub fn nearest_divisor(width: usize, asked: usize) -> usize {
     if asked >= width {
         return width;

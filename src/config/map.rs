@@ -32,7 +32,10 @@ impl Map {
 
     /// Whether every `Q` gives an orthogonal `R`.
     pub fn is_orthogonal(&self) -> bool {
-        !matches!(self, Self::CayleyNeumann { .. })
+        match self {
+            Self::Cayley | Self::Exponential => true,
+            Self::CayleyNeumann { .. } => false,
+        }
     }
 
     /// Refuses a series that there is none of.
@@ -68,7 +71,7 @@ impl Map {
         let root = ((block_size - 1) as f64).sqrt();
         match self {
             Self::Exponential => root,
-            _ => 2. * root,
+            Self::Cayley | Self::CayleyNeumann { .. } => 2. * root,
         }
     }
 }

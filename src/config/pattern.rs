@@ -7,6 +7,21 @@ use serde::{Deserialize, Serialize};
 /// A pattern over dotted layer paths such as `model.layers.3.self_attn.q_proj`.
 ///
 /// A string becomes a [`Pattern::Glob`] if it holds one of `*?[{`, else a [`Pattern::Name`].
+///
+/// # Examples
+///
+/// ```
+/// use candle_doft::Pattern;
+///
+/// let path = "model.layers.3.self_attn.q_proj";
+/// for pattern in ["q_proj", "self_attn.q_proj", "**.{q,v}_proj", "model.layers.[0-7].*.*"] {
+///     assert!(Pattern::from(pattern).matches(path)?, "{pattern}");
+/// }
+/// assert!(!Pattern::from("proj").matches(path)?);
+/// assert!(!Pattern::from("model.*").matches(path)?); // a star stops at a dot
+/// assert!(Pattern::Regex(r".*\.[1-3]\..*".into()).matches(path)?);
+/// # Ok::<(), candle_doft::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]

@@ -27,7 +27,27 @@ pub enum Target {
 ///
 /// # Errors
 ///
-/// Those of reading and writing; [`Error::File`](crate::Error::File) for what the target cannot hold, with the layer.
+/// Those of reading and writing; [`Error::File`](crate::Error::File) for what the target cannot hold,
+/// with the layer.
+///
+/// # Examples
+///
+/// ```
+/// # use candle_core::{DType, Device, Tensor};
+/// # use candle_doft::{Adapter, DoftConfig};
+/// # let folder = tempfile::tempdir().unwrap();
+/// # let path = folder.path().join("adapter.safetensors");
+/// # let adapter = Adapter::new(DoftConfig::default(), &Device::Cpu)?;
+/// # let weight = Tensor::ones((8, 64), DType::F32, &Device::Cpu)?;
+/// # adapter.wrap_linear("head", candle_nn::Linear::new(weight, None))?;
+/// # adapter.save(&path)?;
+/// use candle_doft::file::{LoadOptions, Target, convert};
+///
+/// let (options, target) = (LoadOptions::default(), Target::Peft { drop_magnitude: false });
+/// convert(&path, &folder.path().join("peft"), target, &options, &Default::default())?;
+/// let again = Adapter::load(folder.path().join("peft"), &Device::Cpu)?;
+/// # Ok::<(), candle_doft::Error>(())
+/// ```
 pub fn convert(
     input: &Path,
     output: &Path,

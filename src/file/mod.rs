@@ -49,8 +49,8 @@ impl Adapter {
     ///
     /// # Errors
     ///
-    /// [`Error::NotFinite`](crate::Error::NotFinite) for a parameter that holds a NaN or an infinity, [`Error::Io`](crate::Error::Io), and those
-    /// of [`Adapter::check_complete`].
+    /// [`Error::NotFinite`](crate::Error::NotFinite) for a parameter that holds a NaN or an infinity,
+    /// [`Error::Io`](crate::Error::Io), and those of [`Adapter::check_complete`].
     ///
     /// # Examples
     ///

@@ -97,8 +97,8 @@ pub(crate) fn check(
 ///
 /// # Shapes
 ///
-/// `weight` is `(out, in/groups, kh, kw)`, `bias` is `(out)`; `x` is `(N, in, H, W)`, the answer `(N, out, H', W')`. Stride, padding, dilation
-/// and groups are those of candle's configuration.
+/// `weight` is `(out, in/groups, kh, kw)`, `bias` is `(out)`; `x` is `(N, in, H, W)`, the answer
+/// `(N, out, H', W')`. Stride, padding, dilation and groups are those of candle's configuration.
 ///
 /// # Examples
 ///
@@ -143,8 +143,8 @@ impl Conv2d {
 ///
 /// # Shapes
 ///
-/// `weight` is `(out, in/groups, k)`, `bias` is `(out)`; `x` is `(N, in, L)`, the answer `(N, out, L')`. Stride, padding, dilation
-/// and groups are those of candle's configuration.
+/// `weight` is `(out, in/groups, k)`, `bias` is `(out)`; `x` is `(N, in, L)`, the answer `(N, out, L')`.
+/// Stride, padding, dilation and groups are those of candle's configuration.
 ///
 /// # Examples
 ///

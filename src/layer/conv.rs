@@ -15,16 +15,17 @@ use std::sync::Arc;
 /// W_eff = diag(m / n0) W_flat blockdiag(R)^T
 /// ```
 ///
-/// with `W_flat` `(out, in/groups * kh * kw)`, the kernel as a matrix of patches: a block of `R` turns neighbouring
-/// entries of a patch. Stride, padding, dilation and groups stay those of the base; the groups share
-/// `R`. A new layer answers what its base answers; on CPU in f32 and f64 without groups also what
-/// candle answers, bit for bit.
+/// with `W_flat` `(out, in/groups * kh * kw)`, the kernel as a matrix of patches: a block of `R` turns
+/// neighbouring entries of a patch. Stride, padding, dilation and groups stay those of the base; the
+/// groups share `R`. A new layer answers what its base answers; on CPU in f32 and f64 without groups
+/// also what candle answers, bit for bit.
 ///
 /// Dropout, switches and the meaning of "not adapted" are those of [`DoftLinear`](crate::DoftLinear).
 ///
 /// # Shapes
 ///
-/// `x` is `(N, in, H, W)` in the dtype of the kernel (a half kernel takes f32, too), the answer `(N, out, H', W')`.
+/// `x` is `(N, in, H, W)` in the dtype of the kernel (a half kernel takes f32, too), the answer
+/// `(N, out, H', W')`.
 ///
 /// # Examples
 ///
@@ -67,7 +68,8 @@ pub struct DoftConv2d {
 ///
 /// # Shapes
 ///
-/// `x` is `(N, in, L)` in the dtype of the kernel (a half kernel takes f32, too), the answer `(N, out, L')`.
+/// `x` is `(N, in, L)` in the dtype of the kernel (a half kernel takes f32, too), the answer
+/// `(N, out, L')`.
 ///
 /// # Examples
 ///

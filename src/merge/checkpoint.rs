@@ -58,6 +58,26 @@ impl Merge {
     ///
     /// [`Error::FileUnused`] for modules that match no weight, those of [`Merge::weight`], and
     /// [`Error::Io`].
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor, safetensors};
+    /// # use candle_doft::{Adapter, DoftConfig};
+    /// # use std::collections::HashMap;
+    /// use candle_doft::merge::{CheckpointOptions, Merge, Strength};
+    /// # let folder = tempfile::tempdir().unwrap();
+    /// # let (base, output) = (folder.path().join("base.safetensors"), folder.path().join("merged.safetensors"));
+    /// # let weight = Tensor::ones((8, 64), DType::F32, &Device::Cpu)?;
+    /// # safetensors::save(&HashMap::from([("head.weight", weight.clone())]), &base)?;
+    /// # let adapter = Adapter::new(DoftConfig::default(), &Device::Cpu)?;
+    /// # adapter.wrap_linear("head", candle_nn::Linear::new(weight, None))?;
+    ///
+    /// let merge = Merge::new().with_adapter(&adapter, Strength::default())?;
+    /// let report = merge.checkpoint(&base, &output, CheckpointOptions::default())?;
+    /// assert_eq!(report.merged, ["head.weight"]);
+    /// # Ok::<(), candle_doft::Error>(())
+    /// ```
     pub fn checkpoint(
         &self,
         base: impl AsRef<Path>,

@@ -61,6 +61,26 @@ pub struct Inspection {
 /// # Errors
 ///
 /// Those of [`Adapter::load`](crate::Adapter::load), and of reading the checkpoint.
+///
+/// # Examples
+///
+/// ```
+/// # use candle_core::{DType, Device, Tensor};
+/// # use candle_doft::{Adapter, DoftConfig};
+/// # let folder = tempfile::tempdir().unwrap();
+/// # let path = folder.path().join("adapter.safetensors");
+/// # let adapter = Adapter::new(DoftConfig::default(), &Device::Cpu)?;
+/// # let weight = Tensor::ones((8, 64), DType::F32, &Device::Cpu)?;
+/// # adapter.wrap_linear("head", candle_nn::Linear::new(weight, None))?;
+/// # adapter.save(&path)?;
+/// use candle_doft::file::LoadOptions;
+/// use candle_doft::merge::inspect;
+///
+/// let found = inspect(&path, &LoadOptions::default(), None)?;
+/// assert_eq!((found.layers[0].path.as_str(), found.layers[0].blocks), ("head", 2));
+/// assert_eq!(found.layers[0].max_angle_degrees, 0.); // it was never trained
+/// # Ok::<(), candle_doft::Error>(())
+/// ```
 pub fn inspect(path: &Path, options: &LoadOptions, base: Option<&Path>) -> Result<Inspection> {
     let (dialect, stored) = file::read_stored(path, options)?;
     let extras: usize = stored.extras.values().map(Tensor::elem_count).sum();
