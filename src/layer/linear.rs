@@ -3,7 +3,7 @@
 use super::Adaptation;
 use super::adaptation::Factors;
 use super::common::layer_methods;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::frozen;
 use crate::ops;
 use candle_core::Tensor;
@@ -80,7 +80,7 @@ impl DoftLinear {
     }
 
     fn run(&self, x: &Tensor, factors: Option<Factors>) -> candle_core::Result<Tensor> {
-        self.check_input(x)?;
+        self.base.check(&self.path, x)?;
         match factors {
             Some(Factors { r, ratio }) => ops::linear::doft(
                 x,
@@ -91,33 +91,6 @@ impl DoftLinear {
             ),
             None => self.base.forward(x),
         }
-    }
-
-    fn check_input(&self, x: &Tensor) -> Result<()> {
-        let layer = || self.path.to_string();
-        let width = self.base.in_dim();
-        if x.rank() < 2 || x.dims().last() != Some(&width) {
-            return Err(Error::Shape {
-                layer: layer(),
-                what: "the input",
-                found: x.dims().to_vec(),
-                expected: format!("(.., {width}) of rank 2 or more"),
-            });
-        }
-        let dtypes = self.base.input_dtypes();
-        if !dtypes.contains(&x.dtype()) {
-            let expected = match dtypes {
-                [one] => format!("{one:?}, the dtype of the weight"),
-                some => format!("one of {some:?}, which its weight can be multiplied with"),
-            };
-            return Err(Error::DType {
-                layer: layer(),
-                what: "the input",
-                found: x.dtype(),
-                expected,
-            });
-        }
-        Ok(())
     }
 }
 

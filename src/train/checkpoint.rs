@@ -6,6 +6,7 @@ use crate::file::{float, replace, safetensors_bytes};
 use candle_core::{Device, Tensor};
 use safetensors::SafeTensors;
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -129,14 +130,27 @@ impl Checkpoint {
         self.steps
     }
 
-    /// The configuration, as it was given.
-    pub fn config(&self) -> &Value {
-        &self.config
+    /// The configuration that was given, as the type that it was given in or a part of it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::File`] when it is not of that type.
+    pub fn config<T: DeserializeOwned>(&self) -> Result<T> {
+        self.read("config", &self.config)
     }
 
-    /// The state, as it was given.
-    pub fn state(&self) -> &Value {
-        &self.state
+    /// The state that was given, likewise.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::File`] when it is not of that type.
+    pub fn state<T: DeserializeOwned>(&self) -> Result<T> {
+        self.read("state", &self.state)
+    }
+
+    fn read<T: DeserializeOwned>(&self, what: &str, value: &Value) -> Result<T> {
+        let failed = |error| Error::file(&self.file, format!("its `{what}` is another: {error}"));
+        T::deserialize(value).map_err(failed)
     }
 
     /// Sets the variables and moments of an optimizer over the same variables, bit for bit.
