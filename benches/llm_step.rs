@@ -5,6 +5,8 @@ mod llm;
 #[path = "../examples/support/methods.rs"]
 #[allow(dead_code, reason = "the examples use the rest")]
 mod methods;
+#[path = "../examples/support/pages.rs"]
+mod pages;
 #[allow(dead_code, reason = "each bench uses a part")]
 mod support;
 
@@ -14,6 +16,7 @@ use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn llm_step(c: &mut Criterion) {
+    pages::keep();
     let mut group = c.benchmark_group("llm_step");
     group.sample_size(10);
     let weights = support::llm::weights(support::llm::LAYERS).expect("weights");

@@ -2,13 +2,14 @@
 #![warn(clippy::unwrap_used, clippy::expect_used)]
 
 pub mod adapter;
+#[doc = include_str!("architecture.md")]
+pub mod architecture {}
 pub mod config;
 pub mod error;
 pub mod file;
 pub mod frozen;
 pub mod layer;
 pub mod merge;
-mod nearest;
 mod ops;
 pub mod params;
 pub mod rng;

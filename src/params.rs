@@ -53,7 +53,26 @@ pub mod names {
 /// | magnitude, `Factor` | `(out)` | 1 |
 /// | magnitude, `Absolute` | `(out)` | `n0` |
 ///
-/// `n0` are the norms of the frozen rows. Since a rotation keeps them, they are taken once.
+/// `n0` are the norms of the frozen rows. Since a rotation keeps them, they are taken once. The
+/// magnitude is `m = n0 exp(mu)`, `m = n0 f`, or `m` itself; a layer scales its outputs by `m / n0`.
+///
+/// # Examples
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_doft::params::{Params, names, row_norms};
+/// use candle_doft::{DoftConfig, Magnitude};
+/// use candle_nn::{VarBuilder, VarMap};
+///
+/// let varmap = VarMap::new();
+/// let vb = VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu).pp("head");
+/// let weight = Tensor::new(&[[3f32, 4.], [0., 2.]], &Device::Cpu)?;
+/// let layout = DoftConfig::default().with_block_size(2).layout("head", 2)?;
+/// let params = Params::new(&layout, Magnitude::Log, row_norms(&weight)?, names::ROTATION, vb)?;
+/// assert_eq!(params.rotation().dims(), [1, 1]);
+/// assert_eq!(params.magnitude()?.to_vec1::<f32>()?, [5., 2.]);
+/// # Ok::<(), candle_doft::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Params {
     rotation: Tensor,
@@ -71,7 +90,7 @@ impl Params {
     ///
     /// # Errors
     ///
-    /// When `vb` holds a tensor of another shape, or lacks one.
+    /// Those of candle: when `vb` holds a tensor of another shape, or lacks one.
     pub fn new(
         layout: &BlockLayout,
         kind: Magnitude,
@@ -148,23 +167,8 @@ impl Params {
         let Some(p) = &self.magnitude else {
             return Ok(None);
         };
-        let (p, norms) = (rows(p)?, || rows(&self.norms));
-        // `keep` is 1 for live rows and 0 for dead ones.
-        let ratio = match (self.kind, &self.alive) {
-            (Magnitude::Log, None) => p.exp()?,
-            (Magnitude::Log, Some(keep)) => p.mul(&rows(keep)?)?.exp()?,
-            (Magnitude::Absolute, None) => p.div(&norms()?)?,
-            (Magnitude::Absolute, Some(keep)) => {
-                let keep = rows(keep)?;
-                let dead = keep.affine(-1., 1.)?;
-                p.mul(&keep)?.add(&dead)?.div(&norms()?.add(&dead)?)?
-            }
-            (_, None) => p,
-            (_, Some(keep)) => {
-                let keep = rows(keep)?;
-                p.mul(&keep)?.add(&keep.affine(-1., 1.)?)?
-            }
-        };
+        let keep = self.alive.as_ref().map(&rows).transpose()?;
+        let ratio = ratio(self.kind, rows(p)?, keep.as_ref(), || rows(&self.norms))?;
         Ok(Some(ratio))
     }
 
@@ -178,6 +182,32 @@ impl Params {
             Some(ratio) => Ok(ratio.mul(&self.norms)?),
             None => Ok(self.norms.clone()),
         }
+    }
+}
+
+/// `m / n0` of the magnitude parameter `p`. `keep` is 1 for live rows and 0 for dead ones, whose ratio
+/// is 1; none where all rows live.
+pub(crate) fn ratio(
+    kind: Magnitude,
+    p: Tensor,
+    keep: Option<&Tensor>,
+    norms: impl FnOnce() -> candle_core::Result<Tensor>,
+) -> candle_core::Result<Tensor> {
+    let dead = keep.map(|keep| keep.affine(-1., 1.)).transpose()?;
+    let kept = |p: Tensor| match (keep, &dead) {
+        (Some(keep), Some(dead)) => p.mul(keep)?.add(dead),
+        _ => Ok(p),
+    };
+    match kind {
+        Magnitude::Log => match keep {
+            Some(keep) => p.mul(keep)?.exp(),
+            None => p.exp(),
+        },
+        Magnitude::Absolute => kept(p)?.div(&match &dead {
+            Some(dead) => norms()?.add(dead)?,
+            None => norms()?,
+        }),
+        Magnitude::Factor | Magnitude::None => kept(p),
     }
 }
 
@@ -200,9 +230,13 @@ fn absolute(norms: &Tensor, vb: &VarBuilder) -> Result<Tensor> {
 /// The answer is f64 for an f64 weight and f32 for any other. Reads a few rows at a time, so that no
 /// copy of the weight is made.
 ///
+/// # Shapes
+///
+/// `weight` is `(out, ..)`, of rank 2 or more; the answer is `(out)`.
+///
 /// # Errors
 ///
-/// When `weight` is of rank 0 or not a float tensor.
+/// When `weight` is of another rank or not a float tensor.
 pub fn row_norms(weight: &Tensor) -> Result<Tensor> {
     let dtype = match weight.dtype() {
         DType::F64 => DType::F64,

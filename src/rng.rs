@@ -2,6 +2,18 @@
 
 /// SplitMix64: 64 bits of state, one addition and two multiplications a number.
 ///
+/// # Examples
+///
+/// ```
+/// use candle_doft::rng::SplitMix64;
+///
+/// let (mut a, mut b) = (SplitMix64::new(7), SplitMix64::new(7));
+/// assert_eq!(a.normal(), b.normal());
+/// assert!(a.below(10) < 10 && (0. ..1.).contains(&a.uniform()));
+/// // A state to go on from, as a checkpoint keeps it.
+/// assert_eq!(SplitMix64::new(a.state()).next_u64(), a.next_u64());
+/// ```
+///
 /// # References
 ///
 /// Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.

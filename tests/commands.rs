@@ -3,16 +3,11 @@
 mod support;
 
 use candle_core::safetensors;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output};
+use support::golden::{cases, golden};
 use support::tensors::{CPU, relative};
 use support::tolerance::GOLDEN_WEIGHTS;
-
-fn golden(case: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/golden")
-        .join(case)
-}
 
 /// Runs an example, where it was built.
 fn run(example: &str, arguments: &[&str]) -> Option<Output> {
@@ -85,15 +80,6 @@ fn merge_writes_the_weights_of_the_golden_files() {
             );
         }
     }
-}
-
-fn cases(tool: &str) -> Vec<PathBuf> {
-    let entries = std::fs::read_dir(golden(tool))
-        .unwrap()
-        .map(|e| e.unwrap().path());
-    let mut cases: Vec<PathBuf> = entries.filter(|p| p.join("meta.json").exists()).collect();
-    cases.sort();
-    cases
 }
 
 #[test]

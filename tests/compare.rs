@@ -5,7 +5,6 @@
 #[allow(dead_code, reason = "the example uses the rest")]
 mod stats;
 
-use approx::{assert_abs_diff_eq, assert_relative_eq};
 use candle_doft::rng::SplitMix64;
 use serde_json::Value;
 use stats::{geometric, interval, median, student};
@@ -22,7 +21,8 @@ fn quantiles_of_student_are_those_of_tables() {
         (120, 1.9799),
     ];
     for (degrees, expected) in table {
-        assert_abs_diff_eq!(student(degrees), expected, epsilon = 2e-4);
+        let found: f64 = student(degrees);
+        assert!((found - expected).abs() <= 2e-4, "{degrees}: {found}");
     }
 }
 
@@ -45,7 +45,8 @@ fn an_interval_needs_two_finite_values() {
     assert_eq!(interval(&[1.]), None);
     assert_eq!(interval(&[1., f64::NAN]), None);
     assert_eq!(geometric(&[1., 0.]), None);
-    assert_relative_eq!(geometric(&[1., 4.]).unwrap().mean, 2.);
+    let mean = geometric(&[1., 4.]).unwrap().mean;
+    assert!((mean - 2.).abs() <= 4. * f64::EPSILON, "{mean}");
     assert_eq!(median(&[3., 1., 2.]), 2.);
     assert_eq!(median(&[3., 1.]), 2.);
 }

@@ -7,7 +7,7 @@ use candle_core::{DType, Result, Tensor, Var, safetensors};
 use candle_doft::config::Rule;
 use candle_doft::{Adapter, DoftConfig, DoftConv1d, DoftConv2d, Magnitude, Pattern};
 use candle_nn::{Conv1d, Conv1dConfig, Conv2d, Conv2dConfig, Module, VarBuilder, VarMap};
-use std::path::{Path, PathBuf};
+use support::golden::golden;
 use support::slopes::check_slopes;
 use support::tensors::{CPU, bits, disturb, relative, seeded, values};
 use support::tolerance::{self, GOLDEN_GRADIENTS, GOLDEN_VALUES};
@@ -203,12 +203,6 @@ fn half_kernels_merge_within_their_rounding() -> Result<()> {
     Ok(())
 }
 
-fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/golden/onetrainer")
-        .join(name)
-}
-
 /// Loaded as a user loads them: rotated the other way there, and so negated in this crate.
 #[test]
 fn kernels_of_onetrainer_give_its_outputs_and_gradients() -> Result<()> {
@@ -222,7 +216,7 @@ fn kernels_of_onetrainer_give_its_outputs_and_gradients() -> Result<()> {
         "cans_exp_conv3x3",
     ];
     for case in cases {
-        let folder = golden(case);
+        let folder = golden("onetrainer").join(case);
         let meta = std::fs::read(folder.join("meta.json")).unwrap();
         let meta: serde_json::Value = serde_json::from_slice(&meta).unwrap();
         let path = meta["layers"][0]["path"].as_str().unwrap().to_string();

@@ -2,22 +2,17 @@
 
 mod support;
 
-use candle_core::{Result, Tensor, safetensors};
+use candle_core::{Result, Tensor};
 use candle_doft::file::{Dialect, LoadOptions, Target, convert};
 use candle_doft::merge::{CheckpointOptions, Merge, Strength, inspect, weight_shapes};
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use support::tensors::{CPU, relative};
+use std::path::Path;
+use support::golden::{golden, load};
+use support::tensors::relative;
 
 const PEFT: Target = Target::Peft {
     drop_magnitude: false,
 };
-
-fn golden(case: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/golden")
-        .join(case)
-}
 
 fn merged(adapter: &Path, base: &Path) -> candle_doft::Result<BTreeMap<String, Tensor>> {
     let home = tempfile::tempdir().unwrap();
@@ -25,7 +20,7 @@ fn merged(adapter: &Path, base: &Path) -> candle_doft::Result<BTreeMap<String, T
     let options = LoadOptions::default();
     let merge = Merge::new().with_file(adapter, &options, Strength::default())?;
     merge.checkpoint(base, &output, CheckpointOptions::default())?;
-    Ok(safetensors::load(&output, &CPU)?.into_iter().collect())
+    Ok(load(&output)?)
 }
 
 fn assert_same(what: &str, adapter: &Path, other: &Path, base: &Path) -> candle_doft::Result<()> {

@@ -6,21 +6,11 @@ use candle_core::{DType, Result, Tensor, safetensors};
 use candle_doft::file::{Divisor, LoadOptions};
 use candle_doft::{Adapter, DoftLinear};
 use candle_nn::Linear;
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::collections::HashMap;
+use std::path::Path;
+use support::golden::{golden, load};
 use support::tensors::{CPU, relative};
 use support::tolerance::GOLDEN_WEIGHTS;
-
-fn golden(tool: &str, case: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/golden")
-        .join(tool)
-        .join(case)
-}
-
-fn load(path: &Path) -> Result<BTreeMap<String, Tensor>> {
-    Ok(safetensors::load(path, &CPU)?.into_iter().collect())
-}
 
 /// The linear layers of a base, by path.
 fn linears(base: &Path) -> Result<Vec<(String, Linear)>> {
@@ -77,7 +67,7 @@ const ONETRAINER: [&str; 17] = [
 fn onetrainer_s_linear_files_read_to_its_weights_in_both_flavours() -> candle_doft::Result<()> {
     let mut internal = 0;
     for case in ONETRAINER {
-        let folder = golden("onetrainer", case);
+        let folder = golden("onetrainer").join(case);
         let expected = &load(&folder.join("io.safetensors"))?["w_eff"];
         for flavour in ["adapter.safetensors", "adapter.internal.safetensors"] {
             let file = folder.join(flavour);
@@ -102,7 +92,7 @@ fn onetrainer_s_linear_files_read_to_its_weights_in_both_flavours() -> candle_do
 
 #[test]
 fn blocks_of_size_one_leave_the_magnitude() -> candle_doft::Result<()> {
-    let folder = golden("onetrainer", "odd_block_7_4");
+    let folder = golden("onetrainer/odd_block_7_4");
     let adapter = Adapter::load(folder.join("adapter.safetensors"), &CPU)?;
     let layers = wrapped(&adapter, &folder.join("base.safetensors"))?;
     let expected = &load(&folder.join("io.safetensors"))?["w_eff"];
@@ -113,7 +103,7 @@ fn blocks_of_size_one_leave_the_magnitude() -> candle_doft::Result<()> {
 
 #[test]
 fn the_ambiguous_divisor_is_told_from_an_integer_or_given() -> candle_doft::Result<()> {
-    let folder = golden("onetrainer", "doft_g1_early_linear");
+    let folder = golden("onetrainer/doft_g1_early_linear");
     let base = folder.join("base.safetensors");
     let expected = &load(&folder.join("io.safetensors"))?["w_eff"];
     let internal = Adapter::load(folder.join("adapter.internal.safetensors"), &CPU)?;
@@ -143,7 +133,7 @@ fn the_ambiguous_divisor_is_told_from_an_integer_or_given() -> candle_doft::Resu
 #[test]
 fn mangled_names_find_their_layers() -> candle_doft::Result<()> {
     for case in ["mangled_legacy", "mangled_mixture"] {
-        let folder = golden("onetrainer", case);
+        let folder = golden("onetrainer").join(case);
         let adapter = Adapter::load(folder.join("adapter.safetensors"), &CPU)?;
         let layers = wrapped(&adapter, &folder.join("base.safetensors"))?;
         assert_eq!(layers.len(), 2, "{case}");
@@ -166,7 +156,7 @@ fn mangled_names_find_their_layers() -> candle_doft::Result<()> {
 
 #[test]
 fn half_precision_exports_are_their_rounding_away() -> candle_doft::Result<()> {
-    let folder = golden("onetrainer", "doft_g3_linear");
+    let folder = golden("onetrainer/doft_g3_linear");
     let expected = &load(&folder.join("io.safetensors"))?["w_eff"];
     for (flavour, bound) in [
         ("adapter.bf16.safetensors", 1e-2),
@@ -195,7 +185,7 @@ fn peft_s_linear_folders_read_to_its_weights() -> candle_doft::Result<()> {
         "linear_block_adjusted",
         "linear_coft",
     ] {
-        let folder = golden("peft", case);
+        let folder = golden("peft").join(case);
         let adapter = Adapter::load(&folder, &CPU)?;
         let mut layers = Vec::new();
         let base = load(&folder.join("base.safetensors"))?;
@@ -226,7 +216,7 @@ fn peft_s_linear_folders_read_to_its_weights() -> candle_doft::Result<()> {
 fn a_loaded_adapter_of_another_tool_saves_as_one_of_this_crate() -> candle_doft::Result<()> {
     let home = tempfile::tempdir().unwrap();
     for (tool, case) in [("onetrainer", "doft_g1_linear"), ("peft", "linear_exact")] {
-        let folder = golden(tool, case);
+        let folder = golden(tool).join(case);
         let file = if tool == "peft" {
             folder.clone()
         } else {
@@ -288,7 +278,7 @@ fn what_cannot_be_expressed_is_refused_with_the_reason() {
 
 #[test]
 fn one_component_can_be_read_and_modules_renamed() -> candle_doft::Result<()> {
-    let folder = golden("onetrainer", "doft_g3_linear");
+    let folder = golden("onetrainer/doft_g3_linear");
     let file = folder.join("adapter.safetensors");
     let (path, base) = linears(&folder.join("base.safetensors"))?.remove(0);
     let options = LoadOptions::default().with_rename(|_| Some("my.own.name".into()));
@@ -306,7 +296,7 @@ fn one_component_can_be_read_and_modules_renamed() -> candle_doft::Result<()> {
     let adapter = Adapter::load_with(&file, &CPU, &options)?;
     assert!(!adapter.wrap_linear("another", base)?.is_adapted());
     assert!(adapter.check_complete().is_err(), "nothing matched at all");
-    let folder = golden("onetrainer", "mangled_mixture");
+    let folder = golden("onetrainer/mangled_mixture");
     let file = folder.join("adapter.safetensors");
     let adapter = Adapter::load_with(&file, &CPU, &options)?;
     let (path, base) = linears(&folder.join("base.safetensors"))?.remove(0);
@@ -320,4 +310,27 @@ fn one_component_can_be_read_and_modules_renamed() -> candle_doft::Result<()> {
             .starts_with("1 modules match no layer so far")
     );
     Ok(())
+}
+
+#[test]
+fn keys_of_no_known_role_are_refused_or_skipped_by_choice() -> candle_doft::Result<()> {
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("adapter.safetensors");
+    let folder = golden("onetrainer/doft_g3_linear");
+    let mut tensors = load(&folder.join("adapter.safetensors"))?;
+    tensors.insert("stranger".into(), Tensor::zeros(1, DType::F32, &CPU)?);
+    let tensors: HashMap<String, Tensor> = tensors.into_iter().collect();
+    safetensors::save(&tensors, &file)?;
+    let error = Adapter::load(&file, &CPU).unwrap_err().to_string();
+    assert!(
+        error.contains("1 unexpected keys, the first are `stranger`"),
+        "{error}"
+    );
+    let options = LoadOptions::default().with_allow_unknown(true);
+    let adapter = Adapter::load_with(&file, &CPU, &options)?;
+    let warnings: Vec<String> = adapter.warnings().iter().map(ToString::to_string).collect();
+    assert_eq!(warnings, ["`stranger`: 1 unknown keys were skipped"]);
+    let (path, base) = linears(&folder.join("base.safetensors"))?.remove(0);
+    assert!(adapter.wrap_linear(&path, base)?.is_adapted());
+    adapter.check_complete()
 }

@@ -7,8 +7,8 @@ use candle_core::{DType, Result, Tensor, safetensors};
 use candle_doft::config::Rule;
 use candle_doft::{Adapter, DoftConfig, DoftEmbedding, Magnitude, Pattern, frozen};
 use candle_nn::{Embedding, Module, VarBuilder, VarMap};
-use std::path::Path;
 use std::sync::Arc;
+use support::golden::golden;
 use support::slopes::check_slopes;
 use support::tensors::{CPU, bits, disturb, relative, seeded, values};
 use support::tolerance::{self, GOLDEN_WEIGHTS};
@@ -175,7 +175,7 @@ fn a_rule_turns_the_magnitude_on_and_a_file_remembers_it() -> candle_doft::Resul
 
 #[test]
 fn an_embedding_of_peft_gives_its_table() -> candle_doft::Result<()> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/peft/embedding");
+    let folder = golden("peft/embedding");
     let base = safetensors::load(folder.join("base.safetensors"), &CPU)?;
     let expected = safetensors::load(folder.join("expected.safetensors"), &CPU)?;
     let adapter = Adapter::load(&folder, &CPU)?;

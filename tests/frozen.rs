@@ -300,6 +300,10 @@ fn bad_input_is_refused_with_what_was_expected() -> Result<()> {
     );
     let head = frozen::Linear::new(zeros(&[8, 4]), None);
     assert_eq!(
+        text(head.forward(&zeros(&[2, 5])).unwrap_err()),
+        "layer `the linear layer`: the input has shape [2, 5], expected (.., 4) of rank 2 or more"
+    );
+    assert_eq!(
         text(frozen::linear_cross_entropy(&zeros(&[2, 5]), &head, &targets).unwrap_err()),
         "`linear_cross_entropy`: the shape of `hidden` is [2, 5], expected (.., 4) of rank 2 or more"
     );

@@ -2,26 +2,17 @@
 
 mod support;
 
-use candle_core::{DType, Result, Tensor, Var, safetensors};
+use candle_core::{DType, Result, Tensor, Var};
 use candle_doft::{DoftConfig, DoftLinear, Magnitude, Map};
 use candle_nn::{AdamW, Linear, Module, Optimizer, ParamsAdamW, VarBuilder, VarMap, loss};
 use serde_json::Value;
-use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::collections::BTreeMap;
+use std::path::Path;
+use support::golden::{golden, load};
 use support::tensors::{CPU, relative, values};
 use support::tolerance::{GOLDEN_GRADIENTS, GOLDEN_VALUES, TRAJECTORY};
 
-type Tensors = HashMap<String, Tensor>;
-
-fn folder(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/golden/onetrainer")
-        .join(name)
-}
-
-fn load(path: &Path) -> Result<Tensors> {
-    safetensors::load(path, &CPU)
-}
+type Tensors = BTreeMap<String, Tensor>;
 
 fn json(path: &Path) -> Value {
     serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
@@ -91,7 +82,7 @@ fn linear_layers_compute_what_onetrainer_computes_forward_and_backward() -> Resu
         ("cans_exp_linear", exponential),
     ];
     for (case, config) in cases {
-        let folder = folder(case);
+        let folder = golden("onetrainer").join(case);
         let base = load(&folder.join("base.safetensors"))?;
         let adapter = load(&folder.join("adapter.safetensors"))?;
         let io = load(&folder.join("io.safetensors"))?;
@@ -129,7 +120,7 @@ fn linear_layers_compute_what_onetrainer_computes_forward_and_backward() -> Resu
 
 #[test]
 fn training_follows_onetrainer_step_by_step() -> Result<()> {
-    let root = folder("trajectory");
+    let root = golden("onetrainer/trajectory");
     let data = load(&root.join("data.safetensors"))?;
     let base = load(&root.join("base.safetensors"))?;
     let x = data["x"].to_dtype(DType::F32)?;

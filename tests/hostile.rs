@@ -9,13 +9,8 @@ use candle_doft::{Adapter, DoftConfig, rng::SplitMix64};
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use support::golden::golden;
 use support::tensors::{CPU, linear, seeded};
-
-fn golden(case: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/golden")
-        .join(case)
-}
 
 /// What a reader says of a file of these bytes, in one line.
 fn read(file: &Path, bytes: &[u8]) -> Option<String> {

@@ -182,8 +182,13 @@ fn a_resumed_run_ends_with_the_bytes_of_one_that_never_stopped() -> candle_doft:
         let mut second = Run::new(magnitude)?;
         let loaded = Checkpoint::load(&checkpoint)?;
         assert_eq!(loaded.steps(), 10);
-        assert_eq!(loaded.state()["epoch"], 1);
-        assert_eq!(loaded.config()["block_size"], 8);
+        assert_eq!(loaded.state::<serde_json::Value>()?["epoch"], 1);
+        assert_eq!(&loaded.config::<DoftConfig>()?, config);
+        let other = loaded.state::<Vec<u8>>().unwrap_err().to_string();
+        assert!(
+            other.contains("its `state` is another: invalid type: map"),
+            "{other}"
+        );
         loaded.restore(&mut second.optimizer)?;
         second.train(10..20)?;
         let bytes = |run: &Run, name: &str| -> candle_doft::Result<Vec<u8>> {

@@ -9,6 +9,8 @@ mod llm;
 #[path = "../../examples/support/methods.rs"]
 #[allow(dead_code, reason = "the examples use the rest")]
 mod methods;
+#[path = "../../examples/support/pages.rs"]
+mod pages;
 #[path = "../support/mod.rs"]
 #[allow(dead_code, reason = "each bench uses a part")]
 mod support;
@@ -122,6 +124,7 @@ fn sweeps() -> [Sweep; 4] {
 fn main() -> anyhow::Result<()> {
     let quick = std::env::args().any(|argument| argument == "--quick");
     let budget = if quick { QUICK } else { FULL };
+    pages::keep();
     let mut grown = Vec::new();
     for sweep in sweeps() {
         println!("{} ({})", sweep.name, sweep.fixed);

@@ -13,6 +13,8 @@ mod memory;
 #[path = "../../examples/support/methods.rs"]
 #[allow(dead_code, reason = "the examples use the rest")]
 mod methods;
+#[path = "../../examples/support/pages.rs"]
+mod pages;
 #[path = "../support/mod.rs"]
 #[allow(dead_code, reason = "each bench uses a part")]
 mod support;
@@ -53,6 +55,7 @@ fn main() -> anyhow::Result<()> {
             what => only = Some(what.to_string()),
         }
     }
+    pages::keep();
     let wanted = |what: &str| only.as_deref().is_none_or(|only| what == only);
     let context = context(quick);
     let mut entries = Vec::new();

@@ -128,96 +128,97 @@ fn costs(summary: &TaskSummary) -> String {
 }
 
 fn studies(summary: &TaskSummary, scale: f64, digits: usize) -> String {
-    let mut text = String::new();
-    if !summary.block_sizes.is_empty() {
-        let head = [
+    let score = |interval: &_| number(interval, scale, digits);
+    let block_sizes = rows_of(
+        &[
             "block size",
             "parameters",
             "best rate",
             "best rate of seeds",
             "test",
             "lost at the rate of 32",
-        ];
-        text += &rows(
-            &head,
-            summary.block_sizes.iter().map(|b| {
-                vec![
-                    b.entry.label(),
-                    b.trainable_parameters.to_string(),
-                    b.best_lr.to_string(),
-                    number(&b.best_lr_of_seeds, 1., 4),
-                    number(&b.test, scale, digits),
-                    number(&b.lost_at_shared_lr, scale, digits),
-                ]
-            }),
-        );
-    }
-    if !summary.first_steps.is_empty() {
-        let head = ["first step over the rate", "rotation of a row", "magnitude"];
-        text += &rows(
-            &head,
-            summary.first_steps.iter().map(|f| {
-                vec![
-                    f.entry.label(),
-                    number(&f.rotation, 1., 3),
-                    number(&f.magnitude, 1., 3),
-                ]
-            }),
-        );
-    }
-    if !summary.magnitude_rates.is_empty() {
-        let head = [
+        ],
+        &summary.block_sizes,
+        |b| {
+            vec![
+                b.entry.label(),
+                b.trainable_parameters.to_string(),
+                b.best_lr.to_string(),
+                number(&b.best_lr_of_seeds, 1., 4),
+                score(&b.test),
+                score(&b.lost_at_shared_lr),
+            ]
+        },
+    );
+    let first_steps = rows_of(
+        &["first step over the rate", "rotation of a row", "magnitude"],
+        &summary.first_steps,
+        |f| {
+            vec![
+                f.entry.label(),
+                number(&f.rotation, 1., 3),
+                number(&f.magnitude, 1., 3),
+            ]
+        },
+    );
+    let magnitude_rates = rows_of(
+        &[
             "rate of rotations",
             "rate of magnitudes over it",
             "test",
             "beside one rate",
             "beside OFT",
             "steps to target",
-        ];
-        text += &rows(
-            &head,
-            summary.magnitude_rates.iter().map(|m| {
-                vec![
-                    m.lr.to_string(),
-                    m.factor.to_string(),
-                    number(&m.test, scale, digits),
-                    number(&m.beside_one_rate, scale, digits),
-                    number(&m.beside_oft, scale, digits),
-                    number(&m.steps_to_target, 1., 0),
-                ]
-            }),
-        );
+        ],
+        &summary.magnitude_rates,
+        |m| {
+            vec![
+                m.lr.to_string(),
+                m.factor.to_string(),
+                score(&m.test),
+                score(&m.beside_one_rate),
+                score(&m.beside_oft),
+                number(&m.steps_to_target, 1., 0),
+            ]
+        },
+    );
+    let maps = orthogonality(summary, scale, digits);
+    block_sizes + &first_steps + &magnitude_rates + &maps
+}
+
+fn orthogonality(summary: &TaskSummary, scale: f64, digits: usize) -> String {
+    let head = [
+        "map",
+        "rate",
+        "test",
+        "beside exact",
+        "diverged",
+        "max abs(R R^T - I)",
+        "norm drift, mean",
+        "largest",
+    ];
+    rows_of(&head, &summary.orthogonality, |o| {
+        let most = |f: fn(&crate::record::Look) -> f64| {
+            let most = o.trace.iter().map(f).fold(0., f64::max);
+            format!("{most:.1e}")
+        };
+        vec![
+            o.entry.label(),
+            o.lr.to_string(),
+            number(&o.test, scale, digits),
+            number(&o.beside_exact, scale, digits),
+            o.diverged.to_string(),
+            most(|look| look.orthogonality_error),
+            most(|look| look.norm_drift_mean),
+            most(|look| look.norm_drift_max),
+        ]
+    })
+}
+
+/// A table of what a study found; nothing where it was not made.
+fn rows_of<T>(head: &[&str], found: &[T], row: impl Fn(&T) -> Vec<String>) -> String {
+    match found {
+        [] => String::new(),
+        found => rows(head, found.iter().map(row)),
     }
-    if !summary.orthogonality.is_empty() {
-        let head = [
-            "map",
-            "rate",
-            "test",
-            "beside exact",
-            "diverged",
-            "max abs(R R^T - I)",
-            "norm drift, mean",
-            "largest",
-        ];
-        text += &rows(
-            &head,
-            summary.orthogonality.iter().map(|o| {
-                let most = |f: fn(&crate::record::Look) -> f64| {
-                    let most = o.trace.iter().map(f).fold(0., f64::max);
-                    format!("{most:.1e}")
-                };
-                vec![
-                    o.entry.label(),
-                    o.lr.to_string(),
-                    number(&o.test, scale, digits),
-                    number(&o.beside_exact, scale, digits),
-                    o.diverged.to_string(),
-                    most(|look| look.orthogonality_error),
-                    most(|look| look.norm_drift_mean),
-                    most(|look| look.norm_drift_max),
-                ]
-            }),
-        );
-    }
-    text
 }

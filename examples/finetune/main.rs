@@ -11,6 +11,8 @@ mod merged;
 #[path = "../support/methods.rs"]
 #[allow(dead_code, reason = "others use the rest")]
 mod methods;
+#[path = "../support/pages.rs"]
+mod pages;
 mod run;
 mod setup;
 #[path = "../support/mod.rs"]
@@ -175,6 +177,7 @@ pub(crate) struct Flags {
 
 fn main() -> std::process::ExitCode {
     let flags = Flags::parse();
+    pages::keep();
     if let Some(end) = flags.stop_after.filter(|end| *end > flags.steps) {
         let steps = flags.steps;
         return support::cli::wrong_arguments(&format!(

@@ -12,12 +12,20 @@ use crate::{Flags, draw, memory, merged};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::Device;
 use candle_doft::train::{Checkpoint, Schedule};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
+
+/// What a checkpoint keeps of a run beside its variables: losses and perplexities by step.
+#[derive(Serialize, Deserialize)]
+struct Curves {
+    losses: Vec<(u64, f64)>,
+    held_out: Vec<(u64, f64)>,
+}
 
 pub(crate) fn run(flags: &Flags) -> Result<()> {
     let device = Device::Cpu;
@@ -126,8 +134,9 @@ impl<'a> Session<'a> {
         );
         let checkpoint = Checkpoint::load(&file)?;
         let ours = identity(self.flags, &self.weights, &self.data);
+        let theirs: Value = checkpoint.config()?;
         for (key, value) in ours.as_object().into_iter().flatten() {
-            let found = &checkpoint.config()[key];
+            let found = &theirs[key];
             ensure!(
                 found == value,
                 "{}: `{key}` was {found} there and is {value} now; resume with the same flags",
@@ -139,11 +148,8 @@ impl<'a> Session<'a> {
         };
         checkpoint.restore(optimizer)?;
         self.step = checkpoint.steps();
-        let curve = |key: &str| -> Result<Vec<(u64, f64)>> {
-            Ok(serde_json::from_value(checkpoint.state()[key].clone())?)
-        };
-        self.losses = curve("losses")?;
-        self.held_out = curve("held_out")?;
+        let Curves { losses, held_out } = checkpoint.state()?;
+        (self.losses, self.held_out) = (losses, held_out);
         Ok(())
     }
 
@@ -152,7 +158,10 @@ impl<'a> Session<'a> {
             return Ok(());
         };
         let identity = identity(self.flags, &self.weights, &self.data);
-        let state = json!({"losses": self.losses, "held_out": self.held_out});
+        let state = Curves {
+            losses: self.losses.clone(),
+            held_out: self.held_out.clone(),
+        };
         Checkpoint::save(self.checkpoint(), optimizer, &identity, &state)?;
         let file = self.flags.out.join("adapter.safetensors");
         match self.trainer.tuner.adapter() {

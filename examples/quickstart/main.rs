@@ -10,7 +10,8 @@ mod support;
 
 use anyhow::{Context, Result};
 use candle_core::Device;
-use candle_doft::{Adapter, DoftConfig, rotation};
+use candle_doft::adapter::Report;
+use candle_doft::{Adapter, DoftConfig, DoftLinear, rotation};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, loss};
 use clap::Parser;
 use network::{Net, accuracy, max_abs_diff, predictions};
@@ -107,16 +108,8 @@ fn run(flags: &Flags) -> Result<()> {
     let reloaded = reloaded.forward(&test)?;
     let merged = net.each(|_, layer| layer.merge())?.forward(&test)?;
 
-    let mut orthogonality: f64 = 0.;
-    let mut angles = Vec::new();
-    for (name, layer) in net.layers() {
-        orthogonality = orthogonality.max(rotation::orthogonality_error(&layer.rotation()?)?);
-        angles.push((
-            name.to_string(),
-            layer.angles()?.into_iter().flatten().collect(),
-        ));
-    }
     let summary = adapter.report()?;
+    let (angles, orthogonality) = rotations(&net)?;
     let outcome = Outcome {
         curve,
         digits: turned.test,
@@ -145,32 +138,51 @@ fn run(flags: &Flags) -> Result<()> {
     let text = serde_json::to_string_pretty(&report)? + "\n";
     files::replace(&flags.out.join("report.json"), text.as_bytes())?;
 
+    say(&summary, &report);
+    println!("see {}", flags.out.join("quickstart.svg").display());
+    Ok(())
+}
+
+type Angles = Vec<(String, Vec<f64>)>;
+
+/// The angles of each layer, and how far the worst block is from orthogonal.
+fn rotations(net: &Net<DoftLinear>) -> Result<(Angles, f64)> {
+    let (mut angles, mut worst) = (Vec::new(), 0f64);
+    for (name, layer) in net.layers() {
+        worst = worst.max(rotation::orthogonality_error(&layer.rotation()?)?);
+        let of_layer = layer.angles()?.into_iter().flatten().collect();
+        angles.push((name.to_string(), of_layer));
+    }
+    Ok((angles, worst))
+}
+
+/// The report in words.
+fn say(summary: &Report, report: &serde_json::Value) {
     println!("{summary}\n");
-    let percent = |key: &str| 100. * report[key].as_f64().unwrap_or(f64::NAN);
+    let number = |key: &str| report[key].as_f64().unwrap_or(f64::NAN);
     println!("accuracy on test digits");
     println!(
         "  upright, frozen network              {:6.1} %",
-        percent("upright_accuracy")
+        100. * number("upright_accuracy")
     );
     println!(
         "  turned by 90 degrees, before         {:6.1} %",
-        percent("base_accuracy")
+        100. * number("base_accuracy")
     );
     println!(
         "  turned by 90 degrees, after DOFT     {:6.1} %",
-        percent("adapted_accuracy")
+        100. * number("adapted_accuracy")
     );
     println!(
-        "trained {:.2} % of the parameters in {seconds:.1} s",
-        summary.percent()
+        "trained {:.2} % of the parameters in {:.1} s",
+        summary.percent(),
+        number("seconds")
     );
     println!(
         "merged and reloaded networks differ by at most {:.1e} and {:.1e}",
-        report["merged_max_abs_diff"].as_f64().unwrap_or(f64::NAN),
-        report["reloaded_max_abs_diff"].as_f64().unwrap_or(f64::NAN),
+        number("merged_max_abs_diff"),
+        number("reloaded_max_abs_diff"),
     );
-    println!("see {}", flags.out.join("quickstart.svg").display());
-    Ok(())
 }
 
 fn train_base(digits: &Digits, seed: u64, device: &Device) -> Result<Net<candle_nn::Linear>> {

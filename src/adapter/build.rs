@@ -4,12 +4,14 @@ use super::{Adapter, Entry, select};
 use crate::config::{DoftConfig, LayerKind};
 use crate::error::{Error, Result};
 use crate::frozen::{self, QuantizedVarBuilder};
-use crate::layer::{Base, DoftConv1d, DoftConv2d, DoftEmbedding, DoftLinear, check_weight};
-use crate::ops::Weight;
+use crate::layer::{
+    Adaptation, Base, DoftConv1d, DoftConv2d, DoftEmbedding, DoftLinear, Layer, check_weight,
+};
 use candle_core::quantized::QMatMul;
 use candle_core::{Device, Tensor};
 use candle_nn::{Conv1dConfig, Conv2dConfig, VarBuilder};
 use std::collections::btree_map;
+use std::sync::Arc;
 
 impl Adapter {
     /// A linear layer with bias, as [`candle_nn::linear()`] makes it; its path is the prefix of `vb`.
@@ -193,17 +195,7 @@ impl Adapter {
     /// [`Error::LayerExists`] when the path is taken, [`Error::Device`] when the layer lives
     /// elsewhere, and those of [`DoftLinear::new`].
     pub fn wrap_linear(&self, path: &str, base: impl Into<frozen::Linear>) -> Result<DoftLinear> {
-        let base = base.into();
-        let weight = Base {
-            weight: base.frozen_weight(),
-            shape: base.frozen_weight().dims(),
-        };
-        let layer = match self.setting(path, LayerKind::Linear, &weight)? {
-            Some(of) => DoftLinear::adapted(base, &of.config, of.norms, self.vb(path))?,
-            None => DoftLinear::plain(path, base),
-        };
-        self.register(path, layer.base().frozen_weight(), layer.adaptation())?;
-        Ok(layer)
+        self.wrap(path, base.into())
     }
 
     /// Wraps the weight of a `QMatMul`, quantized or dense.
@@ -221,17 +213,7 @@ impl Adapter {
     ///
     /// As [`Adapter::wrap_linear`], and those of [`DoftConv2d::new`].
     pub fn wrap_conv2d(&self, path: &str, base: impl Into<frozen::Conv2d>) -> Result<DoftConv2d> {
-        let base = base.into();
-        let weight = Base {
-            weight: base.frozen_weight(),
-            shape: base.dims(),
-        };
-        let layer = match self.setting(path, LayerKind::Conv2d, &weight)? {
-            Some(of) => DoftConv2d::adapted(base, &of.config, of.norms, self.vb(path))?,
-            None => DoftConv2d::plain(path, base),
-        };
-        self.register(path, layer.base().frozen_weight(), layer.adaptation())?;
-        Ok(layer)
+        self.wrap(path, base.into())
     }
 
     /// Wraps a one-dimensional convolution that exists already. The kernel is shared, not copied.
@@ -240,17 +222,7 @@ impl Adapter {
     ///
     /// As [`Adapter::wrap_linear`], and those of [`DoftConv1d::new`].
     pub fn wrap_conv1d(&self, path: &str, base: impl Into<frozen::Conv1d>) -> Result<DoftConv1d> {
-        let base = base.into();
-        let weight = Base {
-            weight: base.frozen_weight(),
-            shape: base.dims(),
-        };
-        let layer = match self.setting(path, LayerKind::Conv1d, &weight)? {
-            Some(of) => DoftConv1d::adapted(base, &of.config, of.norms, self.vb(path))?,
-            None => DoftConv1d::plain(path, base),
-        };
-        self.register(path, layer.base().frozen_weight(), layer.adaptation())?;
-        Ok(layer)
+        self.wrap(path, base.into())
     }
 
     /// Wraps an embedding that exists already: candle's, or a frozen one, dense or quantized.
@@ -263,16 +235,18 @@ impl Adapter {
         path: &str,
         base: impl Into<frozen::Embedding>,
     ) -> Result<DoftEmbedding> {
-        let base = base.into();
-        let weight = Base {
-            weight: base.frozen_weight(),
-            shape: base.frozen_weight().dims(),
+        self.wrap(path, base.into())
+    }
+
+    /// A layer of any kind, adapted or plain, entered under its path.
+    fn wrap<L: Layer>(&self, path: &str, base: L::Frozen) -> Result<L> {
+        let weight = L::weight(&base);
+        let parameters = weight.shape.iter().product();
+        let layer = match self.setting(path, L::KIND, &weight)? {
+            Some(of) => L::adapted(base, &of.config, of.norms, self.vb(path))?,
+            None => L::plain(path, base),
         };
-        let layer = match self.setting(path, LayerKind::Embedding, &weight)? {
-            Some(of) => DoftEmbedding::adapted(base, &of.config, of.norms, self.vb(path))?,
-            None => DoftEmbedding::plain(path, base),
-        };
-        self.register(path, layer.base().frozen_weight(), layer.adaptation())?;
+        self.register(path, parameters, layer.adaptation())?;
         Ok(layer)
     }
 
@@ -334,17 +308,15 @@ impl Adapter {
     fn register(
         &self,
         path: &str,
-        weight: &Weight,
-        adaptation: Option<&std::sync::Arc<crate::layer::Adaptation>>,
+        parameters: usize,
+        adaptation: Option<&Arc<Adaptation>>,
     ) -> Result<()> {
         if let (Some(source), Some(adaptation)) = (&self.inner.source, adaptation) {
             source.fill(adaptation)?;
         }
         let entry = match adaptation {
             Some(adaptation) => Entry::Adapted(adaptation.clone()),
-            None => Entry::Frozen {
-                parameters: weight.dims().iter().product(),
-            },
+            None => Entry::Frozen { parameters },
         };
         match self.inner.layers().entry(path.to_string()) {
             btree_map::Entry::Occupied(_) => Err(exists(path)),

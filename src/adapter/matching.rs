@@ -29,7 +29,9 @@ const PREFIXES: [(&str, Option<&str>); 22] = [
 
 const DENOISER: Option<&str> = Some("denoiser");
 const TEXT: Option<&str> = Some("text_encoder");
-const PEFT: &str = "base_model.model.";
+
+/// What PEFT puts before every path.
+pub(crate) const PEFT_PREFIX: &str = "base_model.model.";
 
 /// `.` and `_` are one.
 pub(crate) fn flat(name: &str) -> String {
@@ -70,13 +72,13 @@ fn cut(name: &str) -> Cut<'_> {
 
 /// The component that the prefix of a module names.
 pub(crate) fn component(module: &str) -> Option<&str> {
-    cut(module.strip_prefix(PEFT).unwrap_or(module)).component
+    cut(module.strip_prefix(PEFT_PREFIX).unwrap_or(module)).component
 }
 
 /// The rule under which a module means a path: 0 the same name, 1 the same but for dots, 2 without
 /// the module's prefix, 3 without the path's as well. None when it does not.
 pub(crate) fn rule(module: &str, path: &str) -> Option<u8> {
-    let inner = module.strip_prefix(PEFT).unwrap_or(module);
+    let inner = module.strip_prefix(PEFT_PREFIX).unwrap_or(module);
     if module == path || inner == path {
         return Some(0);
     }

@@ -2,21 +2,22 @@
 
 mod build;
 mod extra;
-mod gradients;
+mod fingerprint;
 mod matching;
 mod report;
 mod scope;
 mod select;
+mod source;
 mod stored;
 
-pub use gradients::GradientReport;
-pub(crate) use matching::flat;
+pub(crate) use fingerprint::{differs, fingerprint};
+pub(crate) use matching::{PEFT_PREFIX, flat};
 pub use report::{LayerReport, Report};
 pub use stored::Warning;
-pub(crate) use stored::{NORMS_DIFFER, Stored, StoredLayer, differs, fingerprint};
+pub(crate) use stored::{NORMS_DIFFER, Stored, StoredLayer};
 
 use crate::config::DoftConfig;
-use crate::error::{Error, Result};
+use crate::error::{Error, GradientReport, Result};
 use crate::layer::Adaptation;
 use crate::params::names;
 use candle_core::backprop::GradStore;
@@ -62,7 +63,7 @@ struct Inner {
     layers: Mutex<BTreeMap<String, Entry>>,
     extras: Mutex<BTreeMap<String, Var>>,
     /// The file that layers take their parameters from, of a loaded adapter.
-    source: Option<stored::Source>,
+    source: Option<source::Source>,
 }
 
 /// A layer that was built through the adapter.
@@ -93,7 +94,7 @@ impl Adapter {
         Ok(Self::with_source(config, device, None))
     }
 
-    fn with_source(config: DoftConfig, device: &Device, source: Option<stored::Source>) -> Self {
+    fn with_source(config: DoftConfig, device: &Device, source: Option<source::Source>) -> Self {
         Self {
             inner: Arc::new(Inner {
                 config,
@@ -117,8 +118,20 @@ impl Adapter {
     }
 
     /// A `VarBuilder` for extra trainable tensors that are saved with the adapter, such as a new
-    /// head: `candle_nn::linear(hidden, classes, adapter.extra_vb().pp("classifier"))`. Tensors are
+    /// head: `candle_nn::linear(hidden, classes, adapter.extra_vb(dtype).pp("classifier"))`. Tensors are
     /// made when asked for the first time, from the configuration's seed and their name.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use candle_core::{DType, Device};
+    /// use candle_doft::{Adapter, DoftConfig};
+    ///
+    /// let adapter = Adapter::new(DoftConfig::default(), &Device::Cpu)?;
+    /// let head = candle_nn::linear(64, 3, adapter.extra_vb(DType::F32).pp("classifier"))?;
+    /// assert_eq!(adapter.vars()?.len(), 2); // its weight and bias train
+    /// # Ok::<(), candle_doft::Error>(())
+    /// ```
     pub fn extra_vb(&self, dtype: candle_core::DType) -> VarBuilder<'static> {
         let backend = extra::ExtraBackend {
             inner: self.inner.clone(),
@@ -150,7 +163,8 @@ impl Adapter {
     }
 
     /// Checks that the model is complete: at least one layer or extra tensor, no pattern that matches
-    /// nothing, and nothing of a loaded file left over. [`Adapter::vars`] and all that follows from it check this first.
+    /// nothing, and nothing of a loaded file left over. [`Adapter::vars`] and all that follows from it
+    /// check this first.
     ///
     /// # Errors
     ///
@@ -315,14 +329,19 @@ fn unnamed(vars: impl IntoIterator<Item = (String, Var)>) -> Vec<Var> {
     vars.into_iter().map(|(_, var)| var).collect()
 }
 
+/// What a lock guards. A panic elsewhere leaves these maps and sets whole, so a poisoned lock is still
+/// good.
+pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
+
 impl Inner {
-    // A panic elsewhere leaves the maps whole, so a poisoned lock is still good.
     fn layers(&self) -> MutexGuard<'_, BTreeMap<String, Entry>> {
-        self.layers.lock().unwrap_or_else(|e| e.into_inner())
+        locked(&self.layers)
     }
 
     fn extras(&self) -> MutexGuard<'_, BTreeMap<String, Var>> {
-        self.extras.lock().unwrap_or_else(|e| e.into_inner())
+        locked(&self.extras)
     }
 
     fn adapted(&self) -> Vec<Arc<Adaptation>> {

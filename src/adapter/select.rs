@@ -1,8 +1,7 @@
 //! Which layers a configuration selects, and which of its patterns select nothing.
 
 use crate::config::{DoftConfig, LayerKind, Pattern, Targets};
-use crate::error::{Error, Result};
-use crate::nearest::nearest;
+use crate::error::{Error, Result, nearest};
 
 /// Whether the configuration adapts the layer at `path`.
 pub(super) fn selects(config: &DoftConfig, path: &str, kind: LayerKind) -> Result<bool> {

@@ -1,16 +1,12 @@
 //! [`Stored`]: an adapter as data, between a file and the layers of a model.
 
 use super::matching::{component, rule};
-use super::{Adapter, Inner};
 use crate::config::{BlockLayout, DoftConfig, LayerKind, Magnitude, Map};
-use crate::error::{Error, Result};
-use crate::layer::Adaptation;
-use crate::nearest::nearest;
-use crate::params::names;
-use candle_core::{DType, Device, Tensor, Var};
-use std::collections::{BTreeMap, BTreeSet};
+use crate::error::{Error, Result, nearest};
+use crate::params::{self, names};
+use candle_core::{DType, Tensor};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 
 /// Something that a file holds and a reader should know, though it loads.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -53,7 +49,7 @@ pub(crate) struct StoredLayer {
     pub(crate) value: Option<Tensor>,
     /// The norms `n0` that an absolute magnitude is relative to.
     pub(crate) norms: Option<Tensor>,
-    /// Of the frozen weight; see [`fingerprint`].
+    /// Of the frozen weight; see [`fingerprint`](super::fingerprint::fingerprint).
     pub(crate) base: Option<[f64; 5]>,
 }
 
@@ -67,8 +63,27 @@ impl StoredLayer {
     }
 
     /// Whether its blocks are of a size that rotates.
-    fn rotates(&self) -> bool {
+    pub(super) fn rotates(&self) -> bool {
         self.block_size > 1
+    }
+
+    /// The settings that it was trained with on a weight of input width `width`; all others are
+    /// those of `config`.
+    pub(super) fn settings(&self, config: &DoftConfig, width: usize) -> DoftConfig {
+        DoftConfig {
+            block_size: match self.rotates() {
+                true => self.block_size,
+                false => DoftConfig::default().block_size,
+            },
+            block_share: self.packed.dims()[0] == 1 && width > self.block_size,
+            map: self.map,
+            scaled: self.scaled,
+            max_norm: self.max_norm,
+            magnitude: self.magnitude,
+            embedding_magnitude: self.magnitude,
+            rules: Vec::new(),
+            ..config.clone()
+        }
     }
 
     /// How it cuts a weight of that shape; none where its blocks rotate nothing.
@@ -77,15 +92,8 @@ impl StoredLayer {
             return Ok(None);
         }
         let width = weight.iter().skip(1).product();
-        let config = DoftConfig {
-            block_size: self.block_size,
-            block_share: self.packed.dims()[0] == 1 && width > self.block_size,
-            map: self.map,
-            scaled: self.scaled,
-            max_norm: self.max_norm,
-            ..DoftConfig::default()
-        };
-        config.layout("", width).map(Some)
+        let settings = self.settings(&DoftConfig::default(), width);
+        settings.layout("", width).map(Some)
     }
 
     /// `m / n0` in `dtype`; the ratio is applied, never the norms of the weight at hand, unless the
@@ -95,21 +103,17 @@ impl StoredLayer {
             return Ok(None);
         };
         let value = value.to_dtype(dtype)?;
-        Ok(Some(match self.magnitude {
-            Magnitude::Log => value.exp()?,
-            Magnitude::Absolute => {
-                let Some(norms) = self.norms.as_ref().or(norms) else {
-                    return Ok(None);
-                };
-                let norms = norms.to_dtype(dtype)?.to_device(value.device())?;
-                let alive = norms.gt(0.)?;
-                let ones = norms.ones_like()?;
-                alive
-                    .where_cond(&value, &ones)?
-                    .div(&alive.where_cond(&norms, &ones)?)?
+        let norms = match (self.magnitude, self.norms.as_ref().or(norms)) {
+            (Magnitude::Absolute, Some(norms)) => {
+                norms.to_dtype(dtype)?.to_device(value.device())?
             }
-            _ => value,
-        }))
+            (Magnitude::Absolute, None) => return Ok(None),
+            // The other kinds are relative to the norms already.
+            _ => value.ones_like()?,
+        };
+        let keep = norms.gt(0.)?.to_dtype(dtype)?;
+        let ratio = params::ratio(self.magnitude, value, Some(&keep), || Ok(norms))?;
+        Ok(Some(ratio))
     }
 
     /// Whether the norms that it stores are more than 1 % off those of a weight.
@@ -224,280 +228,20 @@ impl Stored {
             [] => Ok(None),
         }
     }
-}
 
-/// What is left of a [`Stored`] while a model is built from it.
-#[derive(Debug)]
-pub(super) struct Source {
-    stored: Stored,
-    asked: Mutex<BTreeSet<String>>,
-    warnings: Mutex<Vec<Warning>>,
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|e| e.into_inner())
-}
-
-impl Source {
-    pub(super) fn layer(&self, path: &str) -> Result<Option<&StoredLayer>> {
-        Ok(self.stored.find(path)?.map(|(_, layer)| layer))
-    }
-
-    /// The configuration of a layer as it was trained.
-    fn config(&self, layer: &StoredLayer) -> DoftConfig {
-        let mut config = self.stored.config.clone();
-        config.rules.clear();
-        config.block_size = match layer.rotates() {
-            true => layer.block_size,
-            false => DoftConfig::default().block_size,
-        };
-        config.block_share = false;
-        config.map = layer.map;
-        config.scaled = layer.scaled;
-        config.max_norm = layer.max_norm;
-        config.magnitude = layer.magnitude;
-        config.embedding_magnitude = layer.magnitude;
-        config
-    }
-
-    /// Checks that the tensors of the file fit a weight, before any layer is made.
-    pub(super) fn check(
+    /// That a part of it was asked for by no layer, beside the names that it may mean.
+    pub(crate) fn unused<'a>(
         &self,
-        path: &str,
-        kind: LayerKind,
-        weight: &[usize],
-        norms: &Tensor,
-    ) -> Result<DoftConfig> {
-        let Some((module, layer)) = self.stored.find(path)? else {
-            return Ok(self.stored.config.clone());
-        };
-        let mut config = self.config(layer);
-        let other = layer.kind.is_some_and(|stored| stored != kind);
-        if other {
-            let reason = format!(
-                "`{path}` is a {kind:?} layer, in the file it is a {:?}",
-                layer.kind
-            );
-            return Err(Error::File {
-                file: self.stored.file.clone(),
-                reason,
-            });
-        }
-        layer.check_shape(&self.stored.file, module, path, weight)?;
-        let width: usize = weight.iter().skip(1).product();
-        config.block_share = layer.packed.dims()[0] == 1 && width > layer.block_size;
-        self.compare_base(path, layer, norms)?;
-        Ok(config)
-    }
-
-    fn compare_base(&self, path: &str, layer: &StoredLayer, norms: &Tensor) -> Result<()> {
-        let warn = |message: &str| {
-            locked(&self.warnings).push(Warning {
-                subject: path.to_string(),
-                message: message.into(),
-            });
-        };
-        if let (Some(stored), Some(found)) = (layer.base, fingerprint(norms)?)
-            && differs(&stored, &found)
-        {
-            warn("the base weight is not the one it was trained on, by its row norms");
-        }
-        if layer.norms_differ(norms)? {
-            warn(NORMS_DIFFER);
-        }
-        Ok(())
-    }
-
-    /// Gives a layer the parameters of the file.
-    pub(super) fn fill(&self, layer: &Adaptation) -> Result<()> {
-        let Some((module, stored)) = self.stored.find(layer.path())? else {
-            return Ok(());
-        };
-        let set = |parameter: &Tensor, value: &Tensor| -> Result<()> {
-            let value = value
-                .to_device(parameter.device())?
-                .to_dtype(parameter.dtype())?;
-            let value = value.reshape(parameter.shape())?;
-            Ok(Var::from_tensor(parameter)?.set(&value)?)
-        };
-        let params = layer.params();
-        if stored.rotates() {
-            set(params.rotation(), &stored.theta(layer.kind())?)?;
-        }
-        if let (Some(parameter), Some(value)) = (params.magnitude_parameter(), &stored.value) {
-            set(parameter, value)?;
-        }
-        locked(&self.asked).insert(module.clone());
-        Ok(())
-    }
-
-    /// The value of an extra tensor, once it is asked for.
-    pub(super) fn extra(&self, name: &str) -> Option<&Tensor> {
-        let value = self.stored.extras.get(name)?;
-        locked(&self.asked).insert(name.to_string());
-        Some(value)
-    }
-
-    pub(super) fn warnings(&self) -> Vec<Warning> {
-        let mut warnings = self.stored.warnings.clone();
-        warnings.extend(locked(&self.warnings).iter().cloned());
-        let unused = self.unused();
-        if let (true, Some(first)) = (self.stored.allow_partial, unused.first()) {
-            warnings.push(Warning {
-                subject: first.clone(),
-                message: format!(
-                    "{} modules match no layer so far, this one first",
-                    unused.len()
-                ),
-            });
-        }
-        warnings
-    }
-
-    /// What no layer has asked for.
-    fn unused(&self) -> Vec<String> {
-        let asked = locked(&self.asked);
-        let all = self.stored.layers.keys().chain(self.stored.extras.keys());
-        all.filter(|name| !asked.contains(*name)).cloned().collect()
-    }
-
-    /// Refuses a model that left a part of the file unused.
-    pub(super) fn check_used<'a>(
-        &self,
-        paths: impl Iterator<Item = &'a str> + Clone,
-    ) -> Result<()> {
-        let unused = self.unused();
-        let Some(first) = unused.first() else {
-            return Ok(());
-        };
-        if self.stored.allow_partial && !locked(&self.asked).is_empty() {
-            return Ok(());
-        }
-        Err(Error::FileUnused {
-            file: self.stored.file.clone(),
+        unused: &[&String],
+        names: impl IntoIterator<Item = &'a str>,
+    ) -> Error {
+        let first = unused.first().map_or("", |name| name.as_str());
+        Error::FileUnused {
+            file: self.file.clone(),
             count: unused.len(),
-            total: self.stored.layers.len() + self.stored.extras.len(),
+            total: self.layers.len() + self.extras.len(),
             first: first.to_string(),
-            nearest: nearest(first, paths),
-        })
-    }
-}
-
-impl Adapter {
-    /// An adapter whose layers take settings and parameters from a file, as they are built.
-    pub(crate) fn from_stored(stored: Stored, device: &Device) -> Result<Self> {
-        stored.config.validate()?;
-        let config = stored.config.clone();
-        let source = Source {
-            stored,
-            asked: Mutex::default(),
-            warnings: Mutex::default(),
-        };
-        Ok(Self::with_source(config, device, Some(source)))
-    }
-
-    /// Everything that a file has to hold.
-    pub(crate) fn to_stored(&self, file: PathBuf) -> Result<Stored> {
-        self.check_complete()?;
-        let mut layers = BTreeMap::new();
-        for layer in self.inner.adapted() {
-            layers.insert(layer.path().to_string(), stored_layer(&layer)?);
+            nearest: nearest(first, names),
         }
-        let cpu = |var: &Var| var.as_tensor().detach().to_device(&Device::Cpu);
-        let mut extras = BTreeMap::new();
-        for (name, var) in self.inner.extras().iter() {
-            extras.insert(name.clone(), cpu(var)?);
-        }
-        Ok(Stored {
-            file,
-            config: self.inner.config.clone(),
-            layers,
-            extras,
-            warnings: Vec::new(),
-            allow_partial: false,
-        })
-    }
-
-    /// The file that the adapter was loaded from, whole.
-    pub(crate) fn source(&self) -> Option<&Stored> {
-        self.inner.source.as_ref().map(|source| &source.stored)
-    }
-
-    /// What is worth knowing about the file that the adapter was loaded from, and about how it fits
-    /// the model so far. Empty for an adapter that was not loaded.
-    pub fn warnings(&self) -> Vec<Warning> {
-        let source = self.inner.source.as_ref();
-        source.map_or_else(Vec::new, Source::warnings)
-    }
-}
-
-fn stored_layer(layer: &Adaptation) -> Result<StoredLayer> {
-    let (params, layout) = (layer.params(), layer.layout());
-    let cpu = |tensor: &Tensor| tensor.detach().to_device(&Device::Cpu);
-    let theta = cpu(params.rotation())?;
-    let packed = match layer.kind().is_kernel() {
-        true => theta.neg()?,
-        false => theta,
-    };
-    let norms = cpu(params.norms())?;
-    Ok(StoredLayer {
-        kind: Some(layer.kind()),
-        shape: Some(layer.shape().to_vec()),
-        block_size: layout.block_size,
-        map: layout.map,
-        scaled: layout.scaled,
-        max_norm: layout.max_norm,
-        magnitude: params.kind(),
-        packed,
-        kernel_factor: -1.,
-        value: params.magnitude_parameter().map(cpu).transpose()?,
-        base: fingerprint(&norms)?,
-        norms: (params.kind() == Magnitude::Absolute).then_some(norms),
-    })
-}
-
-/// The first number is `N = sqrt(sum n0²)`, the others four sums of `n0` under the signs of a hash.
-/// None where all norms are zero.
-pub(crate) fn fingerprint(norms: &Tensor) -> Result<Option<[f64; 5]>> {
-    let norms: Vec<f64> = norms.to_dtype(DType::F64)?.to_vec1()?;
-    let mut rng = crate::rng::SplitMix64::new(0);
-    let mut sums = [0f64; 5];
-    for n in &norms {
-        let hash = rng.next_u64();
-        sums[0] += n * n;
-        for (k, sum) in sums[1..].iter_mut().enumerate() {
-            *sum += if hash >> k & 1 == 1 { -n } else { *n };
-        }
-    }
-    sums[0] = sums[0].sqrt();
-    Ok((sums[0] > 0.).then_some(sums))
-}
-
-/// Whether two fingerprints are of different weights. Casts and 8-bit quantization move them by at
-/// most 2e-4, 4-bit by 4e-3; another matrix or other rows by 2e-2 and more.
-pub(crate) fn differs(a: &[f64; 5], b: &[f64; 5]) -> bool {
-    let apart = (1..5).map(|k| (a[k] - b[k]).powi(2)).sum::<f64>();
-    (b[0] / a[0] - 1.).abs() > 5e-3 || (apart / 4.).sqrt() / a[0] > 5e-3
-}
-
-impl Inner {
-    pub(super) fn stored_extra(&self, name: &str) -> Option<&Tensor> {
-        self.source.as_ref()?.extra(name)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_fingerprint_is_that_of_the_format() -> Result<()> {
-        let norms = Tensor::new(&[5f64, 13.], &Device::Cpu)?;
-        let found = fingerprint(&norms)?.expect("norms above zero");
-        assert_eq!(found, [13.92838827718412, 8., 8., -18., 8.]);
-        assert!(fingerprint(&Tensor::zeros(3, DType::F32, &Device::Cpu)?)?.is_none());
-        assert!(differs(&found, &[13.92838827718412, 8., 8., -18., 8.2]));
-        assert!(!differs(&found, &[13.93, 8., 8., -18., 8.001]));
-        Ok(())
     }
 }

@@ -7,6 +7,21 @@ use serde::{Deserialize, Serialize};
 /// A pattern over dotted layer paths such as `model.layers.3.self_attn.q_proj`.
 ///
 /// A string becomes a [`Pattern::Glob`] if it holds one of `*?[{`, else a [`Pattern::Name`].
+///
+/// # Examples
+///
+/// ```
+/// use candle_doft::Pattern;
+///
+/// let path = "model.layers.3.self_attn.q_proj";
+/// for pattern in ["q_proj", "self_attn.q_proj", "**.{q,v}_proj", "model.layers.[0-7].*.*"] {
+///     assert!(Pattern::from(pattern).matches(path)?, "{pattern}");
+/// }
+/// assert!(!Pattern::from("proj").matches(path)?);
+/// assert!(!Pattern::from("model.*").matches(path)?); // a star stops at a dot
+/// assert!(Pattern::Regex(r".*\.[1-3]\..*".into()).matches(path)?);
+/// # Ok::<(), candle_doft::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
@@ -105,11 +120,11 @@ pub enum Targets {
 impl Targets {
     pub(super) fn validate(&self) -> Result<()> {
         match self {
-            Self::Patterns(patterns) if patterns.is_empty() => Err(Error::Config {
-                field: "targets",
-                found: "an empty list".to_string(),
-                expected: "at least one pattern, or all layers".to_string(),
-            }),
+            Self::Patterns(patterns) if patterns.is_empty() => Err(Error::config(
+                "targets",
+                "an empty list",
+                "at least one pattern, or all layers",
+            )),
             Self::Patterns(patterns) => patterns.iter().try_for_each(Pattern::validate),
             Self::All | Self::AllLinear => Ok(()),
         }

@@ -1,8 +1,9 @@
 //! The canonical dialect: [`Stored`] to bytes and back.
 
+use super::keys::EXTRA;
 use super::layer;
 use super::metadata::{self, LayerEntry};
-use super::tensors::{Tensors, not_finite, refused, shown};
+use super::tensors::{Tensors, check_finite, refused, shown};
 use super::write;
 use crate::adapter::{Stored, StoredLayer, Warning};
 use crate::config::{DoftConfig, LayerKind, Magnitude, Map};
@@ -12,7 +13,6 @@ use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeMap;
 use std::path::Path;
 
-pub(super) const EXTRA: &str = "doft_extra.";
 const INITIAL_NORM: &str = "initial_norm";
 
 /// Markers of a rotation, behind its name without `weight`.
@@ -34,15 +34,7 @@ pub(super) fn to_bytes(stored: &Stored) -> Result<(Vec<u8>, Vec<Warning>)> {
     for (name, tensor) in &stored.extras {
         tensors.insert(format!("{EXTRA}{name}"), tensor.clone());
     }
-    for (name, tensor) in &tensors {
-        if let Some((index, found)) = not_finite(tensor)? {
-            return Err(Error::NotFinite {
-                tensor: name.clone(),
-                found,
-                index,
-            });
-        }
-    }
+    check_finite(&tensors)?;
     Ok((
         write::safetensors(&tensors, &metadata::write(stored)?)?,
         warnings,

@@ -3,7 +3,7 @@
 use super::{LoadOptions, canonical, peft_write, read_stored, write};
 use crate::adapter::{Stored, Warning};
 use crate::config::LayerKind;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -27,7 +27,27 @@ pub enum Target {
 ///
 /// # Errors
 ///
-/// Those of reading and writing; [`Error::File`] for what the target cannot hold, with the layer.
+/// Those of reading and writing; [`Error::File`](crate::Error::File) for what the target cannot hold,
+/// with the layer.
+///
+/// # Examples
+///
+/// ```
+/// # use candle_core::{DType, Device, Tensor};
+/// # use candle_doft::{Adapter, DoftConfig};
+/// # let folder = tempfile::tempdir().unwrap();
+/// # let path = folder.path().join("adapter.safetensors");
+/// # let adapter = Adapter::new(DoftConfig::default(), &Device::Cpu)?;
+/// # let weight = Tensor::ones((8, 64), DType::F32, &Device::Cpu)?;
+/// # adapter.wrap_linear("head", candle_nn::Linear::new(weight, None))?;
+/// # adapter.save(&path)?;
+/// use candle_doft::file::{LoadOptions, Target, convert};
+///
+/// let (options, target) = (LoadOptions::default(), Target::Peft { drop_magnitude: false });
+/// convert(&path, &folder.path().join("peft"), target, &options, &Default::default())?;
+/// let again = Adapter::load(folder.path().join("peft"), &Device::Cpu)?;
+/// # Ok::<(), candle_doft::Error>(())
+/// ```
 pub fn convert(
     input: &Path,
     output: &Path,
@@ -61,28 +81,15 @@ fn settle(stored: &mut Stored, shapes: &BTreeMap<String, Vec<usize>>) -> Result<
             continue;
         };
         layer.check_shape(&stored.file, module, path, shape)?;
-        let kind = match shape.len() {
-            2 => LayerKind::Linear,
-            3 => LayerKind::Conv1d,
-            _ => LayerKind::Conv2d,
-        };
         let mut layer = layer.clone();
-        layer.kind = layer.kind.or(Some(kind));
+        layer.kind = layer.kind.or(LayerKind::of_rank(shape.len()));
         layer.shape = Some(shape.clone());
         renamed.insert(module.clone(), (path.clone(), layer));
     }
-    if let Some(module) = stored
-        .layers
-        .keys()
-        .find(|module| !renamed.contains_key(*module))
-    {
-        return Err(Error::FileUnused {
-            file: stored.file.clone(),
-            count: stored.layers.len() - renamed.len(),
-            total: stored.layers.len(),
-            first: module.clone(),
-            nearest: crate::nearest::nearest(module, shapes.keys().map(String::as_str)),
-        });
+    let modules = stored.layers.keys();
+    let unused: Vec<&String> = modules.filter(|m| !renamed.contains_key(*m)).collect();
+    if !unused.is_empty() {
+        return Err(stored.unused(&unused, shapes.keys().map(String::as_str)));
     }
     stored.layers = renamed.into_values().collect();
     Ok(())

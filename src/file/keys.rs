@@ -1,10 +1,15 @@
 //! Keys of adapter files: which module, which role; and modules in two spellings made one.
 
-use super::tensors::{refused, shown};
-use crate::adapter::flat;
+use super::layer::warning;
+use super::options::LoadOptions;
+use super::tensors::{Tensors, refused, shown};
+use crate::adapter::{Warning, flat};
 use crate::error::Result;
 use std::collections::BTreeMap;
 use std::path::Path;
+
+/// What this crate puts before the names of extra tensors.
+pub(super) const EXTRA: &str = "doft_extra.";
 
 /// Roles whose separator and inner dots may each be `.` or `_`.
 const LOOSE: [&str; 9] = [
@@ -155,6 +160,30 @@ pub(super) fn join(file: &Path, groups: Groups, is_rotation: fn(&str) -> bool) -
         }
     }
     Ok(whole)
+}
+
+/// Refuses keys that no role fits, or warns of them.
+pub(super) fn unknown_keys(
+    tensors: &Tensors,
+    unknown: Vec<String>,
+    options: &LoadOptions,
+    warnings: &mut Vec<Warning>,
+) -> Result<()> {
+    if unknown.is_empty() {
+        return Ok(());
+    }
+    let count = unknown.len();
+    let first = unknown[..count.min(5)].join("`, `");
+    if options.allow_unknown {
+        warnings.push(warning(
+            &unknown[0],
+            format!("{count} unknown keys were skipped"),
+        ));
+        return Ok(());
+    }
+    let reason =
+        format!("{count} unexpected keys, the first are `{first}`; allow them to skip them");
+    refused(tensors.file(), reason)
 }
 
 #[cfg(test)]

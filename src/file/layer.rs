@@ -6,6 +6,14 @@ use crate::adapter::{StoredLayer, Warning};
 use crate::config::{LayerKind, Magnitude, Map};
 use crate::error::{Error, Result};
 use candle_core::{DType, Tensor};
+use std::collections::BTreeMap;
+
+/// Layers, extra tensors and warnings.
+pub(super) type Read = (
+    BTreeMap<String, StoredLayer>,
+    BTreeMap<String, Tensor>,
+    Vec<Warning>,
+);
 
 /// One layer as a dialect describes it.
 pub(super) struct Description {

@@ -3,7 +3,7 @@
 use super::tensors::{refused, shown};
 use crate::adapter::{Stored, StoredLayer, Warning};
 use crate::config::{DoftConfig, LayerKind, Magnitude, Map};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::{BTreeMap, HashMap};
@@ -156,8 +156,6 @@ pub(super) fn read(file: &Path, metadata: &HashMap<String, String>) -> Result<Re
 }
 
 fn parse<T: for<'a> Deserialize<'a>>(file: &Path, key: &str, text: &str) -> Result<T> {
-    serde_json::from_str(text).map_err(|e| Error::File {
-        file: file.to_path_buf(),
-        reason: format!("its metadata `{key}` cannot be read: {e}"),
-    })
+    serde_json::from_str(text)
+        .or_else(|e| refused(file, format!("its metadata `{key}` cannot be read: {e}")))
 }

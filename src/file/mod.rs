@@ -33,7 +33,8 @@ mod write;
 pub use convert::{Target, convert};
 pub use options::{Divisor, LoadOptions, Rename};
 pub use read::Dialect;
-pub(crate) use write::{raw_bytes, replace, safetensors as safetensors_bytes};
+pub(crate) use tensors::float;
+pub(crate) use write::{persist, raw_bytes, replace, safetensors as safetensors_bytes, temporary};
 
 use crate::adapter::{Adapter, Stored, Warning};
 use crate::error::Result;
@@ -48,8 +49,8 @@ impl Adapter {
     ///
     /// # Errors
     ///
-    /// [`Error::NotFinite`](crate::Error::NotFinite) for a parameter that holds a NaN or an infinity, [`Error::Io`](crate::Error::Io), and those
-    /// of [`Adapter::check_complete`].
+    /// [`Error::NotFinite`](crate::Error::NotFinite) for a parameter that holds a NaN or an infinity,
+    /// [`Error::Io`](crate::Error::Io), and those of [`Adapter::check_complete`].
     ///
     /// # Examples
     ///

@@ -1,9 +1,8 @@
 //! OneTrainer's OFT and DOFT files, of all three generations of magnitude, and the third-party
 //! writers that use its keys with `*_metadata` scalars.
 
-use super::canonical::EXTRA;
-use super::keys::{self, Groups};
-use super::layer::{Description, Values, check_factor, magnitude, packed, warning};
+use super::keys::{self, EXTRA, Groups, unknown_keys};
+use super::layer::{Description, Read, Values, check_factor, magnitude, packed, warning};
 use super::options::{Divisor, LoadOptions};
 use super::tensors::{Marker, Tensors, refused, shown};
 use crate::adapter::{StoredLayer, Warning};
@@ -17,13 +16,6 @@ const BOOL_CAP: f64 = 0.999;
 
 /// Keys that accompany OneTrainer's backups and are no adapter tensors.
 const SIDE_DATA: [&str; 2] = ["bundle_emb.", "_aux."];
-
-/// Layers, extra tensors and warnings.
-pub(super) type Read = (
-    BTreeMap<String, StoredLayer>,
-    BTreeMap<String, Tensor>,
-    Vec<Warning>,
-);
 
 pub(super) fn read(tensors: &Tensors, options: &LoadOptions) -> Result<Read> {
     let mut warnings = Vec::new();
@@ -73,30 +65,6 @@ fn grouped(
     }
     unknown_keys(tensors, unknown, options, warnings)?;
     keys::join(file, groups, |role| role == "oft_R.weight")
-}
-
-/// Refuses keys that no role fits, or warns of them.
-pub(super) fn unknown_keys(
-    tensors: &Tensors,
-    unknown: Vec<String>,
-    options: &LoadOptions,
-    warnings: &mut Vec<Warning>,
-) -> Result<()> {
-    if unknown.is_empty() {
-        return Ok(());
-    }
-    let count = unknown.len();
-    let first = unknown[..count.min(5)].join("`, `");
-    if options.allow_unknown {
-        warnings.push(warning(
-            &unknown[0],
-            format!("{count} unknown keys were skipped"),
-        ));
-        return Ok(());
-    }
-    let reason =
-        format!("{count} unexpected keys, the first are `{first}`; allow them to skip them");
-    refused(tensors.file(), reason)
 }
 
 struct Group<'a> {
@@ -154,12 +122,7 @@ impl Group<'_> {
         let Some(key) = roles.iter().find_map(|role| self.roles.get(role)) else {
             return Ok(None);
         };
-        Ok(match self.tensors.read(key)?.rank() {
-            2 => Some(LayerKind::Linear),
-            3 => Some(LayerKind::Conv1d),
-            4 => Some(LayerKind::Conv2d),
-            _ => None,
-        })
+        Ok(LayerKind::of_rank(self.tensors.read(key)?.rank()))
     }
 
     fn key(&self, role: &str) -> Result<&str> {

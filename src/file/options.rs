@@ -43,11 +43,11 @@ impl std::str::FromStr for Divisor {
             "2sqrt" => Ok(Self::TwoSqrt),
             "sqrt" => Ok(Self::Sqrt),
             "sqrtn" => Ok(Self::SqrtEntries),
-            other => Err(Error::Config {
-                field: "divisor",
-                found: format!("`{other}`"),
-                expected: "none, 2sqrt, sqrt or sqrtn".into(),
-            }),
+            other => Err(Error::config(
+                "divisor",
+                format!("`{other}`"),
+                "none, 2sqrt, sqrt or sqrtn",
+            )),
         }
     }
 }
@@ -66,6 +66,20 @@ pub type Rename = Arc<dyn Fn(&str) -> Option<String> + Send + Sync>;
 /// | `rename` | none | from module to path, before the rules for names |
 /// | `allow_partial` | false | modules that match no layer warn instead of failing |
 /// | `allow_unknown` | false | keys of no known role warn instead of failing |
+///
+/// # Examples
+///
+/// ```no_run
+/// use candle_core::Device;
+/// use candle_doft::Adapter;
+/// use candle_doft::file::{Divisor, LoadOptions};
+///
+/// let options = LoadOptions::default()
+///     .with_divisor(Divisor::SqrtEntries)
+///     .with_component("text_encoder");
+/// let adapter = Adapter::load_with("adapter.safetensors", &Device::Cpu, &options)?;
+/// # Ok::<(), candle_doft::Error>(())
+/// ```
 #[derive(Clone, Default)]
 #[non_exhaustive]
 pub struct LoadOptions {

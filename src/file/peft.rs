@@ -1,11 +1,10 @@
 //! PEFT's OFT: folders of 0.16 and newer (`oft_R`), and files of 0.14 and 0.15 (`oft_r`, `oft_s`).
 
-use super::keys::{self, Groups};
-use super::layer::{Description, Values, magnitude, packed, warning};
-use super::onetrainer::{Read, unknown_keys};
+use super::keys::{self, Groups, unknown_keys};
+use super::layer::{Description, Read, Values, magnitude, packed, warning};
 use super::options::{Divisor, LoadOptions};
 use super::tensors::{Tensors, refused, shown};
-use crate::adapter::{StoredLayer, Warning};
+use crate::adapter::{PEFT_PREFIX, StoredLayer, Warning};
 use crate::config::{LayerKind, Magnitude, Map};
 use crate::error::{Error, Result};
 use candle_core::{DType, Device, Tensor};
@@ -13,7 +12,6 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-const PREFIX: &str = "base_model.model.";
 const CONFIG: &str = "adapter_config.json";
 
 /// The largest configuration that is read.
@@ -35,10 +33,7 @@ impl Config {
     /// The file beside the tensors, where there is one.
     pub(super) fn beside(folder: &Path) -> Result<Option<Self>> {
         let file = folder.join(CONFIG);
-        let failed = |source| Error::Io {
-            path: file.clone(),
-            source,
-        };
+        let failed = Error::io(&file);
         match std::fs::metadata(&file) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(failed(e)),
@@ -48,20 +43,15 @@ impl Config {
             Ok(_) => {}
         }
         let text = std::fs::read(&file).map_err(failed)?;
-        let json: Value = serde_json::from_slice(&text).map_err(|e| Error::File {
-            file: file.clone(),
-            reason: format!("not JSON: {e}"),
-        })?;
+        let json: Value =
+            serde_json::from_slice(&text).or_else(|e| refused(&file, format!("not JSON: {e}")))?;
         Self::parse(&file, &json).map(Some)
     }
 
     fn parse(file: &Path, json: &Value) -> Result<Self> {
         let wrong = |field: &str, expected: &str| {
             let found = shown(&json[field].to_string());
-            Error::File {
-                file: file.to_path_buf(),
-                reason: format!("`{field}` is {found}, expected {expected}"),
-            }
+            Error::file(file, format!("`{field}` is {found}, expected {expected}"))
         };
         let flag = |field: &str, absent: bool| match &json[field] {
             Value::Null => Ok(absent),
@@ -160,7 +150,7 @@ pub(super) fn read(
 }
 
 fn bare(module: &str) -> &str {
-    module.strip_prefix(PREFIX).unwrap_or(module)
+    module.strip_prefix(PEFT_PREFIX).unwrap_or(module)
 }
 
 type Extras = BTreeMap<String, Tensor>;

@@ -1,8 +1,8 @@
 //! Writing a PEFT OFT folder, for what such a folder can hold.
 
-use super::tensors::{not_finite, refused, shown};
+use super::tensors::{check_finite, refused, shown};
 use super::write;
-use crate::adapter::{Stored, StoredLayer, Warning};
+use crate::adapter::{PEFT_PREFIX, Stored, StoredLayer, Warning};
 use crate::config::{LayerKind, Magnitude, Map, nearest_divisor};
 use crate::error::{Error, Result};
 use crate::params::names;
@@ -10,8 +10,6 @@ use crate::rotation;
 use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeMap;
 use std::path::Path;
-
-const PREFIX: &str = "base_model.model.";
 
 /// Block sizes that are tried for the one number that PEFT derives every block size from.
 const LARGEST_BLOCK: usize = 8192;
@@ -29,29 +27,17 @@ pub(super) fn folder(stored: &Stored, folder: &Path, drop_magnitude: bool) -> Re
             LayerKind::Linear
         });
         tensors.insert(
-            format!("{PREFIX}{path}.{name}"),
+            format!("{PEFT_PREFIX}{path}.{name}"),
             plan.values(&stored.file, path, layer)?,
         );
     }
     for (name, tensor) in &stored.extras {
         tensors.insert(plan.extra_key(stored, name)?, tensor.clone());
     }
-    for (name, tensor) in &tensors {
-        if let Some((index, found)) = not_finite(tensor)? {
-            return Err(Error::NotFinite {
-                tensor: name.clone(),
-                found,
-                index,
-            });
-        }
-    }
+    check_finite(&tensors)?;
     let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
     let bytes = write::safetensors(&tensors, &metadata)?;
-    let failed = |source| Error::Io {
-        path: folder.to_path_buf(),
-        source,
-    };
-    std::fs::create_dir_all(folder).map_err(failed)?;
+    std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
     write::replace(&folder.join("adapter_model.safetensors"), &bytes)?;
     let config = plan.config(stored);
     let text = serde_json::to_string_pretty(&config).or_else(|e| refused(folder, e.to_string()))?;
@@ -87,7 +73,7 @@ impl Plan {
                     last_coefficient: 2,
                     ..
                 } => return refuse(path, "of today has no series of last coefficient 2"),
-                _ => {}
+                Map::Cayley | Map::CayleyNeumann { .. } => {}
             }
             if *map.get_or_insert(layer.map) != layer.map {
                 return refuse(path, "has one map for all layers, and this one differs");
@@ -178,8 +164,8 @@ impl Plan {
 
     fn extra_key(&self, stored: &Stored, name: &str) -> Result<String> {
         match (bias_of(stored, name), name.contains('.')) {
-            (Some(layer), _) => Ok(format!("{PREFIX}{layer}.base_layer.bias")),
-            (None, true) => Ok(format!("{PREFIX}{name}")),
+            (Some(layer), _) => Ok(format!("{PEFT_PREFIX}{layer}.base_layer.bias")),
+            (None, true) => Ok(format!("{PEFT_PREFIX}{name}")),
             (None, false) => {
                 let name = shown(name);
                 refused(

@@ -3,7 +3,7 @@
 use super::options::LoadOptions;
 use super::tensors::{Tensors, refused, shown};
 use super::{canonical, keys, metadata, onetrainer, peft};
-use crate::adapter::{Stored, StoredLayer};
+use crate::adapter::{PEFT_PREFIX, Stored, StoredLayer};
 use crate::config::DoftConfig;
 use crate::error::{Error, Result};
 use std::collections::BTreeMap;
@@ -36,11 +36,7 @@ impl std::fmt::Display for Dialect {
 
 /// Reads a file, or the adapter file of a folder.
 pub(super) fn read(path: &Path, options: &LoadOptions) -> Result<(Dialect, Stored)> {
-    let failed = |source| Error::Io {
-        path: path.to_path_buf(),
-        source,
-    };
-    let folder = std::fs::metadata(path).map_err(failed)?.is_dir();
+    let folder = std::fs::metadata(path).map_err(Error::io(path))?.is_dir();
     let home = if folder { Some(path) } else { path.parent() };
     let config = match home {
         Some(home) if home.as_os_str().is_empty() => peft::Config::beside(Path::new(".")),
@@ -52,19 +48,14 @@ pub(super) fn read(path: &Path, options: &LoadOptions) -> Result<(Dialect, Store
         (true, Ok(None)) => inside(path, "adapter.safetensors")?,
         (true, _) => inside(path, "adapter_model.safetensors")?,
     };
-    let bytes = std::fs::read(&file).map_err(|source| Error::Io {
-        path: file.clone(),
-        source,
-    })?;
+    let bytes = std::fs::read(&file).map_err(Error::io(&file))?;
     let tensors = Tensors::new(&file, &bytes)?;
     let canonical = tensors.metadata().get("format").map(String::as_str) == Some(metadata::FORMAT);
     if canonical && !folder {
         return Ok((Dialect::Doft, canonical::from_tensors(&tensors)?));
     }
     let names = tensors.names();
-    let peft_keys = names
-        .iter()
-        .any(|name| name.starts_with("base_model.model."));
+    let peft_keys = names.iter().any(|name| name.starts_with(PEFT_PREFIX));
     // A config beside a file of another tool is none of its business.
     let config = if folder || peft_keys { config? } else { None };
     if canonical && config.is_none() {
@@ -106,7 +97,7 @@ fn other(
     let onetrainer = roles.iter().any(|(_, role)| of_onetrainer(role));
     let prefixed = roles
         .iter()
-        .any(|(key, role)| key.starts_with("base_model.model.") && role.ends_with("R.weight"));
+        .any(|(key, role)| key.starts_with(PEFT_PREFIX) && role.ends_with("R.weight"));
     let full = has("oft_r") || has("oft_s");
     if full && !has("oft_s") {
         let reason = "`oft_r` without `oft_s` is LyCORIS or an early PEFT, which rotate the output \

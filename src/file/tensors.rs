@@ -25,10 +25,18 @@ pub(super) fn shown(name: &str) -> String {
 }
 
 pub(super) fn refused<T>(file: &Path, reason: impl Into<String>) -> Result<T> {
-    Err(Error::File {
-        file: file.to_path_buf(),
-        reason: reason.into(),
-    })
+    Err(Error::file(file, reason))
+}
+
+/// candle's dtype for one of the floats that adapters and weights are made of.
+pub(crate) fn float(dtype: Dtype) -> Option<DType> {
+    match dtype {
+        Dtype::F64 => Some(DType::F64),
+        Dtype::F32 => Some(DType::F32),
+        Dtype::F16 => Some(DType::F16),
+        Dtype::BF16 => Some(DType::BF16),
+        _ => None,
+    }
 }
 
 /// The value of a marker.
@@ -148,12 +156,9 @@ impl<'a> Tensors<'a> {
             Ok(view) => view,
             Err(e) => return refused(self.file, format!("tensor `{}`: {e}", shown(name))),
         };
-        let dtype = match view.dtype() {
-            Dtype::F64 => DType::F64,
-            Dtype::F32 => DType::F32,
-            Dtype::F16 => DType::F16,
-            Dtype::BF16 => DType::BF16,
-            other => return fail(format!("dtype {other:?}"), "F32, F64, F16 or BF16"),
+        let Some(dtype) = float(view.dtype()) else {
+            let found = format!("dtype {:?}", view.dtype());
+            return fail(found, "F32, F64, F16 or BF16");
         };
         // Without elements the other axes may be of any size.
         if view.data().is_empty() && view.shape().iter().any(|axis| *axis > u32::MAX as usize) {
@@ -174,4 +179,18 @@ impl<'a> Tensors<'a> {
 pub(super) fn not_finite(tensor: &Tensor) -> Result<Option<(usize, f64)>> {
     let values: Vec<f64> = tensor.flatten_all()?.to_dtype(DType::F64)?.to_vec1()?;
     Ok(values.into_iter().enumerate().find(|(_, v)| !v.is_finite()))
+}
+
+/// Refuses to save what a reader would refuse to load.
+pub(super) fn check_finite(tensors: &BTreeMap<String, Tensor>) -> Result<()> {
+    for (name, tensor) in tensors {
+        if let Some((index, found)) = not_finite(tensor)? {
+            return Err(Error::NotFinite {
+                tensor: name.clone(),
+                found,
+                index,
+            });
+        }
+    }
+    Ok(())
 }

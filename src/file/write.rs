@@ -6,6 +6,7 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::Path;
+use tempfile::NamedTempFile;
 
 /// A safetensors file: tensors by descending element width, then by name; metadata sorted.
 pub(crate) fn safetensors(
@@ -79,27 +80,36 @@ pub(crate) fn raw_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
 /// Writes `bytes` beside `path` and renames them over it, so that a reader finds the old file or the
 /// new one.
 pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
-    let failed = |source| Error::Io {
-        path: path.to_path_buf(),
-        source,
-    };
-    let folder = match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
+    let mut file = temporary(path)?;
+    file.write_all(bytes).map_err(Error::io(path))?;
+    file.as_file().sync_all().map_err(Error::io(path))?;
+    persist(file, path)
+}
+
+/// A file beside `path`, gone when it is dropped.
+pub(crate) fn temporary(path: &Path) -> Result<NamedTempFile> {
     let mut builder = tempfile::Builder::new();
     builder.prefix(".doft").suffix(".tmp");
     // A temporary file is readable by its owner alone; an adapter is as open as any other file.
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    let mut file = builder.tempfile_in(folder).map_err(failed)?;
-    file.write_all(bytes).map_err(failed)?;
-    file.as_file().sync_all().map_err(failed)?;
-    file.persist(path).map_err(|e| failed(e.error))?;
+    builder.tempfile_in(folder(path)).map_err(Error::io(path))
+}
+
+/// Renames a file that is on disk to `path`.
+pub(crate) fn persist(file: NamedTempFile, path: &Path) -> Result<()> {
+    file.persist(path).map_err(|e| Error::io(path)(e.error))?;
     // The rename is on disk once its folder is. Not every system lets a folder be opened.
     #[cfg(unix)]
-    std::fs::File::open(folder)
+    std::fs::File::open(folder(path))
         .and_then(|folder| folder.sync_all())
-        .map_err(failed)?;
+        .map_err(Error::io(path))?;
     Ok(())
+}
+
+fn folder(path: &Path) -> &Path {
+    match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    }
 }

@@ -97,8 +97,8 @@ pub(crate) fn check(
 ///
 /// # Shapes
 ///
-/// `weight` is `(out, in/groups, kh, kw)`, `bias` is `(out)`; `x` is `(N, in, H, W)`, the answer `(N, out, H', W')`. Stride, padding, dilation
-/// and groups are those of candle's configuration.
+/// `weight` is `(out, in/groups, kh, kw)`, `bias` is `(out)`; `x` is `(N, in, H, W)`, the answer
+/// `(N, out, H', W')`. Stride, padding, dilation and groups are those of candle's configuration.
 ///
 /// # Examples
 ///
@@ -124,49 +124,6 @@ pub struct Conv2d {
 }
 
 impl Conv2d {
-    /// Freezes a kernel `(out, in/groups, kh, kw)` and a bias `(out)`.
-    pub fn new(weight: Tensor, bias: Option<Tensor>, config: Conv2dConfig) -> Self {
-        Self {
-            shape: weight.dims().to_vec(),
-            weight: flat(&weight),
-            bias: bias.map(|bias| bias.detach()),
-            config,
-        }
-    }
-
-    /// The frozen kernel, `(out, in/groups, kh, kw)`.
-    ///
-    /// # Errors
-    ///
-    /// Those of candle's `reshape`.
-    pub fn weight(&self) -> Result<Tensor> {
-        self.weight.tensor()?.reshape(self.shape.as_slice())
-    }
-
-    /// The frozen bias, `(out)`.
-    pub fn bias(&self) -> Option<&Tensor> {
-        self.bias.as_ref()
-    }
-
-    /// Stride, padding, dilation and groups.
-    pub fn config(&self) -> &Conv2dConfig {
-        &self.config
-    }
-
-    /// Shape of the kernel.
-    pub fn dims(&self) -> &[usize] {
-        &self.shape
-    }
-
-    /// Dtype of the kernel.
-    pub fn dtype(&self) -> DType {
-        self.weight.dtype()
-    }
-
-    pub(crate) fn frozen_weight(&self) -> &Weight {
-        &self.weight
-    }
-
     pub(crate) fn geometry(&self) -> Geometry {
         let config = &self.config;
         Geometry {
@@ -180,36 +137,14 @@ impl Conv2d {
     }
 }
 
-impl From<candle_nn::Conv2d> for Conv2d {
-    fn from(layer: candle_nn::Conv2d) -> Self {
-        let (weight, bias) = (layer.weight().clone(), layer.bias().cloned());
-        Self::new(weight, bias, *layer.config())
-    }
-}
-
-impl Module for Conv2d {
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        check(
-            "the convolution",
-            x,
-            &self.shape,
-            self.dtype(),
-            &self.geometry(),
-        )?;
-        ops::conv::conv(x, None, &self.weight, self.bias.as_ref(), self.geometry())
-    }
-}
-
 /// A one-dimensional convolution of frozen kernel and bias.
 ///
-/// The kernel lives inside the operation: only the input gets a gradient. On CPU forward and backward
-/// are this crate's or candle's kernels, whichever is exact and whole: candle's backward fails on some
-/// rectangles (stride 2, padding 1, a 3x3 kernel on 8x7) and runs groups one after the other.
+/// Only the input gets a gradient, as in [`Conv2d`].
 ///
 /// # Shapes
 ///
-/// `weight` is `(out, in/groups, k)`, `bias` is `(out)`; `x` is `(N, in, L)`, the answer `(N, out, L')`. Stride, padding, dilation
-/// and groups are those of candle's configuration.
+/// `weight` is `(out, in/groups, k)`, `bias` is `(out)`; `x` is `(N, in, L)`, the answer `(N, out, L')`.
+/// Stride, padding, dilation and groups are those of candle's configuration.
 ///
 /// # Examples
 ///
@@ -235,49 +170,6 @@ pub struct Conv1d {
 }
 
 impl Conv1d {
-    /// Freezes a kernel `(out, in/groups, k)` and a bias `(out)`.
-    pub fn new(weight: Tensor, bias: Option<Tensor>, config: Conv1dConfig) -> Self {
-        Self {
-            shape: weight.dims().to_vec(),
-            weight: flat(&weight),
-            bias: bias.map(|bias| bias.detach()),
-            config,
-        }
-    }
-
-    /// The frozen kernel, `(out, in/groups, k)`.
-    ///
-    /// # Errors
-    ///
-    /// Those of candle's `reshape`.
-    pub fn weight(&self) -> Result<Tensor> {
-        self.weight.tensor()?.reshape(self.shape.as_slice())
-    }
-
-    /// The frozen bias, `(out)`.
-    pub fn bias(&self) -> Option<&Tensor> {
-        self.bias.as_ref()
-    }
-
-    /// Stride, padding, dilation and groups.
-    pub fn config(&self) -> &Conv1dConfig {
-        &self.config
-    }
-
-    /// Shape of the kernel.
-    pub fn dims(&self) -> &[usize] {
-        &self.shape
-    }
-
-    /// Dtype of the kernel.
-    pub fn dtype(&self) -> DType {
-        self.weight.dtype()
-    }
-
-    pub(crate) fn frozen_weight(&self) -> &Weight {
-        &self.weight
-    }
-
     pub(crate) fn geometry(&self) -> Geometry {
         let config = &self.config;
         Geometry {
@@ -291,22 +183,70 @@ impl Conv1d {
     }
 }
 
-impl From<candle_nn::Conv1d> for Conv1d {
-    fn from(layer: candle_nn::Conv1d) -> Self {
-        let (weight, bias) = (layer.weight().clone(), layer.bias().cloned());
-        Self::new(weight, bias, *layer.config())
-    }
+/// What both convolutions answer about their kernel, and how they run.
+macro_rules! convolution {
+    ($conv:ident, $config:ident, $shape:literal) => {
+        impl $conv {
+            #[doc = concat!("Freezes a kernel `", $shape, "` and a bias `(out)`.")]
+            pub fn new(weight: Tensor, bias: Option<Tensor>, config: $config) -> Self {
+                Self {
+                    shape: weight.dims().to_vec(),
+                    weight: flat(&weight),
+                    bias: bias.map(|bias| bias.detach()),
+                    config,
+                }
+            }
+
+            #[doc = concat!("The frozen kernel, `", $shape, "`.")]
+            ///
+            /// # Errors
+            ///
+            /// Those of candle's `reshape`.
+            pub fn weight(&self) -> Result<Tensor> {
+                self.weight.tensor()?.reshape(self.shape.as_slice())
+            }
+
+            /// The frozen bias, `(out)`.
+            pub fn bias(&self) -> Option<&Tensor> {
+                self.bias.as_ref()
+            }
+
+            /// Stride, padding, dilation and groups.
+            pub fn config(&self) -> &$config {
+                &self.config
+            }
+
+            /// Shape of the kernel.
+            pub fn dims(&self) -> &[usize] {
+                &self.shape
+            }
+
+            /// Dtype of the kernel.
+            pub fn dtype(&self) -> DType {
+                self.weight.dtype()
+            }
+
+            pub(crate) fn frozen_weight(&self) -> &Weight {
+                &self.weight
+            }
+        }
+
+        impl From<candle_nn::$conv> for $conv {
+            fn from(layer: candle_nn::$conv) -> Self {
+                let (weight, bias) = (layer.weight().clone(), layer.bias().cloned());
+                Self::new(weight, bias, *layer.config())
+            }
+        }
+
+        impl Module for $conv {
+            fn forward(&self, x: &Tensor) -> Result<Tensor> {
+                let geometry = self.geometry();
+                check("the convolution", x, &self.shape, self.dtype(), &geometry)?;
+                ops::conv::conv(x, None, &self.weight, self.bias.as_ref(), geometry)
+            }
+        }
+    };
 }
 
-impl Module for Conv1d {
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        check(
-            "the convolution",
-            x,
-            &self.shape,
-            self.dtype(),
-            &self.geometry(),
-        )?;
-        ops::conv::conv(x, None, &self.weight, self.bias.as_ref(), self.geometry())
-    }
-}
+convolution!(Conv2d, Conv2dConfig, "(out, in/groups, kh, kw)");
+convolution!(Conv1d, Conv1dConfig, "(out, in/groups, k)");

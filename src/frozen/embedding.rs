@@ -120,6 +120,10 @@ impl Embedding {
         super::Linear::over(self.table.clone())
     }
 
+    pub(crate) fn dims(&self) -> &[usize] {
+        self.table.dims()
+    }
+
     pub(crate) fn frozen_weight(&self) -> &Weight {
         &self.table
     }

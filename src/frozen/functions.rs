@@ -1,13 +1,11 @@
 //! Functions without parameters that pass gradients on where candle's cut the graph.
 
-use super::check_float;
+use super::{FLOATS, check_float};
 use crate::error::Error;
 use crate::ops::attention::{Attention, one_dtype};
 use crate::ops::pointwise::{Rope, SiluMul, Softmax};
 use crate::ops::real::has_kernel;
-use candle_core::{DType, Result, Tensor};
-
-const FLOATS: &[DType] = &[DType::F16, DType::BF16, DType::F32, DType::F64];
+use candle_core::{Result, Tensor};
 
 fn refuse<A>(
     function: &'static str,
@@ -26,8 +24,12 @@ fn refuse<A>(
 
 /// Softmax over the last axis: `y = exp(x - max x) / sum exp(x - max x)`, `dx = y * (dy - sum(dy * y))`.
 ///
-/// [`candle_nn::ops::softmax_last_dim`] has no backward; this keeps y alone. Any shape of rank 1 or
-/// more; half types are computed in f32.
+/// [`candle_nn::ops::softmax_last_dim`] has no backward; this keeps y alone. Half types are computed in
+/// f32.
+///
+/// # Shapes
+///
+/// `x` and the answer are of one shape, of rank 1 or more.
 ///
 /// # Errors
 ///
@@ -62,7 +64,11 @@ pub fn softmax_last_dim(x: &Tensor) -> Result<Tensor> {
 }
 
 /// `silu(gate) * up`, with `silu(g) = g / (1 + exp(-g))`: the gated product of SwiGLU
-/// (arXiv:2002.05202, equation 5) in one pass. Both of one shape and dtype.
+/// (arXiv:2002.05202, equation 5) in one pass.
+///
+/// # Shapes
+///
+/// `gate`, `up` and the answer are of one shape and dtype.
 ///
 /// # Errors
 ///
@@ -108,6 +114,19 @@ pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
 /// # Errors
 ///
 /// When the shapes do not fit.
+///
+/// # Examples
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_doft::frozen::rope;
+///
+/// // One head of two entries at one position, turned by a quarter.
+/// let x = Tensor::new(&[[[[1f32, 0.]]]], &Device::Cpu)?;
+/// let (cos, sin) = (Tensor::new(&[[0f32]], &Device::Cpu)?, Tensor::new(&[[1f32]], &Device::Cpu)?);
+/// assert_eq!(rope(&x, &cos, &sin)?.flatten_all()?.to_vec1::<f32>()?, [0., 1.]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
 ///
 /// # References
 ///

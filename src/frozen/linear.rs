@@ -211,8 +211,39 @@ impl Linear {
         self.weight.dtype()
     }
 
+    pub(crate) fn dims(&self) -> &[usize] {
+        self.weight.dims()
+    }
+
     pub(crate) fn frozen_weight(&self) -> &Weight {
         &self.weight
+    }
+
+    /// Refuses an input that the layer cannot take.
+    pub(crate) fn check(&self, layer: &str, x: &Tensor) -> crate::Result<()> {
+        let width = self.in_dim();
+        if x.rank() < 2 || x.dims().last() != Some(&width) {
+            return Err(Error::Shape {
+                layer: layer.to_string(),
+                what: "the input",
+                found: x.dims().to_vec(),
+                expected: format!("(.., {width}) of rank 2 or more"),
+            });
+        }
+        let dtypes = self.input_dtypes();
+        if dtypes.contains(&x.dtype()) {
+            return Ok(());
+        }
+        let expected = match dtypes {
+            [one] => format!("{one:?}, the dtype of the weight"),
+            some => format!("one of {some:?}, which its weight can be multiplied with"),
+        };
+        Err(Error::DType {
+            layer: layer.to_string(),
+            what: "the input",
+            found: x.dtype(),
+            expected,
+        })
     }
 
     /// The input dtypes that the layer takes.
@@ -235,6 +266,7 @@ impl From<candle_nn::Linear> for Linear {
 
 impl Module for Linear {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.check("the linear layer", x)?;
         ops::linear::frozen(x, &self.weight, self.bias.as_ref())
     }
 }

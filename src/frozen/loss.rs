@@ -1,12 +1,10 @@
 //! Cross entropy that keeps its logits and nothing of their size beside, and over a head whose logits
 //! never exist together.
 
-use super::Linear;
+use super::{FLOATS, Linear, check_float};
 use crate::error::Error;
 use crate::ops;
 use candle_core::{DType, Result, Tensor};
-
-const FLOATS: &[DType] = &[DType::F16, DType::BF16, DType::F32, DType::F64];
 
 /// The mean cross entropy of logits, as [`candle_nn::loss::cross_entropy`].
 ///
@@ -36,7 +34,7 @@ const FLOATS: &[DType] = &[DType::F16, DType::BF16, DType::F32, DType::F64];
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
-    super::check_float("cross_entropy", logits, FLOATS)?;
+    check_float("cross_entropy", logits, FLOATS)?;
     let &[rows, classes] = logits.dims() else {
         return Err(Error::Argument {
             function: "cross_entropy",
@@ -84,7 +82,7 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
 /// ```
 pub fn linear_cross_entropy(hidden: &Tensor, head: &Linear, targets: &Tensor) -> Result<Tensor> {
     const NAME: &str = "linear_cross_entropy";
-    super::check_float(NAME, hidden, head.input_dtypes())?;
+    check_float(NAME, hidden, head.input_dtypes())?;
     let width = head.in_dim();
     if hidden.rank() < 2 || hidden.dims().last() != Some(&width) {
         Err(Error::Argument {

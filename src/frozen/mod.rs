@@ -31,6 +31,9 @@ pub use norm::{LayerNorm, RmsNorm, layer_norm, rms_norm};
 use crate::error::Error;
 use candle_core::{DType, Tensor};
 
+/// What every function here takes.
+const FLOATS: &[DType] = &[DType::F16, DType::BF16, DType::F32, DType::F64];
+
 fn check_float(function: &'static str, x: &Tensor, dtypes: &[DType]) -> crate::Result<()> {
     match dtypes.contains(&x.dtype()) {
         true => Ok(()),

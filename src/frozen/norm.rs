@@ -1,8 +1,9 @@
 //! [`RmsNorm`] and [`LayerNorm`]: normalisations of frozen scale that pass gradients on.
 
+use super::{FLOATS, check_float};
 use crate::error::Error;
 use crate::ops::norm::Norm;
-use candle_core::{DType, Result, Tensor};
+use candle_core::{Result, Tensor};
 use candle_nn::layer_norm::LayerNormConfig;
 use candle_nn::{Module, VarBuilder};
 
@@ -76,6 +77,21 @@ impl RmsNorm {
     /// # Errors
     ///
     /// When the two differ in shape or dtype, or `x` is not `(.., size)`.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use candle_core::{Device, Tensor};
+    /// use candle_doft::frozen::RmsNorm;
+    ///
+    /// let norm = RmsNorm::new(Tensor::new(&[1f32, 1.], &Device::Cpu)?, 0.);
+    /// let x = Tensor::new(&[[1f32, 2.]], &Device::Cpu)?;
+    /// let residual = Tensor::new(&[[2f32, 1.]], &Device::Cpu)?;
+    /// let (sum, normed) = norm.forward_residual(&x, &residual)?;
+    /// assert_eq!(sum.to_vec2::<f32>()?, [[3., 3.]]);
+    /// assert_eq!(normed.to_vec2::<f32>()?, [[1., 1.]]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
     pub fn forward_residual(&self, x: &Tensor, residual: &Tensor) -> Result<(Tensor, Tensor)> {
         check("RmsNorm::forward_residual", &self.0, x)?;
         if x.dims() != residual.dims() || x.dtype() != residual.dtype() {
@@ -106,7 +122,8 @@ impl Module for RmsNorm {
 /// Layer normalisation over the last axis.
 ///
 /// ```text
-/// y = (x - mean(x)) * s * w + c,   s = 1 / sqrt(mean((x - mean(x))^2) + eps)
+/// y = z * w + c,   z = (x - mean(x)) * s,   s = 1 / sqrt(mean((x - mean(x))^2) + eps)
+/// dx = s * (dz - mean(dz) - z * mean(dz * z)),   dz = dy * w
 /// ```
 ///
 /// candle's own has no backward on contiguous input; see [`RmsNorm`].
@@ -203,9 +220,5 @@ fn check(function: &'static str, norm: &Norm, x: &Tensor) -> crate::Result<()> {
             expected: format!("(.., {size}), the size of the norm"),
         });
     }
-    super::check_float(
-        function,
-        x,
-        &[DType::F16, DType::BF16, DType::F32, DType::F64],
-    )
+    check_float(function, x, FLOATS)
 }

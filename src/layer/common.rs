@@ -1,12 +1,70 @@
-//! What every adapted layer answers about its adapter, written once.
+//! What every adapted layer has in common, written once.
+
+use super::{Adaptation, Base};
+use crate::config::{DoftConfig, LayerKind};
+use crate::error::Result;
+use candle_core::Tensor;
+use candle_nn::VarBuilder;
+use std::sync::Arc;
+
+/// How an [`Adapter`](crate::Adapter) makes a layer of any kind.
+pub(crate) trait Layer: Sized {
+    const KIND: LayerKind;
+
+    /// The layer without an adapter.
+    type Frozen;
+
+    fn weight(base: &Self::Frozen) -> Base<'_>;
+
+    /// The layer with an adapter, whose parameters come from `vb`. `norms` are the row norms of the
+    /// weight, where they are known already.
+    fn adapted(
+        base: Self::Frozen,
+        config: &DoftConfig,
+        norms: Option<Tensor>,
+        vb: VarBuilder,
+    ) -> Result<Self>;
+
+    /// The plain frozen layer.
+    fn plain(path: &str, base: Self::Frozen) -> Self;
+
+    fn adaptation(&self) -> Option<&Arc<Adaptation>>;
+}
 
 /// The methods that do not depend on what the layer computes. Expects the fields `path`, `base` and
-/// `adaptation`.
+/// `adaptation`, and a method `run` from input and factors to output. `$weight` is the method by which
+/// the base answers its whole weight.
 macro_rules! layer_methods {
-    ($layer:ident, $base:ty) => {
-        impl $layer {
-            /// The plain frozen layer.
-            pub(crate) fn plain(path: &str, base: $base) -> Self {
+    ($layer:ident, $base:ty, $kind:ident, $weight:ident) => {
+        impl crate::layer::Layer for $layer {
+            const KIND: crate::config::LayerKind = crate::config::LayerKind::$kind;
+
+            type Frozen = $base;
+
+            fn weight(base: &$base) -> crate::layer::Base<'_> {
+                crate::layer::Base {
+                    weight: base.frozen_weight(),
+                    shape: base.dims(),
+                }
+            }
+
+            fn adapted(
+                base: $base,
+                config: &crate::config::DoftConfig,
+                norms: Option<candle_core::Tensor>,
+                vb: candle_nn::VarBuilder,
+            ) -> crate::Result<Self> {
+                let weight = Self::weight(&base);
+                let adaptation =
+                    crate::layer::Adaptation::new(Self::KIND, &weight, config, norms, vb)?;
+                Ok(Self {
+                    path: adaptation.path().into(),
+                    base,
+                    adaptation: Some(std::sync::Arc::new(adaptation)),
+                })
+            }
+
+            fn plain(path: &str, base: $base) -> Self {
                 Self {
                     path: path.into(),
                     base,
@@ -14,8 +72,41 @@ macro_rules! layer_methods {
                 }
             }
 
-            pub(crate) fn adaptation(&self) -> Option<&std::sync::Arc<crate::layer::Adaptation>> {
+            fn adaptation(&self) -> Option<&std::sync::Arc<crate::layer::Adaptation>> {
                 self.adaptation.as_ref()
+            }
+        }
+
+        impl $layer {
+            /// Wraps `base`. Parameters are taken from `vb` under the names of adapter files
+            /// (`oft_R.weight`, `dora_log_multiplier`, ..); the prefix of `vb` is the layer's path.
+            ///
+            /// # Errors
+            ///
+            /// When the weight is not a float tensor of the rank that the layer takes, the
+            /// configuration does not fit its rows (see
+            /// [`DoftConfig::layout`](crate::DoftConfig::layout)), or `vb` holds a parameter of
+            /// another shape.
+            pub fn new(
+                base: impl Into<$base>,
+                config: &crate::config::DoftConfig,
+                vb: candle_nn::VarBuilder,
+            ) -> crate::Result<Self> {
+                crate::layer::Layer::adapted(base.into(), config, None, vb)
+            }
+
+            /// The weight that acts, in the shape and dtype of the base; computed in f32 or wider. The
+            /// base's own when disabled or not adapted.
+            ///
+            /// # Errors
+            ///
+            /// Those of candle's operations.
+            pub fn effective_weight(&self) -> crate::Result<candle_core::Tensor> {
+                let weight = self.base.$weight()?;
+                match &self.adaptation {
+                    Some(adaptation) => adaptation.effective_weight(&weight),
+                    None => Ok(weight),
+                }
             }
 
             fn required(&self) -> crate::Result<&crate::layer::Adaptation> {

@@ -1,14 +1,12 @@
 //! [`DoftConv2d`] and [`DoftConv1d`]: frozen convolutions with rotated patches and scaled outputs.
 
+use super::Adaptation;
 use super::adaptation::Factors;
 use super::common::layer_methods;
-use super::{Adaptation, Base};
-use crate::config::{DoftConfig, LayerKind};
 use crate::error::Result;
 use crate::frozen::{self, check};
 use crate::ops;
 use candle_core::Tensor;
-use candle_nn::VarBuilder;
 use std::sync::Arc;
 
 /// A frozen two-dimensional convolution, its patches rotated and its outputs scaled.
@@ -17,16 +15,17 @@ use std::sync::Arc;
 /// W_eff = diag(m / n0) W_flat blockdiag(R)^T
 /// ```
 ///
-/// with `W_flat` `(out, in/groups * kh * kw)`, the kernel as a matrix of patches: a block of `R` turns neighbouring
-/// entries of a patch. Stride, padding, dilation and groups stay those of the base; the groups share
-/// `R`. A new layer answers what its base answers; on CPU in f32 and f64 without groups also what
-/// candle answers, bit for bit.
+/// with `W_flat` `(out, in/groups * kh * kw)`, the kernel as a matrix of patches: a block of `R` turns
+/// neighbouring entries of a patch. Stride, padding, dilation and groups stay those of the base; the
+/// groups share `R`. A new layer answers what its base answers; on CPU in f32 and f64 without groups
+/// also what candle answers, bit for bit.
 ///
 /// Dropout, switches and the meaning of "not adapted" are those of [`DoftLinear`](crate::DoftLinear).
 ///
 /// # Shapes
 ///
-/// `x` is `(N, in, H, W)` in the dtype of the kernel (a half kernel takes f32, too), the answer `(N, out, H', W')`.
+/// `x` is `(N, in, H, W)` in the dtype of the kernel (a half kernel takes f32, too), the answer
+/// `(N, out, H', W')`.
 ///
 /// # Examples
 ///
@@ -58,92 +57,19 @@ pub struct DoftConv2d {
     adaptation: Option<Arc<Adaptation>>,
 }
 
-impl DoftConv2d {
-    /// Wraps `base`. Parameters are taken from `vb` under the names of adapter files; the prefix of
-    /// `vb` is the layer's path.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel is not a float tensor of rank 4, the configuration does not fit the patch
-    /// (see [`DoftConfig::layout`]), or `vb` holds a parameter of another shape.
-    pub fn new(
-        base: impl Into<frozen::Conv2d>,
-        config: &DoftConfig,
-        vb: VarBuilder,
-    ) -> Result<Self> {
-        Self::adapted(base.into(), config, None, vb)
-    }
-
-    pub(crate) fn adapted(
-        base: frozen::Conv2d,
-        config: &DoftConfig,
-        norms: Option<Tensor>,
-        vb: VarBuilder,
-    ) -> Result<Self> {
-        let weight = Base {
-            weight: base.frozen_weight(),
-            shape: base.dims(),
-        };
-        let adaptation = Adaptation::new(LayerKind::Conv2d, &weight, config, norms, vb)?;
-        Ok(Self {
-            path: adaptation.path().into(),
-            base,
-            adaptation: Some(Arc::new(adaptation)),
-        })
-    }
-
-    /// The kernel that acts, in the shape and dtype of the base; computed in f32 or wider. The base's
-    /// own when disabled or not adapted.
-    ///
-    /// # Errors
-    ///
-    /// Those of candle's operations.
-    pub fn effective_weight(&self) -> Result<Tensor> {
-        let weight = self.base.weight()?;
-        match &self.adaptation {
-            Some(adaptation) => adaptation.effective_weight(&weight),
-            None => Ok(weight),
-        }
-    }
-
-    /// The same layer as a candle layer, for inference without this crate.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`DoftConv2d::effective_weight`].
-    pub fn merge(&self) -> Result<candle_nn::Conv2d> {
-        let bias = self.base.bias().cloned();
-        let weight = self.effective_weight()?;
-        Ok(candle_nn::Conv2d::new(weight, bias, *self.base.config()))
-    }
-
-    fn run(&self, x: &Tensor, factors: Option<Factors>) -> candle_core::Result<Tensor> {
-        let (base, geometry) = (&self.base, self.base.geometry());
-        check(&self.path, x, base.dims(), base.dtype(), &geometry)?;
-        let factors = factors.as_ref();
-        let factors = factors.map(|factors| (&factors.r, factors.ratio.as_ref()));
-        ops::conv::conv(x, factors, base.frozen_weight(), base.bias(), geometry)
-    }
-}
-
-layer_methods!(DoftConv2d, frozen::Conv2d);
-
 /// A frozen one-dimensional convolution, its patches rotated and its outputs scaled.
 ///
 /// ```text
 /// W_eff = diag(m / n0) W_flat blockdiag(R)^T
 /// ```
 ///
-/// with `W_flat` `(out, in/groups * k)`, the kernel as a matrix of patches: a block of `R` turns neighbouring
-/// entries of a patch. Stride, padding, dilation and groups stay those of the base; the groups share
-/// `R`. A new layer answers what its base answers; on CPU in f32 and f64 without groups also what
-/// candle answers, bit for bit.
-///
-/// Dropout, switches and the meaning of "not adapted" are those of [`DoftLinear`](crate::DoftLinear).
+/// with `W_flat` `(out, in/groups * k)`, the kernel as a matrix of patches; all else is as in
+/// [`DoftConv2d`].
 ///
 /// # Shapes
 ///
-/// `x` is `(N, in, L)` in the dtype of the kernel (a half kernel takes f32, too), the answer `(N, out, L')`.
+/// `x` is `(N, in, L)` in the dtype of the kernel (a half kernel takes f32, too), the answer
+/// `(N, out, L')`.
 ///
 /// # Examples
 ///
@@ -175,72 +101,33 @@ pub struct DoftConv1d {
     adaptation: Option<Arc<Adaptation>>,
 }
 
-impl DoftConv1d {
-    /// Wraps `base`. Parameters are taken from `vb` under the names of adapter files; the prefix of
-    /// `vb` is the layer's path.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel is not a float tensor of rank 3, the configuration does not fit the patch
-    /// (see [`DoftConfig::layout`]), or `vb` holds a parameter of another shape.
-    pub fn new(
-        base: impl Into<frozen::Conv1d>,
-        config: &DoftConfig,
-        vb: VarBuilder,
-    ) -> Result<Self> {
-        Self::adapted(base.into(), config, None, vb)
-    }
+/// The same for both: how a convolution runs, and how it becomes candle's.
+macro_rules! conv_layer {
+    ($layer:ident, $conv:ident) => {
+        impl $layer {
+            /// The same layer as a candle layer, for inference without this crate.
+            ///
+            /// # Errors
+            ///
+            /// Those of `effective_weight`.
+            pub fn merge(&self) -> Result<candle_nn::$conv> {
+                let bias = self.base.bias().cloned();
+                let weight = self.effective_weight()?;
+                Ok(candle_nn::$conv::new(weight, bias, *self.base.config()))
+            }
 
-    pub(crate) fn adapted(
-        base: frozen::Conv1d,
-        config: &DoftConfig,
-        norms: Option<Tensor>,
-        vb: VarBuilder,
-    ) -> Result<Self> {
-        let weight = Base {
-            weight: base.frozen_weight(),
-            shape: base.dims(),
-        };
-        let adaptation = Adaptation::new(LayerKind::Conv1d, &weight, config, norms, vb)?;
-        Ok(Self {
-            path: adaptation.path().into(),
-            base,
-            adaptation: Some(Arc::new(adaptation)),
-        })
-    }
-
-    /// The kernel that acts, in the shape and dtype of the base; computed in f32 or wider. The base's
-    /// own when disabled or not adapted.
-    ///
-    /// # Errors
-    ///
-    /// Those of candle's operations.
-    pub fn effective_weight(&self) -> Result<Tensor> {
-        let weight = self.base.weight()?;
-        match &self.adaptation {
-            Some(adaptation) => adaptation.effective_weight(&weight),
-            None => Ok(weight),
+            fn run(&self, x: &Tensor, factors: Option<Factors>) -> candle_core::Result<Tensor> {
+                let (base, geometry) = (&self.base, self.base.geometry());
+                check(&self.path, x, base.dims(), base.dtype(), &geometry)?;
+                let factors = factors.as_ref();
+                let factors = factors.map(|factors| (&factors.r, factors.ratio.as_ref()));
+                ops::conv::conv(x, factors, base.frozen_weight(), base.bias(), geometry)
+            }
         }
-    }
 
-    /// The same layer as a candle layer, for inference without this crate.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`DoftConv1d::effective_weight`].
-    pub fn merge(&self) -> Result<candle_nn::Conv1d> {
-        let bias = self.base.bias().cloned();
-        let weight = self.effective_weight()?;
-        Ok(candle_nn::Conv1d::new(weight, bias, *self.base.config()))
-    }
-
-    fn run(&self, x: &Tensor, factors: Option<Factors>) -> candle_core::Result<Tensor> {
-        let (base, geometry) = (&self.base, self.base.geometry());
-        check(&self.path, x, base.dims(), base.dtype(), &geometry)?;
-        let factors = factors.as_ref();
-        let factors = factors.map(|factors| (&factors.r, factors.ratio.as_ref()));
-        ops::conv::conv(x, factors, base.frozen_weight(), base.bias(), geometry)
-    }
+        layer_methods!($layer, frozen::$conv, $conv, weight);
+    };
 }
 
-layer_methods!(DoftConv1d, frozen::Conv1d);
+conv_layer!(DoftConv2d, Conv2d);
+conv_layer!(DoftConv1d, Conv1d);

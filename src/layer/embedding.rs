@@ -1,14 +1,12 @@
 //! [`DoftEmbedding`]: a frozen table whose looked-up rows are rotated, and scaled on request.
 
+use super::Adaptation;
 use super::adaptation::Factors;
 use super::common::layer_methods;
-use super::{Adaptation, Base};
-use crate::config::{DoftConfig, LayerKind};
 use crate::error::Result;
 use crate::frozen;
 use crate::ops;
 use candle_core::Tensor;
-use candle_nn::VarBuilder;
 use std::sync::Arc;
 
 /// A frozen embedding, its rows rotated.
@@ -18,7 +16,7 @@ use std::sync::Arc;
 /// ```
 ///
 /// that is, an embedding of table `diag(m / n0) E blockdiag(R)`. The magnitude, one for each token, is
-/// off unless [`DoftConfig::embedding_magnitude`] or a rule asks for it. A pass reads and turns the
+/// off unless [`DoftConfig::embedding_magnitude`](crate::DoftConfig::embedding_magnitude) or a rule asks for it. A pass reads and turns the
 /// rows in use, no others.
 ///
 /// Dropout, switches and the meaning of "not adapted" are those of [`DoftLinear`](crate::DoftLinear).
@@ -49,53 +47,6 @@ pub struct DoftEmbedding {
 }
 
 impl DoftEmbedding {
-    /// Wraps `base`. Parameters are taken from `vb` under the names of adapter files; the prefix of
-    /// `vb` is the layer's path.
-    ///
-    /// # Errors
-    ///
-    /// When the table is not a float matrix, the configuration does not fit its width (see
-    /// [`DoftConfig::layout`]), or `vb` holds a parameter of another shape.
-    pub fn new(
-        base: impl Into<frozen::Embedding>,
-        config: &DoftConfig,
-        vb: VarBuilder,
-    ) -> Result<Self> {
-        Self::adapted(base.into(), config, None, vb)
-    }
-
-    pub(crate) fn adapted(
-        base: frozen::Embedding,
-        config: &DoftConfig,
-        norms: Option<Tensor>,
-        vb: VarBuilder,
-    ) -> Result<Self> {
-        let weight = Base {
-            weight: base.frozen_weight(),
-            shape: base.frozen_weight().dims(),
-        };
-        let adaptation = Adaptation::new(LayerKind::Embedding, &weight, config, norms, vb)?;
-        Ok(Self {
-            path: adaptation.path().into(),
-            base,
-            adaptation: Some(Arc::new(adaptation)),
-        })
-    }
-
-    /// The table that acts, `diag(m / n0) E blockdiag(R)`, computed in f32 or wider. The base's own
-    /// when disabled or not adapted.
-    ///
-    /// # Errors
-    ///
-    /// Those of candle's operations.
-    pub fn effective_weight(&self) -> Result<Tensor> {
-        let table = self.base.embeddings()?;
-        match &self.adaptation {
-            Some(adaptation) => adaptation.effective_weight(&table),
-            None => Ok(table),
-        }
-    }
-
     /// The same layer as a candle layer, for inference without this crate.
     ///
     /// # Errors
@@ -123,4 +74,4 @@ impl DoftEmbedding {
     }
 }
 
-layer_methods!(DoftEmbedding, frozen::Embedding);
+layer_methods!(DoftEmbedding, frozen::Embedding, Embedding, embeddings);

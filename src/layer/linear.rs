@@ -1,14 +1,13 @@
 //! [`DoftLinear`]: a frozen linear layer with a rotated input side and scaled outputs.
 
+use super::Adaptation;
 use super::adaptation::Factors;
 use super::common::layer_methods;
-use super::{Adaptation, Base};
-use crate::config::{DoftConfig, LayerKind};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::frozen;
 use crate::ops;
 use candle_core::Tensor;
-use candle_nn::{Module, VarBuilder};
+use candle_nn::Module;
 use std::sync::Arc;
 
 /// A frozen linear layer, its input side rotated and its outputs scaled.
@@ -70,53 +69,6 @@ pub struct DoftLinear {
 }
 
 impl DoftLinear {
-    /// Wraps `base`. Parameters are taken from `vb` under the names of adapter files
-    /// (`oft_R.weight`, `dora_log_multiplier`, ..); the prefix of `vb` is the layer's path.
-    ///
-    /// # Errors
-    ///
-    /// When the weight is not a float matrix, the configuration does not fit its width (see
-    /// [`DoftConfig::layout`]), or `vb` holds a parameter of another shape.
-    pub fn new(
-        base: impl Into<frozen::Linear>,
-        config: &DoftConfig,
-        vb: VarBuilder,
-    ) -> Result<Self> {
-        Self::adapted(base.into(), config, None, vb)
-    }
-
-    pub(crate) fn adapted(
-        base: frozen::Linear,
-        config: &DoftConfig,
-        norms: Option<Tensor>,
-        vb: VarBuilder,
-    ) -> Result<Self> {
-        let weight = Base {
-            weight: base.frozen_weight(),
-            shape: base.frozen_weight().dims(),
-        };
-        let adaptation = Adaptation::new(LayerKind::Linear, &weight, config, norms, vb)?;
-        Ok(Self {
-            path: adaptation.path().into(),
-            base,
-            adaptation: Some(Arc::new(adaptation)),
-        })
-    }
-
-    /// The weight that acts, `diag(m / n0) W blockdiag(R)^T`, `(out, in)` in the dtype of the base.
-    /// It is computed in f32 or wider. The base's weight when disabled or not adapted.
-    ///
-    /// # Errors
-    ///
-    /// Those of candle's operations.
-    pub fn effective_weight(&self) -> Result<Tensor> {
-        let weight = self.base.weight()?;
-        match &self.adaptation {
-            Some(adaptation) => adaptation.effective_weight(&weight),
-            None => Ok(weight),
-        }
-    }
-
     /// The same layer as a candle layer, for inference without this crate.
     ///
     /// # Errors
@@ -128,7 +80,7 @@ impl DoftLinear {
     }
 
     fn run(&self, x: &Tensor, factors: Option<Factors>) -> candle_core::Result<Tensor> {
-        self.check_input(x)?;
+        self.base.check(&self.path, x)?;
         match factors {
             Some(Factors { r, ratio }) => ops::linear::doft(
                 x,
@@ -140,33 +92,6 @@ impl DoftLinear {
             None => self.base.forward(x),
         }
     }
-
-    fn check_input(&self, x: &Tensor) -> Result<()> {
-        let layer = || self.path.to_string();
-        let width = self.base.in_dim();
-        if x.rank() < 2 || x.dims().last() != Some(&width) {
-            return Err(Error::Shape {
-                layer: layer(),
-                what: "the input",
-                found: x.dims().to_vec(),
-                expected: format!("(.., {width}) of rank 2 or more"),
-            });
-        }
-        let dtypes = self.base.input_dtypes();
-        if !dtypes.contains(&x.dtype()) {
-            let expected = match dtypes {
-                [one] => format!("{one:?}, the dtype of the weight"),
-                some => format!("one of {some:?}, which its weight can be multiplied with"),
-            };
-            return Err(Error::DType {
-                layer: layer(),
-                what: "the input",
-                found: x.dtype(),
-                expected,
-            });
-        }
-        Ok(())
-    }
 }
 
-layer_methods!(DoftLinear, frozen::Linear);
+layer_methods!(DoftLinear, frozen::Linear, Linear, weight);

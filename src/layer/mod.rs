@@ -1,4 +1,12 @@
 //! The adapted layers: a frozen base, its [`Params`](crate::params::Params), and a `forward`.
+//!
+//! | layer | computes | weight that acts |
+//! |---|---|---|
+//! | [`DoftLinear`] | `(m / n0) * ((x . blockdiag(R)) . W^T) + bias` | `diag(m / n0) W blockdiag(R)^T` |
+//! | [`DoftConv2d`], [`DoftConv1d`] | the same of each patch | the same, of the flattened kernel |
+//! | [`DoftEmbedding`] | `(m_id / n0_id) * (E[id] . blockdiag(R))` | `diag(m / n0) E blockdiag(R)` |
+//!
+//! An [`Adapter`](crate::Adapter) builds them by path; each also stands alone, made by its `new`.
 
 mod adaptation;
 mod common;
@@ -7,6 +15,7 @@ mod embedding;
 mod linear;
 
 pub(crate) use adaptation::{Adaptation, Base, check_weight};
+pub(crate) use common::Layer;
 pub use conv::{DoftConv1d, DoftConv2d};
 pub use embedding::DoftEmbedding;
 pub use linear::DoftLinear;

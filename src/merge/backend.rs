@@ -1,6 +1,7 @@
 //! The source of a merged `VarBuilder`.
 
 use super::Merge;
+use crate::adapter::locked;
 use candle_core::{DType, Device, Error, Result, Shape, Tensor};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder};
@@ -21,7 +22,7 @@ impl<'a> Merged<'a> {
     }
 
     fn base(&self) -> VarBuilder<'a> {
-        self.base.lock().unwrap_or_else(|e| e.into_inner()).clone()
+        locked(&self.base).clone()
     }
 
     /// The merged tensor of a name, from what the base answers. Weights are read in their own dtype,

@@ -4,7 +4,7 @@ use super::Merge;
 use super::header::Source;
 use super::untie::{self, Untied};
 use crate::error::{Error, Result};
-use crate::file::raw_bytes;
+use crate::file::{persist, raw_bytes, temporary};
 use std::fs;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -58,6 +58,26 @@ impl Merge {
     ///
     /// [`Error::FileUnused`] for modules that match no weight, those of [`Merge::weight`], and
     /// [`Error::Io`].
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor, safetensors};
+    /// # use candle_doft::{Adapter, DoftConfig};
+    /// # use std::collections::HashMap;
+    /// use candle_doft::merge::{CheckpointOptions, Merge, Strength};
+    /// # let folder = tempfile::tempdir().unwrap();
+    /// # let (base, output) = (folder.path().join("base.safetensors"), folder.path().join("merged.safetensors"));
+    /// # let weight = Tensor::ones((8, 64), DType::F32, &Device::Cpu)?;
+    /// # safetensors::save(&HashMap::from([("head.weight", weight.clone())]), &base)?;
+    /// # let adapter = Adapter::new(DoftConfig::default(), &Device::Cpu)?;
+    /// # adapter.wrap_linear("head", candle_nn::Linear::new(weight, None))?;
+    ///
+    /// let merge = Merge::new().with_adapter(&adapter, Strength::default())?;
+    /// let report = merge.checkpoint(&base, &output, CheckpointOptions::default())?;
+    /// assert_eq!(report.merged, ["head.weight"]);
+    /// # Ok::<(), candle_doft::Error>(())
+    /// ```
     pub fn checkpoint(
         &self,
         base: impl AsRef<Path>,
@@ -103,7 +123,7 @@ impl Merge {
             }
         }
         for (file, to) in written {
-            file.persist(to).map_err(|e| io(to)(e.error))?;
+            persist(file, to)?;
         }
         Ok(report)
     }
@@ -116,10 +136,8 @@ impl Merge {
                 let path = name.strip_suffix(".weight").unwrap_or(name);
                 let module = part.stored.find(path)?.map(|(module, _)| module);
                 if module.is_some_and(|module| !found.insert(module)) {
-                    return Err(Error::File {
-                        file: part.stored.file.clone(),
-                        reason: format!("a module means several weights, `{path}` is one of them"),
-                    });
+                    let reason = format!("a module means several weights, `{path}` is one of them");
+                    return Err(Error::file(&part.stored.file, reason));
                 }
             }
             let partial = part.stored.allow_partial && !found.is_empty();
@@ -129,18 +147,12 @@ impl Merge {
                 .extras
                 .keys()
                 .filter(|name| !names.contains(name));
-            let missing = modules
-                .filter(|module| !found.contains(module))
-                .chain(extras);
-            let missing: Vec<&String> = missing.collect();
-            if let (Some(first), false) = (missing.first(), partial) {
-                return Err(Error::FileUnused {
-                    file: part.stored.file.clone(),
-                    count: missing.len(),
-                    total: part.stored.layers.len() + part.stored.extras.len(),
-                    first: first.to_string(),
-                    nearest: crate::nearest::nearest(first, names.iter().map(String::as_str)),
-                });
+            let modules = modules.filter(|module| !found.contains(module));
+            let missing: Vec<&String> = modules.chain(extras).collect();
+            if !missing.is_empty() && !partial {
+                return Err(part
+                    .stored
+                    .unused(&missing, names.iter().map(String::as_str)));
             }
         }
         Ok(())
@@ -159,7 +171,7 @@ impl Merge {
         let mut out = BufWriter::with_capacity(1 << 20, file.as_file_mut());
         let head = untied.map(|untied| untied.head(source)).transpose()?;
         out.write_all(head.as_ref().unwrap_or(&source.head))
-            .map_err(io(to))?;
+            .map_err(Error::io(to))?;
         for name in source.names() {
             let bytes = match self.replaced(source, &name, options.allow_changed_base)? {
                 Some(bytes) => {
@@ -171,7 +183,7 @@ impl Merge {
                     source.bytes(&name)?
                 }
             };
-            out.write_all(&bytes).map_err(io(to))?;
+            out.write_all(&bytes).map_err(Error::io(to))?;
             report.bytes += bytes.len() as u64;
             if let Some(progress) = &mut options.progress {
                 progress(report.bytes, total);
@@ -181,12 +193,12 @@ impl Merge {
             let table = source.tensor(&untied.table)?;
             let head = self.weight(Untied::path(), &table, options.allow_changed_base)?;
             let bytes = raw_bytes(&head.unwrap_or(table))?;
-            out.write_all(&bytes).map_err(io(to))?;
+            out.write_all(&bytes).map_err(Error::io(to))?;
             report.bytes += bytes.len() as u64;
         }
-        out.flush().map_err(io(to))?;
+        out.flush().map_err(Error::io(to))?;
         drop(out);
-        file.as_file().sync_all().map_err(io(to))?;
+        file.as_file().sync_all().map_err(Error::io(to))?;
         Ok(file)
     }
 
@@ -239,7 +251,7 @@ struct Files {
 
 impl Files {
     fn of(base: &Path, output: &Path) -> Result<Self> {
-        if !fs::metadata(base).map_err(io(base))?.is_dir() {
+        if !fs::metadata(base).map_err(Error::io(base))?.is_dir() {
             return Ok(Self {
                 checkpoints: vec![(base.to_path_buf(), output.to_path_buf())],
                 others: Vec::new(),
@@ -250,8 +262,8 @@ impl Files {
             others: Vec::new(),
         };
         let mut entries = Vec::new();
-        for entry in fs::read_dir(base).map_err(io(base))? {
-            entries.push(entry.map_err(io(base))?.path());
+        for entry in fs::read_dir(base).map_err(Error::io(base))? {
+            entries.push(entry.map_err(Error::io(base))?.path());
         }
         entries.sort();
         for from in entries.into_iter().filter(|path| path.is_file()) {
@@ -265,46 +277,25 @@ impl Files {
             }
         }
         if files.checkpoints.is_empty() {
-            return Err(Error::File {
-                file: base.to_path_buf(),
-                reason: format!("a folder without .{SUFFIX} files"),
-            });
+            let reason = format!("a folder without .{SUFFIX} files");
+            return Err(Error::file(base, reason));
         }
-        fs::create_dir_all(output).map_err(io(output))?;
+        fs::create_dir_all(output).map_err(Error::io(output))?;
         Ok(files)
     }
 }
 
-fn temporary(to: &Path) -> Result<NamedTempFile> {
-    let folder = match to.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".merge").suffix(".tmp");
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    builder.tempfile_in(folder).map_err(io(to))
-}
-
 fn copied(from: &Path, to: &Path) -> Result<NamedTempFile> {
     let mut file = temporary(to)?;
-    let mut source = fs::File::open(from).map_err(io(from))?;
-    std::io::copy(&mut source, file.as_file_mut()).map_err(io(to))?;
-    file.as_file().sync_all().map_err(io(to))?;
+    let mut source = fs::File::open(from).map_err(Error::io(from))?;
+    std::io::copy(&mut source, file.as_file_mut()).map_err(Error::io(to))?;
+    file.as_file().sync_all().map_err(Error::io(to))?;
     Ok(file)
 }
 
 fn filled(to: &Path, content: &[u8]) -> Result<NamedTempFile> {
     let mut file = temporary(to)?;
-    file.write_all(content).map_err(io(to))?;
-    file.as_file().sync_all().map_err(io(to))?;
+    file.write_all(content).map_err(Error::io(to))?;
+    file.as_file().sync_all().map_err(Error::io(to))?;
     Ok(file)
-}
-
-fn io(path: &Path) -> impl Fn(std::io::Error) -> Error + '_ {
-    move |source| Error::Io {
-        path: path.to_path_buf(),
-        source,
-    }
 }

@@ -1,8 +1,8 @@
 //! The header of a safetensors file on disk, and its tensors one by one.
 
 use crate::error::{Error, Result};
-use candle_core::{DType, Device, Tensor};
-use safetensors::Dtype;
+use crate::file::float;
+use candle_core::{Device, Tensor};
 use safetensors::tensor::{Metadata, TensorInfo};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -22,14 +22,9 @@ pub(super) struct Source {
 
 impl Source {
     pub(super) fn open(path: &Path) -> Result<Self> {
-        let failed = |source| Error::Io {
-            path: path.to_path_buf(),
-            source,
-        };
-        let refused = |reason: String| Error::File {
-            file: path.to_path_buf(),
-            reason: format!("not a whole safetensors file: {reason}"),
-        };
+        let failed = Error::io(path);
+        let refused =
+            |reason: String| Error::file(path, format!("not a whole safetensors file: {reason}"));
         let mut file = File::open(path).map_err(failed)?;
         let length = file.metadata().map_err(failed)?.len();
         let mut head = vec![0; 8];
@@ -87,10 +82,8 @@ impl Source {
     }
 
     pub(super) fn info(&self, name: &str) -> Result<&TensorInfo> {
-        self.metadata.info(name).ok_or_else(|| Error::File {
-            file: self.path.clone(),
-            reason: format!("it has no tensor `{name}`"),
-        })
+        let info = self.metadata.info(name);
+        info.ok_or_else(|| Error::file(&self.path, format!("it has no tensor `{name}`")))
     }
 
     /// Bytes of a tensor.
@@ -102,27 +95,17 @@ impl Source {
         let read = file
             .seek(SeekFrom::Start(start))
             .and_then(|_| file.read_exact(&mut bytes));
-        read.map_err(|source| Error::Io {
-            path: self.path.clone(),
-            source,
-        })?;
+        read.map_err(Error::io(&self.path))?;
         Ok(bytes)
     }
 
     /// A float tensor.
     pub(super) fn tensor(&mut self, name: &str) -> Result<Tensor> {
         let info = self.info(name)?.clone();
-        let dtype = match info.dtype {
-            Dtype::F64 => DType::F64,
-            Dtype::F32 => DType::F32,
-            Dtype::F16 => DType::F16,
-            Dtype::BF16 => DType::BF16,
-            other => {
-                return Err(Error::File {
-                    file: self.path.clone(),
-                    reason: format!("`{name}` has dtype {other:?}, expected F64, F32, F16 or BF16"),
-                });
-            }
+        let Some(dtype) = float(info.dtype) else {
+            let found = format!("`{name}` has dtype {:?}", info.dtype);
+            let reason = format!("{found}, expected F64, F32, F16 or BF16");
+            return Err(Error::file(&self.path, reason));
         };
         let bytes = self.bytes(name)?;
         Ok(Tensor::from_raw_buffer(

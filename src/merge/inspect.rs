@@ -61,6 +61,26 @@ pub struct Inspection {
 /// # Errors
 ///
 /// Those of [`Adapter::load`](crate::Adapter::load), and of reading the checkpoint.
+///
+/// # Examples
+///
+/// ```
+/// # use candle_core::{DType, Device, Tensor};
+/// # use candle_doft::{Adapter, DoftConfig};
+/// # let folder = tempfile::tempdir().unwrap();
+/// # let path = folder.path().join("adapter.safetensors");
+/// # let adapter = Adapter::new(DoftConfig::default(), &Device::Cpu)?;
+/// # let weight = Tensor::ones((8, 64), DType::F32, &Device::Cpu)?;
+/// # adapter.wrap_linear("head", candle_nn::Linear::new(weight, None))?;
+/// # adapter.save(&path)?;
+/// use candle_doft::file::LoadOptions;
+/// use candle_doft::merge::inspect;
+///
+/// let found = inspect(&path, &LoadOptions::default(), None)?;
+/// assert_eq!((found.layers[0].path.as_str(), found.layers[0].blocks), ("head", 2));
+/// assert_eq!(found.layers[0].max_angle_degrees, 0.); // it was never trained
+/// # Ok::<(), candle_doft::Error>(())
+/// ```
 pub fn inspect(path: &Path, options: &LoadOptions, base: Option<&Path>) -> Result<Inspection> {
     let (dialect, stored) = file::read_stored(path, options)?;
     let extras: usize = stored.extras.values().map(Tensor::elem_count).sum();
@@ -146,11 +166,7 @@ fn against(
             return Ok(());
         }
     };
-    found.kind = found.kind.or(match weight.rank() {
-        2 => Some(LayerKind::Linear),
-        3 => Some(LayerKind::Conv1d),
-        _ => Some(LayerKind::Conv2d),
-    });
+    found.kind = found.kind.or(LayerKind::of_rank(weight.rank()));
     if let (Some(stored), Some(at_hand)) = (layer.base, fingerprint(&norms)?)
         && differs(&stored, &at_hand)
     {
@@ -190,10 +206,7 @@ impl Weights {
     fn open(base: &Path) -> Result<Self> {
         let mut files: Vec<PathBuf> = vec![base.to_path_buf()];
         if base.is_dir() {
-            let failed = |source| Error::Io {
-                path: base.to_path_buf(),
-                source,
-            };
+            let failed = Error::io(base);
             let entries = std::fs::read_dir(base)
                 .map_err(failed)?
                 .filter_map(|e| Some(e.ok()?.path()));

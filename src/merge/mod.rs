@@ -25,67 +25,23 @@ mod backend;
 mod checkpoint;
 mod header;
 mod inspect;
+mod part;
+mod strength;
 mod untie;
 
 pub use checkpoint::{CheckpointOptions, MergeReport};
 pub use inspect::{Inspection, LayerInspection, inspect, weight_shapes};
+pub use strength::{Strength, StrengthMode};
 
-use crate::adapter::{Adapter, NORMS_DIFFER, Stored, StoredLayer, Warning, differs, fingerprint};
-use crate::config::{LayerKind, Magnitude};
-use crate::error::{Error, Result};
+use crate::adapter::{Adapter, Stored, Warning};
+use crate::error::Result;
 use crate::file::{self, LoadOptions};
 use crate::params::row_norms;
-use crate::rotation;
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use candle_nn::VarBuilder;
-use std::collections::BTreeSet;
+use part::Part;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
-
-/// How a strength other than 1 is meant.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum StrengthMode {
-    /// `W + s (W_eff - W)`.
-    #[default]
-    Linear,
-    /// Angles times `s`, ratio to the power of `s`.
-    Geodesic,
-}
-
-/// How much of an adapter is merged.
-#[derive(Clone, Copy, Debug, PartialEq)]
-#[non_exhaustive]
-pub struct Strength {
-    /// The strength `s`: 1 for what the file means.
-    pub value: f64,
-    /// How it is meant.
-    pub mode: StrengthMode,
-}
-
-impl Default for Strength {
-    fn default() -> Self {
-        Self::linear(1.)
-    }
-}
-
-impl Strength {
-    /// `W + s (W_eff - W)`.
-    pub fn linear(value: f64) -> Self {
-        Self {
-            value,
-            mode: StrengthMode::Linear,
-        }
-    }
-
-    /// Angles times `s`, ratio to the power of `s`.
-    pub fn geodesic(value: f64) -> Self {
-        Self {
-            value,
-            mode: StrengthMode::Geodesic,
-        }
-    }
-}
+use std::sync::Arc;
 
 /// Adapters to be merged into a base, one after the other.
 ///
@@ -112,16 +68,6 @@ pub struct Merge {
     parts: Arc<Vec<Part>>,
 }
 
-/// One adapter, and which of its modules were asked for.
-#[derive(Debug)]
-struct Part {
-    stored: Stored,
-    strength: Strength,
-    used: Mutex<BTreeSet<String>>,
-    /// What came up when it met its weights.
-    met: Mutex<BTreeSet<Warning>>,
-}
-
 impl Merge {
     /// Nothing to merge yet.
     pub fn new() -> Self {
@@ -132,7 +78,7 @@ impl Merge {
     ///
     /// # Errors
     ///
-    /// Those of [`Adapter::load`], and [`Error::Strength`] for a strength that it cannot have.
+    /// Those of [`Adapter::load`], and [`Error::Strength`](crate::Error::Strength) for a strength that it cannot have.
     pub fn with_file(
         self,
         path: impl AsRef<Path>,
@@ -147,24 +93,19 @@ impl Merge {
     ///
     /// # Errors
     ///
-    /// Those of [`Adapter::check_complete`], and [`Error::Strength`] for a strength that it cannot
+    /// Those of [`Adapter::check_complete`], and [`Error::Strength`](crate::Error::Strength) for a strength that it cannot
     /// have.
     pub fn with_adapter(self, adapter: &Adapter, strength: Strength) -> Result<Self> {
         self.with_stored(adapter.to_stored("the adapter".into())?, strength)
     }
 
     fn with_stored(self, stored: Stored, strength: Strength) -> Result<Self> {
-        check_strength(&stored, strength)?;
+        strength.check(&stored)?;
         let mut parts: Vec<Part> = match Arc::try_unwrap(self.parts) {
             Ok(parts) => parts,
             Err(shared) => shared.iter().map(Part::fresh).collect(),
         };
-        parts.push(Part {
-            stored,
-            strength,
-            used: Mutex::default(),
-            met: Mutex::default(),
-        });
+        parts.push(Part::new(stored, strength));
         Ok(Self {
             parts: Arc::new(parts),
         })
@@ -173,30 +114,7 @@ impl Merge {
     /// What is worth knowing about the files; after a merge also which modules of a partial one went
     /// unused.
     pub fn warnings(&self) -> Vec<Warning> {
-        let mut warnings = Vec::new();
-        for part in self.parts.iter() {
-            warnings.extend(part.stored.warnings.iter().cloned());
-            warnings.extend(
-                part.met
-                    .lock()
-                    .unwrap_or_else(|e| e.into_inner())
-                    .iter()
-                    .cloned(),
-            );
-            let used = part.used.lock().unwrap_or_else(|e| e.into_inner());
-            let unused = part
-                .stored
-                .layers
-                .keys()
-                .filter(|name| !used.contains(*name));
-            if part.stored.allow_partial && !used.is_empty() {
-                warnings.extend(unused.map(|name| Warning {
-                    subject: name.clone(),
-                    message: "it matches no weight and was not merged".into(),
-                }));
-            }
-        }
-        warnings
+        self.parts.iter().flat_map(Part::warnings).collect()
     }
 
     /// A `VarBuilder` that answers merged weights where an adapter has the path, and what `base`
@@ -242,10 +160,7 @@ impl Merge {
         let mut merged = weight.clone();
         for (part, module, layer) in found {
             merged = part.merge(path, layer, &merged, norms.as_ref())?;
-            part.used
-                .lock()
-                .unwrap_or_else(|e| e.into_inner())
-                .insert(module.clone());
+            part.used().insert(module.clone());
         }
         Ok(Some(merged))
     }
@@ -254,233 +169,15 @@ impl Merge {
     ///
     /// # Errors
     ///
-    /// [`Error::FileUnused`] with the first of them.
+    /// [`Error::FileUnused`](crate::Error::FileUnused) with the first of them.
     pub fn check_used(&self) -> Result<()> {
-        self.parts.iter().try_for_each(|part| {
-            let used = part.used.lock().unwrap_or_else(|e| e.into_inner());
-            let extras = part
-                .stored
-                .extras
-                .keys()
-                .filter(|_| part.strength.value != 0.);
-            let all = part.stored.layers.keys().chain(extras);
-            let unused: Vec<&String> = all.filter(|name| !used.contains(*name)).collect();
-            match unused.first() {
-                Some(first) if !part.stored.allow_partial || used.is_empty() => {
-                    Err(Error::FileUnused {
-                        file: part.stored.file.clone(),
-                        count: unused.len(),
-                        total: part.stored.layers.len() + part.stored.extras.len(),
-                        first: first.to_string(),
-                        nearest: Vec::new(),
-                    })
-                }
-                _ => Ok(()),
-            }
-        })
+        self.parts.iter().try_for_each(Part::check_used)
     }
 
     /// The tensor that replaces the whole tensor of that name, of the last adapter that has one.
     fn extra(&self, name: &str) -> Option<Tensor> {
-        self.parts
-            .iter()
-            .rev()
-            .filter(|part| part.strength.value != 0.)
-            .find_map(|part| {
-                let extra = part.stored.extras.get(name)?;
-                let mut used = part.used.lock().unwrap_or_else(|e| e.into_inner());
-                used.insert(name.to_string());
-                Some(extra.clone())
-            })
+        self.parts.iter().rev().find_map(|part| part.extra(name))
     }
-}
-
-impl Part {
-    fn fresh(&self) -> Self {
-        Self {
-            stored: self.stored.clone(),
-            strength: self.strength,
-            used: Mutex::default(),
-            met: Mutex::default(),
-        }
-    }
-
-    fn warn(&self, path: &str, message: &str) {
-        self.met
-            .lock()
-            .unwrap_or_else(|e| e.into_inner())
-            .insert(Warning {
-                subject: path.to_string(),
-                message: message.into(),
-            });
-    }
-
-    fn check(
-        &self,
-        module: &str,
-        layer: &StoredLayer,
-        path: &str,
-        weight: &Tensor,
-        norms: &Tensor,
-        allow_changed_base: bool,
-    ) -> Result<()> {
-        let kind = self.kind(layer, path, weight)?;
-        layer.check_shape(&self.stored.file, module, path, weight.dims())?;
-        let patch: usize = weight.dims().iter().skip(2).product();
-        if kind.is_kernel() && layer.kernel_factor == 1. && patch > 1 {
-            self.warn(
-                path,
-                "PEFT's own forward of such a kernel differs from its merged weight",
-            );
-        }
-        if layer.norms_differ(norms)? {
-            self.warn(path, NORMS_DIFFER);
-        }
-        let (Some(stored), Some(found)) = (layer.base, fingerprint(norms)?) else {
-            return Ok(());
-        };
-        if differs(&stored, &found) && !allow_changed_base {
-            return self.refuse(&format!(
-                "`{path}` is not the base weight it was trained on, by its row norms; allow a \
-                 changed base to merge it all the same"
-            ));
-        }
-        Ok(())
-    }
-
-    fn kind(&self, layer: &StoredLayer, path: &str, weight: &Tensor) -> Result<LayerKind> {
-        let kind = match (layer.kind, weight.rank()) {
-            (Some(LayerKind::Embedding), 2) => LayerKind::Embedding,
-            (_, 2) => LayerKind::Linear,
-            (_, 3) => LayerKind::Conv1d,
-            (_, 4) => LayerKind::Conv2d,
-            (_, rank) => return self.refuse(&format!("`{path}` has {rank} axes, expected 2 to 4")),
-        };
-        match layer.kind {
-            Some(stored) if stored != kind => self.refuse(&format!(
-                "`{path}` is a {kind:?} layer, trained was a {stored:?} layer"
-            )),
-            _ => Ok(kind),
-        }
-    }
-
-    fn merge(
-        &self,
-        path: &str,
-        layer: &StoredLayer,
-        weight: &Tensor,
-        norms: Option<&Tensor>,
-    ) -> Result<Tensor> {
-        let Strength { value: s, mode } = self.strength;
-        if s == 0. {
-            return Ok(weight.clone());
-        }
-        let kind = self.kind(layer, path, weight)?;
-        let geodesic = mode == StrengthMode::Geodesic;
-        let wide = if weight.dtype() == DType::F64 {
-            DType::F64
-        } else {
-            DType::F32
-        };
-        let power = if geodesic { s } else { 1. };
-        let ratio = layer.ratio(norms, wide)?;
-        let ratio = match ratio {
-            Some(ratio) if power != 1. => Some(ratio.powf(power)?),
-            ratio => ratio,
-        };
-        let ratio = ratio
-            .map(|ratio| ratio.to_device(weight.device()))
-            .transpose()?;
-        let mut merged = match layer.layout(weight.dims())? {
-            None => scaled(weight, ratio.as_ref(), wide)?,
-            Some(layout) => {
-                let theta = layer.theta(kind)?.to_dtype(wide)?;
-                let r = match geodesic {
-                    true => rotation::geodesic(&theta, &layout, s)?.to_dtype(wide)?,
-                    false => rotation::rotation(&theta, &layout)?,
-                };
-                // A row of an embedding turns by R, that of a weight by its transpose.
-                let r = match kind {
-                    LayerKind::Embedding => r.transpose(1, 2)?.contiguous()?,
-                    _ => r,
-                };
-                let r = r.to_device(weight.device())?;
-                rotation::effective_weight(weight, &r, ratio.as_ref())?
-            }
-        };
-        if !geodesic && s != 1. {
-            let (from, to) = (weight.to_dtype(wide)?, merged.to_dtype(wide)?);
-            merged = (&from + ((to - &from)? * s)?)?.to_dtype(weight.dtype())?;
-        }
-        let sum = merged
-            .abs()?
-            .to_dtype(DType::F64)?
-            .sum_all()?
-            .to_scalar::<f64>()?;
-        match sum.is_finite() {
-            true => Ok(merged),
-            false => self.refuse(&format!("the merged `{path}` is not finite")),
-        }
-    }
-
-    fn refuse<T>(&self, reason: &str) -> Result<T> {
-        Err(Error::File {
-            file: self.stored.file.clone(),
-            reason: reason.to_string(),
-        })
-    }
-}
-
-fn scaled(weight: &Tensor, ratio: Option<&Tensor>, wide: DType) -> Result<Tensor> {
-    let Some(ratio) = ratio else {
-        return Ok(weight.clone());
-    };
-    let mut shape = vec![1; weight.rank()];
-    shape[0] = weight.dim(0)?;
-    let product = weight
-        .to_dtype(wide)?
-        .broadcast_mul(&ratio.reshape(shape)?)?;
-    Ok(product.to_dtype(weight.dtype())?)
-}
-
-fn check_strength(stored: &Stored, strength: Strength) -> Result<()> {
-    let refuse = |reason: String| {
-        Err(Error::Strength {
-            strength: strength.value,
-            reason,
-        })
-    };
-    if !strength.value.is_finite() {
-        return refuse("it is not a finite number".into());
-    }
-    if strength.mode == StrengthMode::Linear {
-        return Ok(());
-    }
-    for (module, layer) in &stored.layers {
-        if !layer.map.is_orthogonal() && layer.block_size > 1 {
-            return refuse(format!(
-                "layer `{module}` has the series for its map, which is not orthogonal; take the \
-                 linear strength"
-            ));
-        }
-        // A logarithm is of a factor above 0; `m / n0` and `f` may be anything.
-        let positive = match (&layer.value, layer.magnitude) {
-            (Some(value), Magnitude::Factor | Magnitude::Absolute) => {
-                let least = value.flatten_all()?.min(0)?.to_dtype(DType::F64)?;
-                let dead = layer.magnitude == Magnitude::Absolute;
-                let least = least.to_scalar::<f64>()?;
-                least > 0. || dead && least == 0.
-            }
-            _ => true,
-        };
-        if !positive {
-            return refuse(format!(
-                "layer `{module}` has a factor of 0 or below, which has no such power; take the \
-                 linear strength"
-            ));
-        }
-    }
-    Ok(())
 }
 
 impl Adapter {

@@ -77,12 +77,8 @@ impl Untied {
 
     /// The header of that file with the head behind all other data.
     pub(super) fn head(&self, source: &Source) -> Result<Vec<u8>> {
-        let failed = |reason: String| Error::File {
-            file: source.path.clone(),
-            reason,
-        };
-        let mut header: Value =
-            serde_json::from_slice(&source.head[8..]).map_err(|e| failed(e.to_string()))?;
+        let header = serde_json::from_slice(&source.head[8..]);
+        let mut header: Value = header.map_err(|e| Error::file(&source.path, e.to_string()))?;
         let table = header[&self.table].clone();
         let ends = source
             .names()
@@ -136,16 +132,10 @@ pub(super) fn tied(folder: &Path) -> Result<bool> {
 }
 
 fn read(path: &Path) -> Result<Value> {
-    let text = std::fs::read(path).map_err(|source| Error::Io {
-        path: path.to_path_buf(),
-        source,
-    })?;
+    let text = std::fs::read(path).map_err(Error::io(path))?;
     let parsed: Result<Value, _> = serde_json::from_slice(&text);
     match parsed {
         Ok(json) if json.is_object() => Ok(json),
-        _ => Err(Error::File {
-            file: path.to_path_buf(),
-            reason: "expected a JSON object".into(),
-        }),
+        _ => Err(Error::file(path, "expected a JSON object")),
     }
 }

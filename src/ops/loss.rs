@@ -5,12 +5,12 @@
 //! dh = dz W   for z = h W^T + bias
 //! ```
 
-use super::Weight;
-use super::composed;
+use super::adapted::bias_values;
 use super::gemm::{Mat, MatMut, multiply_wide};
 use super::pointwise::wide;
 use super::real::{Real, by_dtype, elements, has_kernel, narrowed, tensor_as, with_elements};
 use super::rows::{exponentials, for_rows, largest};
+use super::{Weight, composed};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, D, DType, Layout, Result, Shape, Tensor};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -130,9 +130,7 @@ impl Head {
         let (rows, width) = layout.shape().dims2()?;
         let classes = self.head.out_dim();
         let hidden = elements::<T>(h, layout)?;
-        let bias = self.bias.as_ref();
-        let bias = bias.map(|bias| with_elements::<T, _>(bias, |bias| Ok(bias.to_vec())));
-        let bias = bias.transpose()?;
+        let bias = bias_values::<T>(self.bias.as_ref())?;
         let scale = T::from_f64(1. / rows as f64);
         let mut gradient = vec![T::zero(); if self.trains { rows * width } else { 0 }];
         let mut logits = vec![T::zero(); ROWS.min(rows) * classes];

@@ -7,10 +7,12 @@
 //!
 //! RmsNorm is the same with the two means of x and dz left out.
 
+use super::adapted::bias_values;
+use super::pointwise::wide;
 use super::real::{Real, by_dtype, elements, has_kernel, narrowed, tensor_as, with_elements};
 use super::rows::{for_rows, sum_of, zip_map};
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, DType, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, Layout, Result, Shape, Tensor};
 use std::sync::{Arc, OnceLock};
 
 /// The frozen parameters of a normalisation.
@@ -55,10 +57,7 @@ impl Norm {
 
     /// The same out of candle's operations.
     pub(crate) fn composed(&self, x: &Tensor) -> Result<Tensor> {
-        let wide = match x.dtype() {
-            DType::F16 | DType::BF16 => DType::F32,
-            dtype => dtype,
-        };
+        let wide = wide(x.dtype());
         let mut z = x.to_dtype(wide)?;
         if self.remove_mean {
             z = z.broadcast_sub(&z.mean_keepdim(D::Minus1)?)?;
@@ -118,9 +117,7 @@ impl Rows {
         let width = self.norm.weight.elem_count();
         let mut y = vec![T::zero(); values.len()];
         with_elements::<T, _>(&self.norm.weight, |weight| {
-            let bias = self.norm.bias.as_ref();
-            let bias = bias.map(|bias| with_elements::<T, _>(bias, |bias| Ok(bias.to_vec())));
-            let bias = bias.transpose()?;
+            let bias = bias_values::<T>(self.norm.bias.as_ref())?;
             for_rows(&mut y, width, |i, y| {
                 let row = &values[i * width..][..width];
                 let (mean, scale) = self.moments(i, row);

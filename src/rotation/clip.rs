@@ -1,7 +1,8 @@
 //! [`clip`]: the cap on the spectral norm of `Q`.
 
 use super::check_blocks;
-use crate::error::{Error, Result};
+use crate::config::check_max_norm;
+use crate::error::Result;
 use crate::ops::maps;
 use candle_core::Tensor;
 
@@ -27,8 +28,8 @@ use candle_core::Tensor;
 ///
 /// # Errors
 ///
-/// [`Error::Argument`] when `q` is not of rank 3, its blocks are not square, or its dtype is neither
-/// f32 nor f64; [`Error::Config`] when `max_norm` is not a finite number above 0.
+/// [`Error::Argument`](crate::Error::Argument) when `q` is not of rank 3, its blocks are not square, or its dtype is neither
+/// f32 nor f64; [`Error::Config`](crate::Error::Config) when `max_norm` is not a finite number above 0.
 ///
 /// # Examples
 ///
@@ -44,13 +45,7 @@ use candle_core::Tensor;
 /// ```
 pub fn clip(q: &Tensor, max_norm: f64) -> Result<Tensor> {
     check_blocks("clip", "the shape of `q`", q)?;
-    if !(max_norm > 0. && max_norm.is_finite()) {
-        return Err(Error::Config {
-            field: "max_norm",
-            found: max_norm.to_string(),
-            expected: "a finite number above 0".to_string(),
-        });
-    }
+    check_max_norm(max_norm)?;
     Ok(if q.device().is_cpu() {
         maps::apply(q, maps::Clip(max_norm))?
     } else {

@@ -1,7 +1,8 @@
 //! [`cayley_neumann`]: the truncated series that other tools train.
 
 use super::check_blocks;
-use crate::error::{Error, Result};
+use crate::config::Map;
+use crate::error::Result;
 use crate::ops::maps;
 use candle_core::Tensor;
 
@@ -34,8 +35,8 @@ use candle_core::Tensor;
 ///
 /// # Errors
 ///
-/// [`Error::Argument`] when `q` is not of rank 3, its blocks are not square, or its dtype is neither
-/// f32 nor f64; [`Error::Config`] for more than 64 terms or a last coefficient other than 1 and 2.
+/// [`Error::Argument`](crate::Error::Argument) when `q` is not of rank 3, its blocks are not square, or its dtype is neither
+/// f32 nor f64; [`Error::Config`](crate::Error::Config) for more than 64 terms or a last coefficient other than 1 and 2.
 ///
 /// # Examples
 ///
@@ -54,23 +55,11 @@ use candle_core::Tensor;
 /// "Orthogonal Finetuning Made Scalable", arXiv:2506.19847.
 pub fn cayley_neumann(q: &Tensor, terms: usize, last_coefficient: u8) -> Result<Tensor> {
     check_blocks("cayley_neumann", "the shape of `q`", q)?;
-    let fail = |field, found: String, expected: &str| {
-        Err(Error::Config {
-            field,
-            found,
-            expected: expected.to_string(),
-        })
-    };
-    if terms > 64 {
-        return fail("map.terms", terms.to_string(), "at most 64");
+    Map::CayleyNeumann {
+        terms,
+        last_coefficient,
     }
-    if !(1..=2).contains(&last_coefficient) {
-        return fail(
-            "map.last_coefficient",
-            last_coefficient.to_string(),
-            "1 or 2",
-        );
-    }
+    .check()?;
     let coefficients = maps::coefficients(terms, last_coefficient);
     Ok(if q.device().is_cpu() {
         maps::apply(q, maps::Series(coefficients))?

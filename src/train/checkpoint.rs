@@ -2,10 +2,11 @@
 
 use super::AdamW;
 use crate::error::{Error, Result};
-use crate::file::{replace, safetensors_bytes};
-use candle_core::{DType, Device, Tensor};
-use safetensors::{Dtype, SafeTensors};
+use crate::file::{float, replace, safetensors_bytes};
+use candle_core::{Device, Tensor};
+use safetensors::SafeTensors;
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -58,7 +59,7 @@ impl Checkpoint {
             tensors.insert(format!("second.{name}"), second.clone());
         }
         let json = |what: &str, value: serde_json::Result<String>| {
-            value.map_err(|error| refuse(path, format!("the {what} is no JSON: {error}")))
+            value.map_err(|error| Error::file(path, format!("the {what} is no JSON: {error}")))
         };
         let metadata = BTreeMap::from([
             ("format".to_string(), FORMAT.to_string()),
@@ -80,11 +81,8 @@ impl Checkpoint {
     /// [`Error::Io`]; [`Error::File`] when the file is not a whole checkpoint of this version.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let bytes = std::fs::read(path).map_err(|source| Error::Io {
-            path: path.to_path_buf(),
-            source,
-        })?;
-        let whole = |error| refuse(path, format!("not a whole checkpoint: {error}"));
+        let bytes = std::fs::read(path).map_err(Error::io(path))?;
+        let whole = |error| Error::file(path, format!("not a whole checkpoint: {error}"));
         let (_, header) = SafeTensors::read_metadata(&bytes).map_err(whole)?;
         let views = SafeTensors::deserialize(&bytes).map_err(whole)?;
         let empty = std::collections::HashMap::new();
@@ -96,30 +94,24 @@ impl Checkpoint {
                 get("format"),
                 get("format_version")
             );
-            return Err(refuse(path, reason));
+            return Err(Error::file(path, reason));
         }
         let steps = get("steps").parse().map_err(|_| {
             let found = get("steps").to_string();
-            refuse(
+            Error::file(
                 path,
                 format!("its `steps` are `{found}`, expected a number"),
             )
         })?;
         let json = |key: &str| {
             serde_json::from_str(get(key))
-                .map_err(|error| refuse(path, format!("its `{key}` cannot be read: {error}")))
+                .map_err(|error| Error::file(path, format!("its `{key}` cannot be read: {error}")))
         };
         let mut tensors = BTreeMap::new();
         for (name, view) in views.tensors() {
-            let dtype = match view.dtype() {
-                Dtype::F64 => DType::F64,
-                Dtype::F32 => DType::F32,
-                Dtype::F16 => DType::F16,
-                Dtype::BF16 => DType::BF16,
-                other => {
-                    let reason = format!("tensor `{name}` is of {other:?}, expected floats");
-                    return Err(refuse(path, reason));
-                }
+            let Some(dtype) = float(view.dtype()) else {
+                let reason = format!("tensor `{name}` is of {:?}, expected floats", view.dtype());
+                return Err(Error::file(path, reason));
             };
             let tensor = Tensor::from_raw_buffer(view.data(), dtype, view.shape(), &Device::Cpu)?;
             tensors.insert(name, tensor);
@@ -138,14 +130,27 @@ impl Checkpoint {
         self.steps
     }
 
-    /// The configuration, as it was given.
-    pub fn config(&self) -> &Value {
-        &self.config
+    /// The configuration that was given, as the type that it was given in or a part of it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::File`] when it is not of that type.
+    pub fn config<T: DeserializeOwned>(&self) -> Result<T> {
+        self.read("config", &self.config)
     }
 
-    /// The state, as it was given.
-    pub fn state(&self) -> &Value {
-        &self.state
+    /// The state that was given, likewise.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::File`] when it is not of that type.
+    pub fn state<T: DeserializeOwned>(&self) -> Result<T> {
+        self.read("state", &self.state)
+    }
+
+    fn read<T: DeserializeOwned>(&self, what: &str, value: &Value) -> Result<T> {
+        let failed = |error| Error::file(&self.file, format!("its `{what}` is another: {error}"));
+        T::deserialize(value).map_err(failed)
     }
 
     /// Sets the variables and moments of an optimizer over the same variables, bit for bit.
@@ -162,7 +167,7 @@ impl Checkpoint {
             let get = |role: &str| {
                 let key = format!("{role}.{name}");
                 let Some(tensor) = self.tensors.get(&key) else {
-                    return Err(refuse(
+                    return Err(Error::file(
                         &self.file,
                         format!("it lacks `{key}`: the run trained other variables"),
                     ));
@@ -191,7 +196,7 @@ impl Checkpoint {
                 "it holds `{}`, which the model does not train",
                 other.map_or("", String::as_str)
             );
-            return Err(refuse(&self.file, reason));
+            return Err(Error::file(&self.file, reason));
         }
         let mut moments = Vec::with_capacity(found.len());
         for (var, name, trained, first, second) in found {
@@ -200,12 +205,5 @@ impl Checkpoint {
         }
         optimizer.resume(self.steps, moments);
         Ok(())
-    }
-}
-
-fn refuse(file: &Path, reason: String) -> Error {
-    Error::File {
-        file: file.to_path_buf(),
-        reason,
     }
 }

@@ -1,7 +1,6 @@
 //! [`Gradients`]: the gradients of one step, summed over micro-batches.
 
-use crate::adapter::GradientReport;
-use crate::error::{Error, Result};
+use crate::error::{Error, GradientReport, Result};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor, Var};
 

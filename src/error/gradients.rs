@@ -35,7 +35,7 @@ pub struct GradientReport {
 }
 
 impl GradientReport {
-    pub(super) fn new(vars: &[(String, Var)], grads: &GradStore) -> Result<Self> {
+    pub(crate) fn new(vars: &[(String, Var)], grads: &GradStore) -> Result<Self> {
         let mut report = Self {
             checked: vars.len(),
             ..Self::default()

@@ -1,6 +1,12 @@
 //! Errors: one variant for each thing that the caller has to mend, with the data to mend it.
 
-use std::path::PathBuf;
+mod gradients;
+mod nearest;
+
+pub use gradients::GradientReport;
+pub(crate) use nearest::nearest;
+
+use std::path::{Path, PathBuf};
 
 /// What went wrong, with the names and numbers needed to mend it.
 #[derive(Debug, thiserror::Error)]
@@ -138,7 +144,7 @@ pub enum Error {
 
     /// Adapter parameters got no gradient, or one that is not finite.
     #[error("{0}")]
-    Gradients(Box<crate::adapter::GradientReport>),
+    Gradients(Box<GradientReport>),
 
     /// A file or folder cannot be read or written.
     #[error("{path}: {source}")]
@@ -241,6 +247,33 @@ pub enum Error {
 
 /// The result type of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// For `map_err`: what the operating system said of a file or folder.
+    pub(crate) fn io(path: &Path) -> impl Fn(std::io::Error) -> Self + Copy {
+        move |source| Self::Io {
+            path: path.to_path_buf(),
+            source,
+        }
+    }
+
+    /// A file that is refused.
+    pub(crate) fn file(file: &Path, reason: impl Into<String>) -> Self {
+        Self::File {
+            file: file.to_path_buf(),
+            reason: reason.into(),
+        }
+    }
+
+    /// A field of a configuration that is out of its range.
+    pub(crate) fn config(field: &'static str, found: impl ToString, expected: &str) -> Self {
+        Self::Config {
+            field,
+            found: found.to_string(),
+            expected: expected.to_string(),
+        }
+    }
+}
 
 impl From<candle_core::Error> for Error {
     fn from(error: candle_core::Error) -> Self {

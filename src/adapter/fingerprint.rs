@@ -1,0 +1,46 @@
+//! A few numbers that tell one frozen weight from another, by the norms of its rows.
+
+use crate::error::Result;
+use crate::rng::SplitMix64;
+use candle_core::{DType, Tensor};
+
+/// The first number is `N = sqrt(sum n0²)`, the others four sums of `n0` under the signs of a hash.
+/// None where all norms are zero.
+pub(crate) fn fingerprint(norms: &Tensor) -> Result<Option<[f64; 5]>> {
+    let norms: Vec<f64> = norms.to_dtype(DType::F64)?.to_vec1()?;
+    let mut rng = SplitMix64::new(0);
+    let mut sums = [0f64; 5];
+    for n in &norms {
+        let hash = rng.next_u64();
+        sums[0] += n * n;
+        for (k, sum) in sums[1..].iter_mut().enumerate() {
+            *sum += if hash >> k & 1 == 1 { -n } else { *n };
+        }
+    }
+    sums[0] = sums[0].sqrt();
+    Ok((sums[0] > 0.).then_some(sums))
+}
+
+/// Whether two fingerprints are of different weights. Casts and 8-bit quantization move them by at
+/// most 2e-4, 4-bit by 4e-3; another matrix or other rows by 2e-2 and more.
+pub(crate) fn differs(a: &[f64; 5], b: &[f64; 5]) -> bool {
+    let apart = (1..5).map(|k| (a[k] - b[k]).powi(2)).sum::<f64>();
+    (b[0] / a[0] - 1.).abs() > 5e-3 || (apart / 4.).sqrt() / a[0] > 5e-3
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    #[test]
+    fn the_fingerprint_is_that_of_the_format() -> Result<()> {
+        let norms = Tensor::new(&[5f64, 13.], &Device::Cpu)?;
+        let found = fingerprint(&norms)?.expect("norms above zero");
+        assert_eq!(found, [13.92838827718412, 8., 8., -18., 8.]);
+        assert!(fingerprint(&Tensor::zeros(3, DType::F32, &Device::Cpu)?)?.is_none());
+        assert!(differs(&found, &[13.92838827718412, 8., 8., -18., 8.2]));
+        assert!(!differs(&found, &[13.93, 8., 8., -18., 8.001]));
+        Ok(())
+    }
+}

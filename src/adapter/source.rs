@@ -1,0 +1,212 @@
+//! [`Source`]: what is left of a [`Stored`] while a model is built from it; and the way back, from a
+//! model to a [`Stored`].
+
+use super::fingerprint::{differs, fingerprint};
+use super::stored::{NORMS_DIFFER, Stored, StoredLayer, Warning};
+use super::{Adapter, Inner, locked};
+use crate::config::{DoftConfig, LayerKind, Magnitude};
+use crate::error::{Error, Result};
+use crate::layer::Adaptation;
+use candle_core::{Device, Tensor, Var};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::Mutex;
+
+/// What is left of a [`Stored`] while a model is built from it.
+#[derive(Debug)]
+pub(super) struct Source {
+    stored: Stored,
+    asked: Mutex<BTreeSet<String>>,
+    warnings: Mutex<Vec<Warning>>,
+}
+
+impl Source {
+    pub(super) fn layer(&self, path: &str) -> Result<Option<&StoredLayer>> {
+        Ok(self.stored.find(path)?.map(|(_, layer)| layer))
+    }
+
+    /// Checks that the tensors of the file fit a weight, before any layer is made.
+    pub(super) fn check(
+        &self,
+        path: &str,
+        kind: LayerKind,
+        weight: &[usize],
+        norms: &Tensor,
+    ) -> Result<DoftConfig> {
+        let Some((module, layer)) = self.stored.find(path)? else {
+            return Ok(self.stored.config.clone());
+        };
+        let other = layer.kind.is_some_and(|stored| stored != kind);
+        if other {
+            let reason = format!(
+                "`{path}` is a {kind:?} layer, in the file it is a {:?}",
+                layer.kind
+            );
+            return Err(Error::file(&self.stored.file, reason));
+        }
+        layer.check_shape(&self.stored.file, module, path, weight)?;
+        self.compare_base(path, layer, norms)?;
+        let width = weight.iter().skip(1).product();
+        Ok(layer.settings(&self.stored.config, width))
+    }
+
+    fn compare_base(&self, path: &str, layer: &StoredLayer, norms: &Tensor) -> Result<()> {
+        let warn = |message: &str| {
+            locked(&self.warnings).push(Warning {
+                subject: path.to_string(),
+                message: message.into(),
+            });
+        };
+        if let (Some(stored), Some(found)) = (layer.base, fingerprint(norms)?)
+            && differs(&stored, &found)
+        {
+            warn("the base weight is not the one it was trained on, by its row norms");
+        }
+        if layer.norms_differ(norms)? {
+            warn(NORMS_DIFFER);
+        }
+        Ok(())
+    }
+
+    /// Gives a layer the parameters of the file.
+    pub(super) fn fill(&self, layer: &Adaptation) -> Result<()> {
+        let Some((module, stored)) = self.stored.find(layer.path())? else {
+            return Ok(());
+        };
+        let set = |parameter: &Tensor, value: &Tensor| -> Result<()> {
+            let value = value
+                .to_device(parameter.device())?
+                .to_dtype(parameter.dtype())?;
+            let value = value.reshape(parameter.shape())?;
+            Ok(Var::from_tensor(parameter)?.set(&value)?)
+        };
+        let params = layer.params();
+        if stored.rotates() {
+            set(params.rotation(), &stored.theta(layer.kind())?)?;
+        }
+        if let (Some(parameter), Some(value)) = (params.magnitude_parameter(), &stored.value) {
+            set(parameter, value)?;
+        }
+        locked(&self.asked).insert(module.clone());
+        Ok(())
+    }
+
+    /// The value of an extra tensor, once it is asked for.
+    pub(super) fn extra(&self, name: &str) -> Option<&Tensor> {
+        let value = self.stored.extras.get(name)?;
+        locked(&self.asked).insert(name.to_string());
+        Some(value)
+    }
+
+    pub(super) fn warnings(&self) -> Vec<Warning> {
+        let mut warnings = self.stored.warnings.clone();
+        warnings.extend(locked(&self.warnings).iter().cloned());
+        let unused = self.unused();
+        if let (true, Some(first)) = (self.stored.allow_partial, unused.first()) {
+            warnings.push(Warning {
+                subject: first.to_string(),
+                message: format!(
+                    "{} modules match no layer so far, this one first",
+                    unused.len()
+                ),
+            });
+        }
+        warnings
+    }
+
+    /// What no layer has asked for.
+    fn unused(&self) -> Vec<&String> {
+        let asked = locked(&self.asked);
+        let all = self.stored.layers.keys().chain(self.stored.extras.keys());
+        all.filter(|name| !asked.contains(*name)).collect()
+    }
+
+    /// Refuses a model that left a part of the file unused.
+    pub(super) fn check_used<'a>(&self, paths: impl Iterator<Item = &'a str>) -> Result<()> {
+        let unused = self.unused();
+        let partial = self.stored.allow_partial && !locked(&self.asked).is_empty();
+        match unused.is_empty() || partial {
+            true => Ok(()),
+            false => Err(self.stored.unused(&unused, paths)),
+        }
+    }
+}
+
+impl Adapter {
+    /// An adapter whose layers take settings and parameters from a file, as they are built.
+    pub(crate) fn from_stored(stored: Stored, device: &Device) -> Result<Self> {
+        stored.config.validate()?;
+        let config = stored.config.clone();
+        let source = Source {
+            stored,
+            asked: Mutex::default(),
+            warnings: Mutex::default(),
+        };
+        Ok(Self::with_source(config, device, Some(source)))
+    }
+
+    /// Everything that a file has to hold.
+    pub(crate) fn to_stored(&self, file: PathBuf) -> Result<Stored> {
+        self.check_complete()?;
+        let mut layers = BTreeMap::new();
+        for layer in self.inner.adapted() {
+            layers.insert(layer.path().to_string(), stored_layer(&layer)?);
+        }
+        let cpu = |var: &Var| var.as_tensor().detach().to_device(&Device::Cpu);
+        let mut extras = BTreeMap::new();
+        for (name, var) in self.inner.extras().iter() {
+            extras.insert(name.clone(), cpu(var)?);
+        }
+        Ok(Stored {
+            file,
+            config: self.inner.config.clone(),
+            layers,
+            extras,
+            warnings: Vec::new(),
+            allow_partial: false,
+        })
+    }
+
+    /// The file that the adapter was loaded from, whole.
+    pub(crate) fn source(&self) -> Option<&Stored> {
+        self.inner.source.as_ref().map(|source| &source.stored)
+    }
+
+    /// What is worth knowing about the file that the adapter was loaded from, and about how it fits
+    /// the model so far. Empty for an adapter that was not loaded.
+    pub fn warnings(&self) -> Vec<Warning> {
+        let source = self.inner.source.as_ref();
+        source.map_or_else(Vec::new, Source::warnings)
+    }
+}
+
+fn stored_layer(layer: &Adaptation) -> Result<StoredLayer> {
+    let (params, layout) = (layer.params(), layer.layout());
+    let cpu = |tensor: &Tensor| tensor.detach().to_device(&Device::Cpu);
+    let theta = cpu(params.rotation())?;
+    let packed = match layer.kind().is_kernel() {
+        true => theta.neg()?,
+        false => theta,
+    };
+    let norms = cpu(params.norms())?;
+    Ok(StoredLayer {
+        kind: Some(layer.kind()),
+        shape: Some(layer.shape().to_vec()),
+        block_size: layout.block_size,
+        map: layout.map,
+        scaled: layout.scaled,
+        max_norm: layout.max_norm,
+        magnitude: params.kind(),
+        packed,
+        kernel_factor: -1.,
+        value: params.magnitude_parameter().map(cpu).transpose()?,
+        base: fingerprint(&norms)?,
+        norms: (params.kind() == Magnitude::Absolute).then_some(norms),
+    })
+}
+
+impl Inner {
+    pub(super) fn stored_extra(&self, name: &str) -> Option<&Tensor> {
+        self.source.as_ref()?.extra(name)
+    }
+}

@@ -1,0 +1,209 @@
+//! [`Part`]: one adapter of a merge, and what it makes of a weight.
+
+use super::{Strength, StrengthMode};
+use crate::adapter::{NORMS_DIFFER, Stored, StoredLayer, Warning, differs, fingerprint, locked};
+use crate::config::LayerKind;
+use crate::error::{Error, Result};
+use crate::rotation;
+use candle_core::{DType, Tensor};
+use std::collections::BTreeSet;
+use std::sync::{Mutex, MutexGuard};
+
+/// One adapter, and which of its modules were asked for.
+#[derive(Debug)]
+pub(super) struct Part {
+    pub(super) stored: Stored,
+    pub(super) strength: Strength,
+    used: Mutex<BTreeSet<String>>,
+    /// What came up when it met its weights.
+    met: Mutex<BTreeSet<Warning>>,
+}
+
+impl Part {
+    pub(super) fn new(stored: Stored, strength: Strength) -> Self {
+        Self {
+            stored,
+            strength,
+            used: Mutex::default(),
+            met: Mutex::default(),
+        }
+    }
+
+    /// The same adapter, of which nothing was asked for.
+    pub(super) fn fresh(&self) -> Self {
+        Self::new(self.stored.clone(), self.strength)
+    }
+
+    /// Modules and extra tensors that were asked for.
+    pub(super) fn used(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        locked(&self.used)
+    }
+
+    fn warn(&self, path: &str, message: &str) {
+        locked(&self.met).insert(Warning {
+            subject: path.to_string(),
+            message: message.into(),
+        });
+    }
+
+    /// What is worth knowing about its file, its weights, and what went unused.
+    pub(super) fn warnings(&self) -> Vec<Warning> {
+        let mut warnings = self.stored.warnings.clone();
+        warnings.extend(locked(&self.met).iter().cloned());
+        let used = self.used();
+        if self.stored.allow_partial && !used.is_empty() {
+            let modules = self.stored.layers.keys();
+            let unused = modules.filter(|name| !used.contains(*name));
+            warnings.extend(unused.map(|name| Warning {
+                subject: name.clone(),
+                message: "it matches no weight and was not merged".into(),
+            }));
+        }
+        warnings
+    }
+
+    /// Refuses when a module or an extra tensor was asked for by no weight.
+    pub(super) fn check_used(&self) -> Result<()> {
+        let used = self.used();
+        let extras = self.stored.extras.keys();
+        let extras = extras.filter(|_| self.strength.value != 0.);
+        let all = self.stored.layers.keys().chain(extras);
+        let unused: Vec<&String> = all.filter(|name| !used.contains(*name)).collect();
+        match unused.is_empty() || self.stored.allow_partial && !used.is_empty() {
+            true => Ok(()),
+            false => Err(self.stored.unused(&unused, [])),
+        }
+    }
+
+    /// The tensor that replaces the whole tensor of that name.
+    pub(super) fn extra(&self, name: &str) -> Option<Tensor> {
+        if self.strength.value == 0. {
+            return None;
+        }
+        let extra = self.stored.extras.get(name)?;
+        self.used().insert(name.to_string());
+        Some(extra.clone())
+    }
+
+    /// Checks that a layer fits its weight, and that the weight is the one that it was trained on.
+    pub(super) fn check(
+        &self,
+        module: &str,
+        layer: &StoredLayer,
+        path: &str,
+        weight: &Tensor,
+        norms: &Tensor,
+        allow_changed_base: bool,
+    ) -> Result<()> {
+        let kind = self.kind(layer, path, weight)?;
+        layer.check_shape(&self.stored.file, module, path, weight.dims())?;
+        let patch: usize = weight.dims().iter().skip(2).product();
+        if kind.is_kernel() && layer.kernel_factor == 1. && patch > 1 {
+            self.warn(
+                path,
+                "PEFT's own forward of such a kernel differs from its merged weight",
+            );
+        }
+        if layer.norms_differ(norms)? {
+            self.warn(path, NORMS_DIFFER);
+        }
+        let (Some(stored), Some(found)) = (layer.base, fingerprint(norms)?) else {
+            return Ok(());
+        };
+        if differs(&stored, &found) && !allow_changed_base {
+            return self.refuse(&format!(
+                "`{path}` is not the base weight it was trained on, by its row norms; allow a \
+                 changed base to merge it all the same"
+            ));
+        }
+        Ok(())
+    }
+
+    fn kind(&self, layer: &StoredLayer, path: &str, weight: &Tensor) -> Result<LayerKind> {
+        let rank = weight.rank();
+        match (layer.kind, LayerKind::of_rank(rank)) {
+            (Some(stored), _) if stored.rank() == rank => Ok(stored),
+            (None, Some(kind)) => Ok(kind),
+            (Some(stored), Some(kind)) => self.refuse(&format!(
+                "`{path}` is a {kind:?} layer, trained was a {stored:?} layer"
+            )),
+            (_, None) => self.refuse(&format!("`{path}` has {rank} axes, expected 2 to 4")),
+        }
+    }
+
+    /// The weight with the layer in it, at the strength of this part.
+    pub(super) fn merge(
+        &self,
+        path: &str,
+        layer: &StoredLayer,
+        weight: &Tensor,
+        norms: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let Strength { value: s, mode } = self.strength;
+        if s == 0. {
+            return Ok(weight.clone());
+        }
+        let kind = self.kind(layer, path, weight)?;
+        let geodesic = mode == StrengthMode::Geodesic;
+        let wide = if weight.dtype() == DType::F64 {
+            DType::F64
+        } else {
+            DType::F32
+        };
+        let power = if geodesic { s } else { 1. };
+        let ratio = layer.ratio(norms, wide)?;
+        let ratio = match ratio {
+            Some(ratio) if power != 1. => Some(ratio.powf(power)?),
+            ratio => ratio,
+        };
+        let ratio = ratio
+            .map(|ratio| ratio.to_device(weight.device()))
+            .transpose()?;
+        let mut merged = match layer.layout(weight.dims())? {
+            None => scaled(weight, ratio.as_ref(), wide)?,
+            Some(layout) => {
+                let theta = layer.theta(kind)?.to_dtype(wide)?;
+                let r = match geodesic {
+                    true => rotation::geodesic(&theta, &layout, s)?.to_dtype(wide)?,
+                    false => rotation::rotation(&theta, &layout)?,
+                };
+                // A row of an embedding turns by R, that of a weight by its transpose.
+                let r = match kind {
+                    LayerKind::Embedding => r.transpose(1, 2)?.contiguous()?,
+                    _ => r,
+                };
+                let r = r.to_device(weight.device())?;
+                rotation::effective_weight(weight, &r, ratio.as_ref())?
+            }
+        };
+        if !geodesic && s != 1. {
+            let (from, to) = (weight.to_dtype(wide)?, merged.to_dtype(wide)?);
+            merged = (&from + ((to - &from)? * s)?)?.to_dtype(weight.dtype())?;
+        }
+        let sum = merged
+            .abs()?
+            .to_dtype(DType::F64)?
+            .sum_all()?
+            .to_scalar::<f64>()?;
+        match sum.is_finite() {
+            true => Ok(merged),
+            false => self.refuse(&format!("the merged `{path}` is not finite")),
+        }
+    }
+
+    fn refuse<T>(&self, reason: &str) -> Result<T> {
+        Err(Error::file(&self.stored.file, reason))
+    }
+}
+
+fn scaled(weight: &Tensor, ratio: Option<&Tensor>, wide: DType) -> Result<Tensor> {
+    let Some(ratio) = ratio else {
+        return Ok(weight.clone());
+    };
+    let mut shape = vec![1; weight.rank()];
+    shape[0] = weight.dim(0)?;
+    let product = weight
+        .to_dtype(wide)?
+        .broadcast_mul(&ratio.reshape(shape)?)?;
+    Ok(product.to_dtype(weight.dtype())?)
+}

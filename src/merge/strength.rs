@@ -1,0 +1,92 @@
+//! [`Strength`]: how much of an adapter is merged.
+
+use crate::adapter::Stored;
+use crate::config::Magnitude;
+use crate::error::{Error, Result};
+use candle_core::DType;
+
+/// How a strength other than 1 is meant.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum StrengthMode {
+    /// `W + s (W_eff - W)`.
+    #[default]
+    Linear,
+    /// Angles times `s`, ratio to the power of `s`.
+    Geodesic,
+}
+
+/// How much of an adapter is merged.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Strength {
+    /// The strength `s`: 1 for what the file means.
+    pub value: f64,
+    /// How it is meant.
+    pub mode: StrengthMode,
+}
+
+impl Default for Strength {
+    fn default() -> Self {
+        Self::linear(1.)
+    }
+}
+
+impl Strength {
+    /// `W + s (W_eff - W)`.
+    pub fn linear(value: f64) -> Self {
+        Self {
+            value,
+            mode: StrengthMode::Linear,
+        }
+    }
+
+    /// Angles times `s`, ratio to the power of `s`.
+    pub fn geodesic(value: f64) -> Self {
+        Self {
+            value,
+            mode: StrengthMode::Geodesic,
+        }
+    }
+
+    /// Refuses a strength that the adapter cannot have.
+    pub(super) fn check(self, stored: &Stored) -> Result<()> {
+        let refuse = |reason: String| {
+            Err(Error::Strength {
+                strength: self.value,
+                reason,
+            })
+        };
+        if !self.value.is_finite() {
+            return refuse("it is not a finite number".into());
+        }
+        if self.mode == StrengthMode::Linear {
+            return Ok(());
+        }
+        for (module, layer) in &stored.layers {
+            if !layer.map.is_orthogonal() && layer.block_size > 1 {
+                return refuse(format!(
+                    "layer `{module}` has the series for its map, which is not orthogonal; take the \
+                 linear strength"
+                ));
+            }
+            // A logarithm is of a factor above 0; `m / n0` and `f` may be anything.
+            let positive = match (&layer.value, layer.magnitude) {
+                (Some(value), Magnitude::Factor | Magnitude::Absolute) => {
+                    let least = value.flatten_all()?.min(0)?.to_dtype(DType::F64)?;
+                    let dead = layer.magnitude == Magnitude::Absolute;
+                    let least = least.to_scalar::<f64>()?;
+                    least > 0. || dead && least == 0.
+                }
+                _ => true,
+            };
+            if !positive {
+                return refuse(format!(
+                    "layer `{module}` has a factor of 0 or below, which has no such power; take the \
+                 linear strength"
+                ));
+            }
+        }
+        Ok(())
+    }
+}

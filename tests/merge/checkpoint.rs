@@ -1,0 +1,255 @@
+//! Checkpoints on disk: what is written, what is kept byte for byte, and what stops a merge.
+
+use super::support::golden::load;
+use super::support::tensors::{CPU, bits, relative, seeded};
+use super::{adapter, base, one};
+use candle_core::{DType, Tensor, safetensors};
+use candle_doft::file::LoadOptions;
+use candle_doft::merge::{CheckpointOptions, Merge, Strength};
+use candle_doft::{DoftConfig, Magnitude};
+use candle_nn::VarBuilder;
+use std::collections::HashMap;
+
+#[test]
+fn merging_an_identity_adapter_reproduces_the_checkpoint_byte_for_byte() -> candle_doft::Result<()>
+{
+    let home = tempfile::tempdir().unwrap();
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        for magnitude in [Magnitude::Log, Magnitude::Absolute, Magnitude::None] {
+            let config = DoftConfig::default().with_magnitude(magnitude);
+            let (from, to) = (
+                home.path().join("base.safetensors"),
+                home.path().join("out"),
+            );
+            safetensors::save(&base(dtype)?, &from)?;
+            let merge = Merge::new().with_adapter(&adapter(config, 0.)?, Strength::default())?;
+            let report = merge.checkpoint(&from, &to, CheckpointOptions::default())?;
+            assert_eq!((report.merged.len(), report.copied), (2, 3));
+            assert_eq!(
+                std::fs::read(&from).unwrap(),
+                std::fs::read(&to).unwrap(),
+                "{dtype:?}"
+            );
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_folder_of_shards_is_merged_whole_and_its_other_files_come_along() -> candle_doft::Result<()> {
+    let home = tempfile::tempdir().unwrap();
+    let (from, to) = (home.path().join("model"), home.path().join("merged"));
+    std::fs::create_dir(&from).unwrap();
+    let (mut first, mut second) = (HashMap::new(), HashMap::new());
+    for (name, tensor) in base(DType::F32)? {
+        let shard = if name == "a.weight" {
+            &mut first
+        } else {
+            &mut second
+        };
+        shard.insert(name, tensor);
+    }
+    safetensors::save(&first, from.join("model-00001-of-00002.safetensors"))?;
+    safetensors::save(&second, from.join("model-00002-of-00002.safetensors"))?;
+    std::fs::write(from.join("config.json"), b"{}").unwrap();
+    let adapter = adapter(DoftConfig::default(), 0.5)?;
+    let merge = Merge::new().with_adapter(&adapter, Strength::default())?;
+    let mut seen = Vec::new();
+    let mut progress = |done, total| seen.push((done, total));
+    let mut options = CheckpointOptions::default();
+    options.progress = Some(&mut progress);
+    merge.checkpoint(&from, &to, options)?;
+    assert_eq!(seen.len(), 5);
+    assert_eq!(seen[4].0, seen[4].1);
+    let a = load(&to.join("model-00001-of-00002.safetensors"))?
+        .remove("a.weight")
+        .unwrap();
+    let expected = merge.weight("a", &first["a.weight"], false)?.unwrap();
+    assert_eq!(bits(&a), bits(&expected));
+    assert_eq!(std::fs::read(to.join("config.json")).unwrap(), b"{}");
+    assert_eq!(
+        std::fs::read_dir(&to).unwrap().count(),
+        3,
+        "nothing else is left"
+    );
+    // In place.
+    merge.checkpoint(&from, &from, CheckpointOptions::default())?;
+    let shard = "model-00001-of-00002.safetensors";
+    assert_eq!(
+        std::fs::read(from.join(shard)).unwrap(),
+        std::fs::read(to.join(shard)).unwrap()
+    );
+    Ok(())
+}
+
+#[test]
+fn what_does_not_fit_stops_before_anything_is_written() -> candle_doft::Result<()> {
+    let home = tempfile::tempdir().unwrap();
+    let (from, to) = (
+        home.path().join("base.safetensors"),
+        home.path().join("out"),
+    );
+    let error = |tensors: HashMap<String, Tensor>, merge: &Merge| {
+        safetensors::save(&tensors, &from).unwrap();
+        let error = merge
+            .checkpoint(&from, &to, CheckpointOptions::default())
+            .unwrap_err();
+        assert!(!to.exists());
+        assert_eq!(
+            std::fs::read_dir(home.path()).unwrap().count(),
+            1,
+            "{error}"
+        );
+        error
+            .to_string()
+            .replace(&home.path().display().to_string(), "HOME")
+    };
+    let merge = |scale| {
+        Merge::new().with_adapter(&adapter(DoftConfig::default(), scale)?, Strength::default())
+    };
+    let trained = merge(0.5)?;
+    let mut less = base(DType::F32)?;
+    less.remove("b.weight");
+    assert_eq!(
+        error(less, &trained),
+        "the adapter: 1 of 2 layers and extra tensors match nothing in the model, the first is `b`; \
+         the nearest are `a.weight`, `conv.weight`, `norm.weight`"
+    );
+    let mut other = base(DType::F32)?;
+    other.insert(
+        "a.weight".into(),
+        (seeded((12, 32), 77).to_dtype(DType::F32)? * 3.)?,
+    );
+    assert_eq!(
+        error(other.clone(), &trained),
+        "the adapter: `a` is not the base weight it was trained on, by its row norms; allow a \
+         changed base to merge it all the same"
+    );
+    let mut wrong = base(DType::F32)?;
+    wrong.insert("a.weight".into(), seeded((12, 40), 7).to_dtype(DType::F32)?);
+    let found = error(wrong, &trained);
+    assert!(
+        found.contains("tensor `a.oft_R.weight` has a base weight [12, 32] on record"),
+        "{found}"
+    );
+    let mut nan = base(DType::F32)?;
+    let mut values = nan["a.weight"].flatten_all()?.to_vec1::<f32>()?;
+    values[5] = f32::NAN;
+    nan.insert("a.weight".into(), Tensor::from_vec(values, (12, 32), &CPU)?);
+    let mut options = CheckpointOptions::default();
+    options.allow_changed_base = true;
+    safetensors::save(&nan, &from)?;
+    let found = trained
+        .checkpoint(&from, &to, options)
+        .unwrap_err()
+        .to_string();
+    assert_eq!(found, "the adapter: the merged `a` is not finite");
+    // Allowed by flag.
+    safetensors::save(&other, &from)?;
+    let mut options = CheckpointOptions::default();
+    options.allow_changed_base = true;
+    trained.checkpoint(&from, &to, options)?;
+    assert!(to.exists());
+    std::fs::remove_file(&to).unwrap();
+    // A cut base.
+    let bytes = std::fs::read(&from).unwrap();
+    for length in [0, 5, 9, 100, bytes.len() - 1] {
+        std::fs::write(&from, &bytes[..length]).unwrap();
+        let found = trained
+            .checkpoint(&from, &to, CheckpointOptions::default())
+            .unwrap_err();
+        assert!(
+            found.to_string().contains("not a whole safetensors file"),
+            "{found}"
+        );
+        assert!(!to.exists());
+    }
+    Ok(())
+}
+
+#[test]
+fn a_tied_head_gets_a_weight_of_its_own_when_one_of_the_two_is_adapted() -> candle_doft::Result<()>
+{
+    let home = tempfile::tempdir().unwrap();
+    let (from, to) = (home.path().join("model"), home.path().join("merged"));
+    std::fs::create_dir(&from).unwrap();
+    let table = seeded((10, 16), 1).to_dtype(DType::F32)?;
+    let tensors = HashMap::from([("model.embed_tokens.weight", table.clone())]);
+    safetensors::save(&tensors, from.join("model.safetensors"))?;
+    std::fs::write(
+        from.join("config.json"),
+        br#"{"tie_word_embeddings": true, "x": 1}"#,
+    )
+    .unwrap();
+    let index = r#"{"weight_map": {"model.embed_tokens.weight": "model.safetensors"}}"#;
+    std::fs::write(from.join("model.safetensors.index.json"), index).unwrap();
+    let theta = (seeded((2, 28), 3) * 0.4)?.to_dtype(DType::F32)?;
+    let file = home.path().join("adapter.safetensors");
+    for key in [
+        "lm_head.oft_R.weight",
+        "base_model.model.model.embed_tokens.oft_embedding_R.weight",
+    ] {
+        safetensors::save(&HashMap::from([(key, theta.clone())]), &file)?;
+        let merge = one(&file, &LoadOptions::default(), Strength::default())?;
+        let report = merge.checkpoint(&from, &to, CheckpointOptions::default())?;
+        assert!(report.untied, "{key}");
+        let merged = load(&to.join("model.safetensors"))?;
+        let (head, embedding) = (
+            &merged["lm_head.weight"],
+            &merged["model.embed_tokens.weight"],
+        );
+        let (kept, changed) = match key.starts_with("lm_head") {
+            true => (embedding, head),
+            false => (head, embedding),
+        };
+        assert_eq!(bits(kept), bits(&table), "{key}");
+        assert!(relative(changed, &table) > 1e-2, "{key}");
+        let json = |name: &str| -> serde_json::Value {
+            serde_json::from_slice(&std::fs::read(to.join(name)).unwrap()).unwrap()
+        };
+        let config = json("config.json");
+        assert_eq!(
+            (&config["tie_word_embeddings"], &config["x"]),
+            (&false.into(), &1.into())
+        );
+        let index = json("model.safetensors.index.json");
+        assert_eq!(index["weight_map"]["lm_head.weight"], "model.safetensors");
+        std::fs::remove_dir_all(&to).unwrap();
+    }
+    Ok(())
+}
+
+#[test]
+fn a_partial_merge_is_a_choice_and_says_what_it_left_out() -> candle_doft::Result<()> {
+    let home = tempfile::tempdir().unwrap();
+    let (from, file) = (
+        home.path().join("base.safetensors"),
+        home.path().join("adapter.safetensors"),
+    );
+    let mut tensors = base(DType::F32)?;
+    tensors.remove("b.weight");
+    safetensors::save(&tensors, &from)?;
+    adapter(DoftConfig::default(), 0.5)?.save(&file)?;
+    let output = home.path().join("out");
+    let strict = one(&file, &LoadOptions::default(), Strength::default())?;
+    assert!(
+        strict
+            .checkpoint(&from, &output, CheckpointOptions::default())
+            .is_err()
+    );
+    let partial = LoadOptions::default().with_allow_partial(true);
+    let merge = one(&file, &partial, Strength::default())?;
+    let report = merge.checkpoint(&from, &output, CheckpointOptions::default())?;
+    assert_eq!(report.merged, ["a.weight"]);
+    let warnings: Vec<String> = merge.warnings().iter().map(ToString::to_string).collect();
+    assert_eq!(warnings, ["`b`: it matches no weight and was not merged"]);
+    // Asked of a `VarBuilder`, the same is told afterwards.
+    let vb = strict.var_builder(VarBuilder::from_tensors(tensors, DType::F32, &CPU));
+    vb.get((12, 32), "a.weight")?;
+    let error = strict.check_used().unwrap_err().to_string();
+    assert!(
+        error.ends_with("the first is `b`; allow a partial use to go on without them"),
+        "{error}"
+    );
+    Ok(())
+}
