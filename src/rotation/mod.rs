@@ -40,8 +40,9 @@ pub use geodesic::geodesic;
 pub use neumann::cayley_neumann;
 pub use skew::skew;
 
-use crate::config::{BlockLayout, Map};
+use crate::config::{BlockLayout, Map, check_max_norm};
 use crate::error::{Error, Result};
+use crate::ops::maps;
 use candle_core::{DType, Tensor};
 
 /// From packed parameters to rotation blocks: `R = map(clip(skew(theta / c)))`.
@@ -70,19 +71,35 @@ use candle_core::{DType, Tensor};
 /// # Ok::<(), candle_doft::Error>(())
 /// ```
 pub fn rotation(theta: &Tensor, layout: &BlockLayout) -> Result<Tensor> {
-    let q = generator("rotation", theta, layout)?;
-    match layout.map {
-        Map::Cayley => cayley(&q),
+    let b = layout.block_size;
+    if !theta.device().is_cpu() {
+        let q = generator("rotation", theta, layout)?;
+        return match layout.map {
+            Map::Cayley => cayley(&q),
+            Map::CayleyNeumann {
+                terms,
+                last_coefficient,
+            } => cayley_neumann(&q, terms, last_coefficient),
+            Map::Exponential => exponential(&q),
+        };
+    }
+    check_theta("rotation", theta, layout)?;
+    let (c, cap) = (layout.divisor(), layout.max_norm);
+    cap.map_or(Ok(()), check_max_norm)?;
+    Ok(match layout.map {
+        Map::Cayley => maps::turn(theta, b, c, cap, maps::Cayley)?,
         Map::CayleyNeumann {
             terms,
             last_coefficient,
-        } => cayley_neumann(&q, terms, last_coefficient),
-        Map::Exponential => exponential(&q),
-    }
+        } => {
+            let coefficients = maps::coefficients(terms, last_coefficient);
+            maps::turn(theta, b, c, cap, maps::Series(coefficients))?
+        }
+        Map::Exponential => maps::turn(theta, b, c, cap, maps::Exponential)?,
+    })
 }
 
-/// `clip(skew(theta / c))`.
-fn generator(function: &'static str, theta: &Tensor, layout: &BlockLayout) -> Result<Tensor> {
+fn check_theta(function: &'static str, theta: &Tensor, layout: &BlockLayout) -> Result<()> {
     if theta.dims() != [layout.rows(), layout.entries()] {
         return Err(Error::Argument {
             function,
@@ -91,6 +108,12 @@ fn generator(function: &'static str, theta: &Tensor, layout: &BlockLayout) -> Re
             expected: format!("[{}, {}]", layout.rows(), layout.entries()),
         });
     }
+    check_dtype(function, theta)
+}
+
+/// `clip(skew(theta / c))`.
+fn generator(function: &'static str, theta: &Tensor, layout: &BlockLayout) -> Result<Tensor> {
+    check_theta(function, theta, layout)?;
     let divisor = layout.divisor();
     let q = if divisor == 1. {
         skew(theta, layout.block_size)?

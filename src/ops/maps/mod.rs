@@ -12,6 +12,7 @@ pub(crate) mod eigen;
 mod exponential;
 mod series;
 mod skew;
+mod turn;
 
 pub(crate) use cayley::Cayley;
 pub(crate) use clip::Clip;
@@ -20,6 +21,7 @@ pub(crate) use clip::spectral_norm;
 pub(crate) use exponential::Exponential;
 pub(crate) use series::{Series, coefficients};
 pub(crate) use skew::Skew;
+pub(crate) use turn::turn;
 
 use super::real::Real;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};

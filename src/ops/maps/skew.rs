@@ -18,8 +18,8 @@ impl CustomOp1 for Skew {
         let (blocks, _) = layout.shape().dims2()?;
         let b = self.0;
         let out = match storage {
-            CpuStorage::F32(v) => CpuStorage::F32(unpack(elements(v, layout)?, blocks, b)),
-            CpuStorage::F64(v) => CpuStorage::F64(unpack(elements(v, layout)?, blocks, b)),
+            CpuStorage::F32(v) => CpuStorage::F32(unpack_all(elements(v, layout)?, blocks, b)),
+            CpuStorage::F64(v) => CpuStorage::F64(unpack_all(elements(v, layout)?, blocks, b)),
             _ => return Err(no_kernel("skew")),
         };
         Ok((out, (blocks, b, b).into()))
@@ -39,47 +39,51 @@ impl CustomOp1 for Fold {
         let (blocks, b, _) = layout.shape().dims3()?;
         let n = b * (b - 1) / 2;
         let out = match storage {
-            CpuStorage::F32(g) => CpuStorage::F32(fold(elements(g, layout)?, blocks, b)),
-            CpuStorage::F64(g) => CpuStorage::F64(fold(elements(g, layout)?, blocks, b)),
+            CpuStorage::F32(g) => CpuStorage::F32(fold_all(elements(g, layout)?, blocks, b)),
+            CpuStorage::F64(g) => CpuStorage::F64(fold_all(elements(g, layout)?, blocks, b)),
             _ => return Err(no_kernel("skew")),
         };
         Ok((out, (blocks, n).into()))
     }
 }
 
-fn unpack<T: Real>(theta: &[T], blocks: usize, b: usize) -> Vec<T> {
+fn unpack_all<T: Real>(theta: &[T], blocks: usize, b: usize) -> Vec<T> {
     let n = b * (b - 1) / 2;
     let mut out = vec![T::zero(); blocks * b * b];
     out.par_chunks_exact_mut(b * b)
         .enumerate()
-        .for_each(|(d, q)| {
-            let mut v = theta[d * n..(d + 1) * n].iter();
-            for i in 0..b {
-                for (j, v) in (i + 1..b).zip(&mut v) {
-                    q[i * b + j] = *v;
-                    // Not `-v`: a zero stays +0, so that the start is the identity to the bit.
-                    q[j * b + i] = T::zero() - *v;
-                }
-            }
-        });
+        .for_each(|(d, q)| unpack(theta[d * n..(d + 1) * n].iter().copied(), b, q));
     out
 }
 
-fn fold<T: Real>(grad: &[T], blocks: usize, b: usize) -> Vec<T> {
+fn fold_all<T: Real>(grad: &[T], blocks: usize, b: usize) -> Vec<T> {
     let n = b * (b - 1) / 2;
     let mut out = vec![T::zero(); blocks * n];
-    if n == 0 {
-        return out;
+    if n > 0 {
+        out.par_chunks_exact_mut(n)
+            .zip(grad.par_chunks_exact(b * b))
+            .for_each(|(out, g)| fold(g, b, T::one(), out));
     }
-    out.par_chunks_exact_mut(n)
-        .zip(grad.par_chunks_exact(b * b))
-        .for_each(|(out, g)| {
-            let mut out = out.iter_mut();
-            for i in 0..b {
-                for (j, out) in (i + 1..b).zip(&mut out) {
-                    *out = g[i * b + j] - g[j * b + i];
-                }
-            }
-        });
     out
+}
+
+/// The block of a packed row.
+pub(super) fn unpack<T: Real>(mut row: impl Iterator<Item = T>, b: usize, q: &mut [T]) {
+    for i in 0..b {
+        for (j, v) in (i + 1..b).zip(&mut row) {
+            q[i * b + j] = v;
+            // Not `-v`: a zero stays +0, so that the start is the identity to the bit.
+            q[j * b + i] = T::zero() - v;
+        }
+    }
+}
+
+/// The gradient of a packed row from that of its block, times `factor`.
+pub(super) fn fold<T: Real>(g: &[T], b: usize, factor: T, out: &mut [T]) {
+    let mut out = out.iter_mut();
+    for i in 0..b {
+        for (j, out) in (i + 1..b).zip(&mut out) {
+            *out = (g[i * b + j] - g[j * b + i]) * factor;
+        }
+    }
 }
