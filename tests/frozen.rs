@@ -210,6 +210,24 @@ fn attention_and_the_loss_over_a_head_have_the_slopes_of_their_loss() -> Result<
         frozen::causal_attention(&q, &k, &v, 0.5)
     })?;
 
+    // Turned first, which equals the two functions to the bit and in its slopes.
+    let k = Var::from_tensor(&seeded((2, 2, 5, 4), 2))?;
+    let v = Var::from_tensor(&seeded((2, 2, 5, 4), 3))?;
+    let (cos, sin) = (seeded((6, 2), 9).cos()?, seeded((6, 2), 9).sin()?);
+    let vars: Vec<(String, Var)> = [("q", &q), ("k", &k), ("v", &v)]
+        .map(|(name, var)| (name.to_string(), var.clone()))
+        .to_vec();
+    let turned = || frozen::rotary_causal_attention(&q, &k, &v, (&cos, &sin), 0.5);
+    check_slopes("rotary attention", &vars, turned)?;
+    let turn = |x: &Var| frozen::rope(x, &cos, &sin);
+    let apart = frozen::causal_attention(&turn(&q)?, &turn(&k)?, &v, 0.5)?;
+    let values = |x: &Tensor| x.flatten_all()?.to_vec1::<f64>();
+    assert_eq!(values(&turned()?)?, values(&apart)?);
+    let longer = Var::from_tensor(&seeded((2, 2, 7, 4), 3))?;
+    let refused = frozen::rotary_causal_attention(&q, &longer, &longer, (&cos, &sin), 0.5);
+    let refused = refused.unwrap_err().to_string();
+    assert!(refused.contains("as many keys as queries"), "{refused}");
+
     let head = frozen::Linear::new(seeded((11, 6), 4), Some(seeded(11, 5)));
     let hidden = Var::from_tensor(&seeded((2, 3, 6), 6))?;
     let targets = Tensor::new(&[[0u32, 10, 3], [3, 3, 1]], &CPU)?;

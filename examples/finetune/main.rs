@@ -177,7 +177,6 @@ pub(crate) struct Flags {
 
 fn main() -> std::process::ExitCode {
     let flags = Flags::parse();
-    pages::keep();
     if let Some(end) = flags.stop_after.filter(|end| *end > flags.steps) {
         let steps = flags.steps;
         return support::cli::wrong_arguments(&format!(

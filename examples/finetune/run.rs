@@ -8,7 +8,7 @@ use crate::llm::train::{StepOptions, Trainer};
 use crate::llm::weights::Weights;
 use crate::setup::{check_targets, identity, method, targets};
 use crate::support::{files, progress};
-use crate::{Flags, draw, memory, merged};
+use crate::{Flags, draw, memory, merged, pages};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::Device;
 use candle_doft::train::{Checkpoint, Schedule};
@@ -194,6 +194,8 @@ impl<'a> Session<'a> {
         let bar = progress::bar(end as usize, "finetune");
         bar.set_position(self.step);
         let mut order = Order::new(self.flags.seed, self.data.train.len());
+        // Not before: what loading left goes back.
+        pages::keep();
         while self.step < end && !self.stopped() {
             let made = self.one_step(&mut order, &mut metrics)?;
             bar.set_position(self.step);

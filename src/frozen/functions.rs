@@ -5,6 +5,7 @@ use crate::error::Error;
 use crate::ops::attention::{Attention, one_dtype};
 use crate::ops::pointwise::{Rope, SiluMul, Softmax};
 use crate::ops::real::has_kernel;
+use crate::ops::rotary::RotaryAttention;
 use candle_core::{Result, Tensor};
 
 fn refuse<A>(
@@ -132,7 +133,7 @@ pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
 ///
 /// "RoFormer", arXiv:2104.09864, equation 34.
 pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
-    turned("rope", x, cos, sin, false)
+    turned(x, turn("rope", x, cos, sin, false)?)
 }
 
 /// The same for neighbouring pairs `(x_{2i}, x_{2i + 1})`, as in the original Llama files.
@@ -141,16 +142,17 @@ pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
 ///
 /// When the shapes do not fit; see [`rope`].
 pub fn rope_i(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
-    turned("rope_i", x, cos, sin, true)
+    turned(x, turn("rope_i", x, cos, sin, true)?)
 }
 
-fn turned(
+/// The turn by tables that fit `x`.
+fn turn(
     function: &'static str,
     x: &Tensor,
     cos: &Tensor,
     sin: &Tensor,
     interleaved: bool,
-) -> Result<Tensor> {
+) -> Result<Rope> {
     check_float(function, x, FLOATS)?;
     let (batch, _, steps, width) = match x.dims() {
         &[b, h, t, d] if d % 2 == 0 && d > 0 => (b, h, t, d),
@@ -178,11 +180,14 @@ fn turned(
             return refuse(function, what, format!("{:?}", table.dims()), expected);
         }
     }
-    let rope = Rope {
+    Ok(Rope {
         cos: cos.detach(),
         sin: sin.detach(),
         interleaved,
-    };
+    })
+}
+
+fn turned(x: &Tensor, rope: Rope) -> Result<Tensor> {
     match has_kernel(x) {
         true => x.apply_op1(rope),
         false => rope.composed(x),
@@ -223,11 +228,84 @@ fn turned(
 ///
 /// "FlashAttention-2", arXiv:2307.08691, algorithms 1 and 2.
 pub fn causal_attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<Tensor> {
-    const NAME: &str = "causal_attention";
-    check_float(NAME, q, FLOATS)?;
+    check_attention("causal_attention", q, k, v)?;
+    match has_kernel(q) {
+        true => q.apply_op3(k, v, Attention::new(scale))?.transpose(1, 2),
+        false => Attention::composed(q, k, v, scale)?.transpose(1, 2),
+    }
+}
+
+/// [`causal_attention`] of `rope(q)` and `rope(k)`, with the tables of [`rope`].
+///
+/// ```text
+/// softmax(scale * rope(q) rope(k)^T + mask) v
+/// ```
+///
+/// The same values, bit for bit, as the functions one after the other; but q and k are kept as they came
+/// and turned again on the way back, which saves a copy of both for each block of a model. For whole
+/// sequences: with a cache of turned keys, call the functions.
+///
+/// # Shapes
+///
+/// `q` is `(B, H, T, d)` with even `d`, `k` and `v` are `(B, G, T, d)`; the answer is that of
+/// [`causal_attention`].
+///
+/// # Errors
+///
+/// Those of both functions, and when there are more keys than queries.
+///
+/// # Examples
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_doft::frozen::{causal_attention, rope, rotary_causal_attention};
+///
+/// let q = Tensor::randn(0f32, 1., (1, 4, 3, 8), &Device::Cpu)?;
+/// let kv = Tensor::randn(0f32, 1., (1, 2, 3, 8), &Device::Cpu)?;
+/// let angles = Tensor::randn(0f32, 1., (3, 4), &Device::Cpu)?;
+/// let (cos, sin) = (angles.cos()?, angles.sin()?);
+/// let y = rotary_causal_attention(&q, &kv, &kv, (&cos, &sin), 0.5)?;
+/// let z = causal_attention(&rope(&q, &cos, &sin)?, &rope(&kv, &cos, &sin)?, &kv, 0.5)?;
+/// assert_eq!(y.flatten_all()?.to_vec1::<f32>()?, z.flatten_all()?.to_vec1::<f32>()?);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+///
+/// # References
+///
+/// "RoFormer", arXiv:2104.09864, equation 34; "FlashAttention-2", arXiv:2307.08691.
+pub fn rotary_causal_attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    (cos, sin): (&Tensor, &Tensor),
+    scale: f64,
+) -> Result<Tensor> {
+    const NAME: &str = "rotary_causal_attention";
+    check_attention(NAME, q, k, v)?;
+    if q.dim(2)? != k.dim(2)? {
+        let found = format!("{:?} and {:?}", q.dims(), k.dims());
+        return refuse(
+            NAME,
+            "the shapes of q and k",
+            found,
+            "as many keys as queries",
+        );
+    }
+    let rope = turn(NAME, q, cos, sin, false)?;
+    if !has_kernel(q) {
+        let (q, k) = (rope.composed(q)?, rope.composed(k)?);
+        return causal_attention(&q, &k, v, scale);
+    }
+    let attention = Attention::new(scale);
+    let op = RotaryAttention { attention, rope };
+    q.apply_op3(k, v, op)?.transpose(1, 2)
+}
+
+fn check_attention(name: &'static str, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
+    check_float(name, q, FLOATS)?;
     if !one_dtype(q, k, v) {
         let found = format!("{:?}, {:?} and {:?}", q.dtype(), k.dtype(), v.dtype());
-        return refuse(NAME, "the dtype of q, k and v", found, "one float dtype");
+        return refuse(name, "the dtype of q, k and v", found, "one float dtype");
     }
     let fits = match (q.dims(), k.dims()) {
         (&[b, h, t, d], &[kb, g, s, kd]) => {
@@ -238,10 +316,7 @@ pub fn causal_attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Resul
     if !fits || k.dims() != v.dims() {
         let found = format!("{:?}, {:?}, {:?}", q.dims(), k.dims(), v.dims());
         let expected = "(B, H, T, d), (B, G, S, d) twice, G a divisor of H, S at least T";
-        return refuse(NAME, "the shapes of q, k and v", found, expected);
+        return refuse(name, "the shapes of q, k and v", found, expected);
     }
-    match has_kernel(q) {
-        true => q.apply_op3(k, v, Attention::new(scale))?.transpose(1, 2),
-        false => Attention::composed(q, k, v, scale)?.transpose(1, 2),
-    }
+    Ok(())
 }

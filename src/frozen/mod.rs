@@ -22,7 +22,9 @@ mod norm;
 pub(crate) use conv::check;
 pub use conv::{Conv1d, Conv2d};
 pub use embedding::{Embedding, embedding, quantized_embedding};
-pub use functions::{causal_attention, rope, rope_i, silu_mul, softmax_last_dim};
+pub use functions::{
+    causal_attention, rope, rope_i, rotary_causal_attention, silu_mul, softmax_last_dim,
+};
 pub use gguf::QuantizedVarBuilder;
 pub use linear::{Linear, linear, linear_no_bias, quantized_linear, quantized_linear_no_bias};
 pub use loss::{cross_entropy, linear_cross_entropy};

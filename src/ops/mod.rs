@@ -15,6 +15,7 @@ pub(crate) mod maps;
 pub(crate) mod norm;
 pub(crate) mod pointwise;
 pub(crate) mod real;
+pub(crate) mod rotary;
 mod rows;
 mod vectorized;
 mod weight;

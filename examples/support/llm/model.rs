@@ -41,11 +41,10 @@ impl Rotary {
         })
     }
 
-    /// Turns `x` `(B, H, T, d)`, whose first position is `start`.
-    fn apply(&self, x: &Tensor, start: usize) -> candle_core::Result<Tensor> {
-        let steps = x.dim(2)?;
-        let cos = self.cos.narrow(0, start, steps)?;
-        frozen::rope(x, &cos, &self.sin.narrow(0, start, steps)?)
+    /// Cosines and sines of the positions from `start` on.
+    fn tables(&self, start: usize, steps: usize) -> candle_core::Result<(Tensor, Tensor)> {
+        let part = |table: &Tensor| table.narrow(0, start, steps);
+        Ok((part(&self.cos)?, part(&self.sin)?))
     }
 }
 
@@ -130,15 +129,20 @@ impl Attention {
         if let Some((of_q, of_k)) = &self.norms {
             (q, k) = (of_q.forward(&q)?, of_k.forward(&k)?);
         }
-        let start = cache.as_ref().map_or(0, |(cache, _)| cache.len());
-        let q = rotary.apply(&q.transpose(1, 2)?, start)?;
-        let k = rotary.apply(&k.transpose(1, 2)?, start)?;
-        let (k, v) = match cache {
-            None => (k, v),
-            Some((cache, block)) => cache.extend(block, k, v)?,
-        };
+        let (q, k) = (q.transpose(1, 2)?, k.transpose(1, 2)?);
         let scale = 1. / (self.head_dim as f64).sqrt();
-        let y = frozen::causal_attention(&q, &k, &v, scale)?;
+        let y = match cache {
+            None => {
+                let (cos, sin) = rotary.tables(0, steps)?;
+                frozen::rotary_causal_attention(&q, &k, &v, (&cos, &sin), scale)?
+            }
+            Some((cache, block)) => {
+                let (cos, sin) = rotary.tables(cache.len(), steps)?;
+                let turned = |x| frozen::rope(x, &cos, &sin);
+                let (k, v) = cache.extend(block, turned(&k)?, v)?;
+                frozen::causal_attention(&turned(&q)?, &k, &v, scale)?
+            }
+        };
         // The answer lies in memory as the projection wants it.
         let y = y.transpose(1, 2)?.reshape((batch, steps, ()))?;
         self.o.forward(&y)
