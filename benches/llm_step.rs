@@ -16,7 +16,7 @@ use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn llm_step(c: &mut Criterion) {
-    pages::keep();
+    pages::keep(pages::FOR_GOOD);
     let mut group = c.benchmark_group("llm_step");
     group.sample_size(10);
     let weights = support::llm::weights(support::llm::LAYERS).expect("weights");

@@ -124,7 +124,7 @@ fn sweeps() -> [Sweep; 4] {
 fn main() -> anyhow::Result<()> {
     let quick = std::env::args().any(|argument| argument == "--quick");
     let budget = if quick { QUICK } else { FULL };
-    pages::keep();
+    pages::keep(pages::FOR_GOOD);
     let mut grown = Vec::new();
     for sweep in sweeps() {
         println!("{} ({})", sweep.name, sweep.fixed);

@@ -55,7 +55,7 @@ fn main() -> anyhow::Result<()> {
             what => only = Some(what.to_string()),
         }
     }
-    pages::keep();
+    pages::keep(pages::FOR_GOOD);
     let wanted = |what: &str| only.as_deref().is_none_or(|only| what == only);
     let context = context(quick);
     let mut entries = Vec::new();

@@ -2,7 +2,7 @@
 
 use super::{Run, seeded};
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_doft::{DoftConfig, DoftLinear, rotation};
+use candle_doft::{DoftConfig, DoftLinear, Map, rotation};
 use candle_nn::{Linear, Module, VarBuilder, VarMap};
 use std::hint::black_box;
 
@@ -34,14 +34,22 @@ pub fn map(name: &str, b: usize) -> Result<(Run, f64)> {
     let scale = 0.5 / (2. * ((b - 1) as f64).sqrt());
     let theta = Var::from_tensor(&(seeded((WIDTH / b, n), 1)? * scale)?)?;
     let upstream = seeded((WIDTH / b, b * b), 2)?.reshape((WIDTH / b, b, b))?;
+    let map = match name.as_str() {
+        "series" => Map::CayleyNeumann {
+            terms: 5,
+            last_coefficient: 1,
+        },
+        "exponential" => Map::Exponential,
+        _ => Map::Cayley,
+    };
+    let config = DoftConfig::default().with_block_size(b).with_scaled(false);
+    let layout = config.with_map(map).layout("layer", WIDTH)?;
     let turn = move |theta: &Tensor| -> Result<Tensor> {
-        let q = rotation::skew(theta, b)?;
         match name.as_str() {
-            "cayley" => Ok(rotation::cayley(&q)?),
-            "series" => Ok(rotation::cayley_neumann(&q, 5, 1)?),
-            "exponential" => Ok(rotation::exponential(&q)?),
-            "candle_series" => series(&q),
-            "candle_newton" => newton(&q),
+            // As layers do it.
+            "cayley" | "series" | "exponential" => Ok(rotation::rotation(theta, &layout)?),
+            "candle_series" => series(&rotation::skew(theta, b)?),
+            "candle_newton" => newton(&rotation::skew(theta, b)?),
             other => candle_core::bail!("no map `{other}`"),
         }
     };
