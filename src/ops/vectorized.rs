@@ -1,7 +1,6 @@
 //! [`vectorized`]: functions compiled for the widest instructions too, chosen at run time.
 
 /// What the processor computes with.
-#[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Vectors {
     /// What the crate is compiled for.
     Compiled,

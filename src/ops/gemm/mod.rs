@@ -156,13 +156,8 @@ pub(crate) fn multiply_wide<T: Real>(dst: MatMut<T>, lhs: Mat<T>, rhs: Mat<T>, a
     run(dst, lhs, rhs, accumulate, threads);
 }
 
-fn run<T: Real>(
-    dst: MatMut<T>,
-    lhs: Mat<T>,
-    rhs: Mat<T>,
-    accumulate: bool,
-    parallelism: Parallelism,
-) {
+/// Panics where a product does not fit its destination, or would add to memory without values.
+fn check_product<T: Real>(dst: &MatMut<T>, lhs: Mat<T>, rhs: Mat<T>, accumulate: bool) {
     assert!(
         lhs.cols == rhs.rows && dst.rows == lhs.rows && dst.cols == rhs.cols,
         "matrices that do not fit"
@@ -171,6 +166,16 @@ fn run<T: Real>(
         !(accumulate && dst.unset),
         "nothing is there to be added to"
     );
+}
+
+fn run<T: Real>(
+    dst: MatMut<T>,
+    lhs: Mat<T>,
+    rhs: Mat<T>,
+    accumulate: bool,
+    parallelism: Parallelism,
+) {
+    check_product(&dst, lhs, rhs, accumulate);
     let alpha = if accumulate { T::one() } else { T::zero() };
     #[allow(unsafe_code, reason = "gemm takes pointers")]
     // SAFETY: `check` has seen that every element the shapes and strides reach lies inside its

@@ -1,6 +1,6 @@
 //! Products of the size of a block, kept in registers: packing would cost `gemm` more than they do.
 
-use super::{Mat, MatMut};
+use super::{Mat, MatMut, check_product};
 use crate::ops::real::Real;
 use crate::ops::vectorized::{Vectors, vectors};
 
@@ -14,17 +14,10 @@ pub(crate) fn multiply_small<T: Real>(
     rhs: Mat<T>,
     accumulate: bool,
 ) {
-    assert!(
-        lhs.cols == rhs.rows && dst.rows == lhs.rows && dst.cols == rhs.cols,
-        "matrices that do not fit"
-    );
+    check_product(dst, lhs, rhs, accumulate);
     assert!(
         rhs.col_stride == 1,
         "rows of the right matrix are contiguous"
-    );
-    assert!(
-        !(accumulate && dst.unset),
-        "nothing is there to be added to"
     );
     match vectors() {
         Vectors::Compiled => {
