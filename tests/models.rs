@@ -164,7 +164,7 @@ fn a_small_llama_runs_merged() -> candle_doft::Result<()> {
 fn turned(weight: &Tensor, theta: &Tensor, b: usize) -> Result<Tensor> {
     let divisor = 2. * ((b - 1) as f64).sqrt();
     let scaled: Vec<f64> = values(theta).iter().map(|v| v / divisor).collect();
-    let r = candle_doft::rotation::naive::cayley(&scaled, b);
+    let r = support::naive::cayley(&scaled, b);
     let width: usize = weight.dims()[1..].iter().product();
     let rows = weight.dim(0)?;
     let (w, kernel) = (values(weight), weight.rank() == 4);

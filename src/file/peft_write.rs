@@ -128,21 +128,17 @@ impl Plan {
     fn values(&self, file: &Path, path: &str, layer: &StoredLayer) -> Result<Tensor> {
         let b = layer.block_size;
         let theta = layer.theta(layer.kind.unwrap_or(LayerKind::Linear))?;
-        let divisor = if layer.scaled {
-            layer.map.divisor(b)
-        } else {
-            1.
+        let rows = theta.dim(0)?;
+        // As many blocks as there are rows; a shared one is repeated below.
+        let Some(layout) = layer.layout(&[1, rows * b])? else {
+            return Ok(theta.to_dtype(DType::F32)?);
         };
-        let mut q = rotation::skew(&(theta.to_dtype(DType::F64)? / divisor)?, b)?;
-        if let Some(cap) = layer.max_norm {
-            q = rotation::clip(&q, cap)?;
-        }
+        let mut q = rotation::generator(&theta.to_dtype(DType::F64)?, &layout)?;
         if self.map == Map::Cayley {
             q = q.neg()?;
         }
         let upper = (0..b).flat_map(|i| (i + 1..b).map(move |j| (i * b + j) as u32));
         let upper: Vec<u32> = upper.collect();
-        let rows = q.dim(0)?;
         let upper = Tensor::new(upper, &Device::Cpu)?;
         let packed = q
             .reshape((rows, b * b))?

@@ -1,8 +1,8 @@
 //! What a rotation does: its angles, and how far it is from orthogonal.
 
-use super::{check_blocks, host};
+use super::check_blocks;
 use crate::error::Result;
-use crate::ops::maps::eigen::symmetric_eigen;
+use crate::ops::maps::{eigen::symmetric_eigen, on_host};
 use candle_core::Tensor;
 use rayon::prelude::*;
 
@@ -38,8 +38,8 @@ const MIX: f64 = 1.234_567;
 /// # Ok::<(), candle_doft::Error>(())
 /// ```
 pub fn angles(r: &Tensor) -> Result<Vec<Vec<f64>>> {
-    check_blocks("angles", "the shape of `r`", r)?;
-    let (r, b) = host(r)?;
+    let b = check_blocks("angles", "the shape of `r`", r)?;
+    let r = on_host(r)?;
     Ok(r.par_chunks_exact(b * b)
         .map(|r| block_angles(r, b))
         .collect())
@@ -120,8 +120,8 @@ fn quadratic(x: &[f64], a: &[f64], y: &[f64]) -> f64 {
 /// # Ok::<(), candle_doft::Error>(())
 /// ```
 pub fn orthogonality_error(r: &Tensor) -> Result<f64> {
-    check_blocks("orthogonality_error", "the shape of `r`", r)?;
-    let (r, b) = host(r)?;
+    let b = check_blocks("orthogonality_error", "the shape of `r`", r)?;
+    let r = on_host(r)?;
     let of_block = |r: &[f64]| {
         let mut worst = 0.;
         for (i, x) in r.chunks_exact(b).enumerate() {
@@ -138,9 +138,5 @@ pub fn orthogonality_error(r: &Tensor) -> Result<f64> {
 
 // `f64::max` would drop a NaN.
 fn larger(a: f64, b: f64) -> f64 {
-    if a.is_nan() || b > a || b.is_nan() {
-        if a.is_nan() { a } else { b }
-    } else {
-        a
-    }
+    if b > a || b.is_nan() { b } else { a }
 }

@@ -51,10 +51,6 @@ use candle_core::Tensor;
 /// "Orthogonal Finetuning Made Scalable", arXiv:2506.19847: the transform that its Cayley-Neumann
 /// series approximates. Some tools use the inverse; `file` translates.
 pub fn cayley(q: &Tensor) -> Result<Tensor> {
-    check_blocks("cayley", "the shape of `q`", q)?;
-    Ok(if q.device().is_cpu() {
-        maps::apply(q, maps::Cayley)?
-    } else {
-        maps::composed::cayley(q)?
-    })
+    let b = check_blocks("cayley", "the shape of `q`", q)?;
+    Ok(maps::apply(q, b, maps::Cayley)?)
 }

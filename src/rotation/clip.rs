@@ -28,8 +28,9 @@ use candle_core::Tensor;
 ///
 /// # Errors
 ///
-/// [`Error::Argument`](crate::Error::Argument) when `q` is not of rank 3, its blocks are not square, or its dtype is neither
-/// f32 nor f64; [`Error::Config`](crate::Error::Config) when `max_norm` is not a finite number above 0.
+/// [`Error::Argument`](crate::Error::Argument) when `q` is not of rank 3, its blocks are not square,
+/// or its dtype is neither f32 nor f64; [`Error::Config`](crate::Error::Config) when `max_norm` is not
+/// a finite number above 0.
 ///
 /// # Examples
 ///
@@ -44,11 +45,7 @@ use candle_core::Tensor;
 /// # Ok::<(), candle_doft::Error>(())
 /// ```
 pub fn clip(q: &Tensor, max_norm: f64) -> Result<Tensor> {
-    check_blocks("clip", "the shape of `q`", q)?;
+    let b = check_blocks("clip", "the shape of `q`", q)?;
     check_max_norm(max_norm)?;
-    Ok(if q.device().is_cpu() {
-        maps::apply(q, maps::Clip(max_norm))?
-    } else {
-        maps::composed::clip(q, max_norm)?
-    })
+    Ok(maps::apply(q, b, maps::Clip(max_norm))?)
 }

@@ -46,10 +46,6 @@ use candle_core::Tensor;
 ///
 /// Higham, "Functions of Matrices", SIAM 2008, chapter 10.
 pub fn exponential(q: &Tensor) -> Result<Tensor> {
-    check_blocks("exponential", "the shape of `q`", q)?;
-    Ok(if q.device().is_cpu() {
-        maps::apply(q, maps::Exponential)?
-    } else {
-        maps::composed::exponential(q)?
-    })
+    let b = check_blocks("exponential", "the shape of `q`", q)?;
+    Ok(maps::apply(q, b, maps::Exponential)?)
 }

@@ -1,10 +1,10 @@
 //! [`geodesic`]: part of a rotation, along the shortest way.
 
-use super::{check_dtype, generator, host};
+use super::{check_theta, generator};
 use crate::config::{BlockLayout, Map};
 use crate::error::{Error, Result};
-use crate::ops::maps::eigen::symmetric_eigen;
-use candle_core::{DType, Tensor};
+use crate::ops::maps::{eigen::symmetric_eigen, on_host};
+use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
 /// Every angle of [`rotation`](super::rotation()) times `strength`, in the same planes.
@@ -60,16 +60,15 @@ pub fn geodesic(theta: &Tensor, layout: &BlockLayout, strength: f64) -> Result<T
             );
         }
     };
-    check_dtype("geodesic", theta)?;
-    let host_theta = theta.detach().to_device(&candle_core::Device::Cpu)?;
-    let q = generator("geodesic", &host_theta.to_dtype(DType::F64)?, layout)?;
-    let shape = q.shape().clone();
-    let (q, b) = host(&q)?;
-    let r: Vec<f64> = q
+    check_theta("geodesic", theta, layout)?;
+    let host = theta.detach().to_device(&Device::Cpu)?;
+    let q = generator(&host.to_dtype(DType::F64)?, layout)?;
+    let b = layout.block_size;
+    let r: Vec<f64> = on_host(&q)?
         .par_chunks_exact(b * b)
         .flat_map_iter(|q| turned(q, b, |l| strength * angle(l)))
         .collect();
-    Ok(Tensor::from_vec(r, shape, theta.device())?)
+    Ok(Tensor::from_vec(r, q.shape(), theta.device())?)
 }
 
 /// `exp(i φ(H))` for the Hermitian `H = -iQ`, which is real when `φ` is odd.

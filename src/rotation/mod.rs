@@ -26,8 +26,6 @@ mod clip;
 mod effective;
 mod exponential;
 mod geodesic;
-#[doc(hidden)]
-pub mod naive;
 mod neumann;
 mod skew;
 
@@ -40,7 +38,7 @@ pub use geodesic::geodesic;
 pub use neumann::cayley_neumann;
 pub use skew::skew;
 
-use crate::config::{BlockLayout, Map, check_max_norm};
+use crate::config::{BlockLayout, Map};
 use crate::error::{Error, Result};
 use crate::ops::maps;
 use candle_core::{DType, Tensor};
@@ -71,31 +69,18 @@ use candle_core::{DType, Tensor};
 /// # Ok::<(), candle_doft::Error>(())
 /// ```
 pub fn rotation(theta: &Tensor, layout: &BlockLayout) -> Result<Tensor> {
-    let b = layout.block_size;
-    if !theta.device().is_cpu() {
-        let q = generator("rotation", theta, layout)?;
-        return match layout.map {
-            Map::Cayley => cayley(&q),
-            Map::CayleyNeumann {
-                terms,
-                last_coefficient,
-            } => cayley_neumann(&q, terms, last_coefficient),
-            Map::Exponential => exponential(&q),
-        };
-    }
     check_theta("rotation", theta, layout)?;
-    let (c, cap) = (layout.divisor(), layout.max_norm);
-    cap.map_or(Ok(()), check_max_norm)?;
+    let (b, c, cap) = (layout.block_size, layout.divisor(), layout.max_norm);
     Ok(match layout.map {
-        Map::Cayley => maps::turn(theta, b, c, cap, maps::Cayley)?,
+        Map::Cayley => maps::rotation(theta, b, c, cap, maps::Cayley)?,
         Map::CayleyNeumann {
             terms,
             last_coefficient,
         } => {
-            let coefficients = maps::coefficients(terms, last_coefficient);
-            maps::turn(theta, b, c, cap, maps::Series(coefficients))?
+            let series = maps::Series::cayley_neumann(terms, last_coefficient);
+            maps::rotation(theta, b, c, cap, series)?
         }
-        Map::Exponential => maps::turn(theta, b, c, cap, maps::Exponential)?,
+        Map::Exponential => maps::rotation(theta, b, c, cap, maps::Exponential)?,
     })
 }
 
@@ -111,26 +96,20 @@ fn check_theta(function: &'static str, theta: &Tensor, layout: &BlockLayout) -> 
     check_dtype(function, theta)
 }
 
-/// `clip(skew(theta / c))`.
-fn generator(function: &'static str, theta: &Tensor, layout: &BlockLayout) -> Result<Tensor> {
-    check_theta(function, theta, layout)?;
-    let divisor = layout.divisor();
-    let q = if divisor == 1. {
-        skew(theta, layout.block_size)?
-    } else {
-        skew(&(theta / divisor)?, layout.block_size)?
-    };
+/// `Q = clip(skew(theta / c))`, `(D, b, b)`.
+pub(crate) fn generator(theta: &Tensor, layout: &BlockLayout) -> Result<Tensor> {
+    let q = skew(&(theta / layout.divisor())?, layout.block_size)?;
     match layout.max_norm {
         Some(max_norm) => clip(&q, max_norm),
         None => Ok(q),
     }
 }
 
-/// Checks that `blocks` is `(D, b, b)` with `b` from 1, in f32 or f64.
-fn check_blocks(function: &'static str, what: &'static str, blocks: &Tensor) -> Result<()> {
-    match blocks.dims() {
-        [_, rows, columns] if rows == columns && *rows > 0 => check_dtype(function, blocks),
-        dims => Err(Error::Argument {
+/// The size `b` of `blocks`, which have to be `(D, b, b)` with `b` from 1, in f32 or f64.
+fn check_blocks(function: &'static str, what: &'static str, blocks: &Tensor) -> Result<usize> {
+    match *blocks.dims() {
+        [_, b, columns] if b == columns && b > 0 => check_dtype(function, blocks).map(|()| b),
+        ref dims => Err(Error::Argument {
             function,
             what,
             found: format!("{dims:?}"),
@@ -149,11 +128,4 @@ fn check_dtype(function: &'static str, x: &Tensor) -> Result<()> {
             expected: "F32 or F64; convert it with `to_dtype`".into(),
         }),
     }
-}
-
-/// The blocks as f64 on the host, one after the other, and their size.
-fn host(x: &Tensor) -> Result<(Vec<f64>, usize)> {
-    let b = x.dim(1)?;
-    let x = x.detach().to_device(&candle_core::Device::Cpu)?;
-    Ok((x.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?, b))
 }

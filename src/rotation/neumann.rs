@@ -35,8 +35,9 @@ use candle_core::Tensor;
 ///
 /// # Errors
 ///
-/// [`Error::Argument`](crate::Error::Argument) when `q` is not of rank 3, its blocks are not square, or its dtype is neither
-/// f32 nor f64; [`Error::Config`](crate::Error::Config) for more than 64 terms or a last coefficient other than 1 and 2.
+/// [`Error::Argument`](crate::Error::Argument) when `q` is not of rank 3, its blocks are not square,
+/// or its dtype is neither f32 nor f64; [`Error::Config`](crate::Error::Config) for more than 64 terms
+/// or a last coefficient other than 1 and 2.
 ///
 /// # Examples
 ///
@@ -54,16 +55,12 @@ use candle_core::Tensor;
 ///
 /// "Orthogonal Finetuning Made Scalable", arXiv:2506.19847.
 pub fn cayley_neumann(q: &Tensor, terms: usize, last_coefficient: u8) -> Result<Tensor> {
-    check_blocks("cayley_neumann", "the shape of `q`", q)?;
+    let b = check_blocks("cayley_neumann", "the shape of `q`", q)?;
     Map::CayleyNeumann {
         terms,
         last_coefficient,
     }
     .check()?;
-    let coefficients = maps::coefficients(terms, last_coefficient);
-    Ok(if q.device().is_cpu() {
-        maps::apply(q, maps::Series(coefficients))?
-    } else {
-        maps::composed::series(q, &coefficients)?
-    })
+    let series = maps::Series::cayley_neumann(terms, last_coefficient);
+    Ok(maps::apply(q, b, series)?)
 }

@@ -49,9 +49,5 @@ pub fn skew(theta: &Tensor, b: usize) -> Result<Tensor> {
         }
     }
     check_dtype("skew", theta)?;
-    Ok(if theta.device().is_cpu() {
-        theta.contiguous()?.apply_op1(maps::Skew(b))?
-    } else {
-        maps::composed::skew(theta, b)?
-    })
+    Ok(maps::apply(theta, b, maps::Skew)?)
 }

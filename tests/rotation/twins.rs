@@ -1,9 +1,9 @@
 //! Values and gradients of every map against its slow twin, and against golden blocks.
 
-use super::support::{assert_close, central_difference, dot, uneven};
+use super::support::{assert_close, central_difference, dot, naive, uneven};
 use super::{entries, tensor};
 use candle_core::{DType, Tensor, Var};
-use candle_doft::rotation::{cayley, cayley_neumann, clip, exponential, naive, rotation, skew};
+use candle_doft::rotation::{cayley, cayley_neumann, clip, exponential, rotation, skew};
 use candle_doft::{DoftConfig, Result};
 
 /// Value and gradient of `map(skew(theta))` against its twin, in f64 and f32. Tolerances are relative

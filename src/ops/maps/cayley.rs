@@ -1,13 +1,14 @@
 //! The Cayley transform: `R = 2A - I`, `A = (I - Q)^-1`, and `dL/dQ = 2 A^T G A^T`.
 
+use super::composed::{on_host, squared_norm};
 use super::dense::{add_diagonal, add_scaled, multiply, store, transposed};
-use super::{Map, Real};
+use super::{Blockwise, Real};
 use crate::ops::vectorized::vectorized;
+use candle_core::{DType, Result, Tensor};
 
-#[derive(Clone)]
 pub(crate) struct Cayley;
 
-impl Map for Cayley {
+impl Blockwise for Cayley {
     const NAME: &'static str = "cayley";
     const KEEPS_RESULT: bool = true;
 
@@ -31,6 +32,37 @@ impl Map for Cayley {
         let half = T::from_f64(0.5);
         out.iter_mut().for_each(|v| *v = half * *v);
     }
+
+    /// Newton and Schulz' iteration `X <- X (2 I - M X)` for the inverse of `M = I - Q`.
+    ///
+    /// From `X = 2 M^T / (2 + g)` with `g >= ||Q||^2` the rest `I - M X` has norm below `g / (2 + g)`,
+    /// and each step squares it. The steps run outside the graph; the last one, taken inside it, has
+    /// the derivative `A dQ A` of the inverse.
+    fn composed(&self, q: &Tensor, b: usize) -> Result<Tensor> {
+        let eye = Tensor::eye(b, q.dtype(), q.device())?.unsqueeze(0)?;
+        let m = eye.broadcast_sub(q)?;
+        let fixed = m.detach();
+        let g = squared_norm(q)?;
+        let start = (g.affine(0.5, 1.)?).recip()?;
+        let mut x = fixed.transpose(1, 2)?.contiguous()?.broadcast_mul(&start)?;
+        let two = (eye.clone() * 2.)?;
+        let newton = |x: &Tensor, m: &Tensor| x.matmul(&two.broadcast_sub(&m.matmul(x)?)?);
+        // A block that has gone wrong must not keep the others from their steps.
+        let finite = on_host(&g)?.into_iter().filter(|g| g.is_finite());
+        for _ in 0..newton_steps(finite.fold(0., f64::max), q.dtype()) {
+            x = newton(&x, &fixed)?.detach();
+        }
+        (newton(&x, &m)? * 2.)?.broadcast_sub(&eye)
+    }
+}
+
+/// Steps until `(g / (2 + g))^(2^k)` is below the rounding of the dtype.
+fn newton_steps(g: f64, dtype: DType) -> usize {
+    let digits = match dtype {
+        DType::F64 => 37.,
+        _ => 17.,
+    };
+    ((1. + g / 2.) * digits).log2().ceil() as usize
 }
 
 vectorized! {

@@ -10,15 +10,16 @@
 //!
 //! Where several planes share the largest `s`, the first one found stands for all: a subgradient.
 
+use super::composed::on_host;
 use super::dense::{multiply, store, transposed, widened};
 use super::eigen::{eigenvalues, symmetric_eigen};
-use super::{Map, Real};
+use super::{Blockwise, Real};
+use candle_core::{D, Device, Result, Tensor};
 
 /// The largest norm allowed.
-#[derive(Clone)]
 pub(crate) struct Clip(pub(crate) f64);
 
-impl Map for Clip {
+impl Blockwise for Clip {
     const NAME: &'static str = "clip";
 
     fn forward<T: Real>(&self, q: &[T], b: usize, out: &mut [T]) {
@@ -51,10 +52,31 @@ impl Map for Clip {
             out.copy_from_slice(grad);
         }
     }
+
+    /// The planes of the largest singular value come from the CPU; with `M` their [`norm_slope`],
+    /// `s = <Q, M>` has the right value and the right derivative.
+    fn composed(&self, q: &Tensor, b: usize) -> Result<Tensor> {
+        let slopes: Vec<f64> = on_host(q)?
+            .chunks_exact(b * b)
+            .flat_map(|q| norm_slope(q, b))
+            .collect();
+        let slopes = Tensor::from_vec(slopes, q.shape(), &Device::Cpu)?;
+        let slopes = slopes.to_dtype(q.dtype())?.to_device(q.device())?;
+        let norm = (q * slopes)?
+            .flatten_from(1)?
+            .sum_keepdim(D::Minus1)?
+            .unsqueeze(2)?;
+        let above = norm.gt(self.0)?;
+        let ones = norm.ones_like()?;
+        // Of both branches, so that no division by 0 reaches the gradient.
+        let safe = above.where_cond(&norm, &ones)?;
+        let factor = above.where_cond(&(safe.recip()? * self.0)?, &ones)?;
+        q.broadcast_mul(&factor)
+    }
 }
 
 /// The largest singular value of a square matrix; NaN where an entry is not finite.
-pub(crate) fn spectral_norm(q: &[f64], b: usize) -> f64 {
+pub(super) fn spectral_norm(q: &[f64], b: usize) -> f64 {
     let Some((scale, square)) = scaled_square(q, b) else {
         return f64::NAN;
     };
@@ -63,7 +85,7 @@ pub(crate) fn spectral_norm(q: &[f64], b: usize) -> f64 {
 }
 
 /// The derivative of the spectral norm of a skew matrix; 0 at `Q = 0`.
-pub(super) fn norm_slope(q: &[f64], b: usize) -> Vec<f64> {
+fn norm_slope(q: &[f64], b: usize) -> Vec<f64> {
     let mut slope = vec![0.; b * b];
     let Some((scale, square)) = scaled_square(q, b) else {
         return vec![f64::NAN; b * b];

@@ -13,13 +13,14 @@
 //! Higham, "Functions of Matrices", SIAM 2008, chapter 10: scaling and squaring, and section 10.6 for
 //! its derivative.
 
+use super::composed::{on_host, squared_norm};
 use super::dense::{add_diagonal, add_scaled, multiply, store, transposed, widened};
-use super::{Map, Real};
+use super::{Blockwise, Real};
+use candle_core::{DType, Device, Result, Tensor};
 
-#[derive(Clone)]
 pub(crate) struct Exponential;
 
-impl Map for Exponential {
+impl Blockwise for Exponential {
     const NAME: &'static str = "exponential";
 
     fn forward<T: Real>(&self, q: &[T], b: usize, out: &mut [T]) {
@@ -39,6 +40,51 @@ impl Map for Exponential {
             store(&slope, out);
         }
     }
+
+    // In f64 where the device has it: squaring doubles the rounding each time.
+    fn composed(&self, q: &Tensor, b: usize) -> Result<Tensor> {
+        match q.device() {
+            Device::Metal(_) => composed_in(q, b, q.dtype()),
+            _ => composed_in(q, b, DType::F64),
+        }
+    }
+}
+
+/// Taylor's polynomial of degree 12 of `Q / 2^s`, squared `s` times, then one step towards orthogonal.
+/// Each block has its own `s`: more than it needs would round its entries away.
+pub(super) fn composed_in(q: &Tensor, b: usize, wide: DType) -> Result<Tensor> {
+    let dtype = q.dtype();
+    let q = q.to_dtype(wide)?;
+    let of_blocks = |values: Vec<f64>| {
+        let values = Tensor::from_vec(values, (q.dim(0)?, 1, 1), &Device::Cpu)?;
+        values.to_dtype(wide)?.to_device(q.device())
+    };
+    // The remainder at 1/8 is 0.125^13 / 13! = 3e-22.
+    let squarings = |square: f64| match square.is_finite() {
+        true => (square.sqrt() * 8.).log2().ceil().max(0.),
+        false => 0.,
+    };
+    let squarings: Vec<f64> = on_host(&squared_norm(&q)?)?
+        .into_iter()
+        .map(squarings)
+        .collect();
+    let scales = squarings.iter().map(|s| (-s).exp2()).collect();
+    let q = q.broadcast_mul(&of_blocks(scales)?)?;
+    let eye = Tensor::eye(b, wide, q.device())?.unsqueeze(0)?;
+    let mut r = eye.broadcast_as(q.shape())?.contiguous()?;
+    for k in (1..=12).rev() {
+        r = (q.matmul(&r)? / f64::from(k))?.broadcast_add(&eye)?;
+    }
+    let most = squarings.iter().copied().fold(0., f64::max);
+    for step in 0..most as usize {
+        let more = |s: &f64| f64::from(u8::from(*s > step as f64));
+        let more = of_blocks(squarings.iter().map(more).collect())?;
+        let more = more.gt(0.)?.broadcast_as(r.shape())?;
+        r = more.where_cond(&r.matmul(&r)?, &r)?;
+    }
+    let square = r.transpose(1, 2)?.contiguous()?.matmul(&r)?;
+    let rest = eye.broadcast_sub(&square)?;
+    (&r + (r.matmul(&rest)? * 0.5)?)?.to_dtype(dtype)
 }
 
 /// A matrix and, where asked for, its derivative in one direction.

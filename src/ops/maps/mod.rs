@@ -1,132 +1,122 @@
 //! The maps from packed parameters to rotation blocks: CPU kernels in f32 and f64, one block after
-//! the other on rayon's threads, and [`composed`] for every other device.
+//! the other on rayon's threads, and the same out of candle's operations for every other device.
 //!
 //! A block is computed by one thread in a fixed order, so the answer does not depend on their number,
 //! and a NaN stays in its block.
 
 mod cayley;
 mod clip;
-pub(crate) mod composed;
+mod composed;
 mod dense;
 pub(crate) mod eigen;
 mod exponential;
+mod packed;
 mod series;
-mod skew;
-mod turn;
 
 pub(crate) use cayley::Cayley;
 pub(crate) use clip::Clip;
-#[cfg(test)]
-pub(crate) use clip::spectral_norm;
+pub(crate) use composed::on_host;
 pub(crate) use exponential::Exponential;
-pub(crate) use series::{Series, coefficients};
-pub(crate) use skew::Skew;
-pub(crate) use turn::turn;
+pub(crate) use packed::{Skew, rotation};
+pub(crate) use series::Series;
 
-use super::real::Real;
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
+use super::real::{Real, by_dtype, slice, tensor, with_slice};
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-/// A function from one square block to another, with its derivative.
-pub(crate) trait Map: Clone + Send + Sync + 'static {
+/// A function whose answer is a square block, with its derivative and its composed twin.
+pub(crate) trait Blockwise: Send + Sync + 'static {
     const NAME: &'static str;
+
+    /// Whether the argument is a packed row of `b (b - 1) / 2` entries; else it is a block.
+    const PACKED: bool = false;
 
     /// Whether the derivative is taken from the result; else from the argument.
     const KEEPS_RESULT: bool = false;
 
-    /// Writes the answer for the row-major block `q` of size `b`.
-    fn forward<T: Real>(&self, q: &[T], b: usize, out: &mut [T]);
+    /// Writes the row-major block `out` of size `b`.
+    fn forward<T: Real>(&self, arg: &[T], b: usize, out: &mut [T]);
 
-    /// Writes `dL/dQ` for `grad = dL/dR`; `kept` is the argument or the result.
+    /// Writes the gradient of the argument for `grad`, that of the block; `kept` is the argument or
+    /// the result.
     fn backward<T: Real>(&self, kept: &[T], grad: &[T], b: usize, out: &mut [T]);
+
+    /// All blocks `(D, b, b)` of the arguments `x` out of candle's operations, on any device.
+    fn composed(&self, x: &Tensor, b: usize) -> Result<Tensor>;
 }
 
-/// Runs a map on contiguous `(D, b, b)` blocks.
-pub(crate) fn apply<M: Map>(q: &Tensor, map: M) -> Result<Tensor> {
-    q.contiguous()?.apply_op1(Forward(map))
+/// The blocks `(D, b, b)` of `x`, blocks or packed rows: by the kernel on CPU, elsewhere composed.
+pub(crate) fn apply<F: Blockwise>(x: &Tensor, b: usize, function: F) -> Result<Tensor> {
+    match x.device().is_cpu() {
+        true => x.contiguous()?.apply_op1(Op { function, b }),
+        // Other devices launch nothing over nothing.
+        false if x.dim(0)? == 0 => Tensor::zeros((0, b, b), x.dtype(), x.device()),
+        false => function.composed(x, b),
+    }
 }
 
-struct Forward<M>(M);
+struct Op<F> {
+    function: F,
+    b: usize,
+}
 
-struct Backward<M>(M);
-
-impl<M: Map> CustomOp1 for Forward<M> {
-    fn name(&self) -> &'static str {
-        M::NAME
+impl<F: Blockwise> Op<F> {
+    /// Elements of one argument.
+    fn argument(&self) -> usize {
+        match F::PACKED {
+            true => self.b * (self.b - 1) / 2,
+            false => self.b * self.b,
+        }
     }
 
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let out = match storage {
-            CpuStorage::F32(q) => CpuStorage::F32(forward(&self.0, elements(q, layout)?, layout)?),
-            CpuStorage::F64(q) => CpuStorage::F64(forward(&self.0, elements(q, layout)?, layout)?),
-            _ => return Err(no_kernel(M::NAME)),
+    fn forward<T: Real>(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (blocks, b, size) = (layout.dims()[0], self.b, self.argument());
+        let x = &slice::<T>(x, layout)?[..blocks * size];
+        let mut out = vec![T::zero(); blocks * b * b];
+        out.par_chunks_exact_mut(b * b)
+            .enumerate()
+            .for_each(|(d, out)| self.function.forward(&x[d * size..][..size], b, out));
+        Ok((T::to_cpu_storage_owned(out), (blocks, b, b).into()))
+    }
+
+    fn backward<T: Real>(&self, x: &Tensor, r: &Tensor, dr: &Tensor) -> Result<Tensor> {
+        let (b, size) = (self.b, self.argument());
+        let dr = dr.contiguous()?;
+        let (kept, step) = match F::KEEPS_RESULT {
+            true => (r, b * b),
+            false => (x, size),
         };
-        Ok((out, layout.shape().clone()))
-    }
-
-    fn bwd(&self, arg: &Tensor, res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let kept = if M::KEEPS_RESULT { res } else { arg };
-        let op = Backward(self.0.clone());
-        let (kept, grad) = (kept.contiguous()?, grad.contiguous()?);
-        Ok(Some(kept.apply_op2_no_bwd(&grad, &op)?))
+        let mut out = vec![T::zero(); x.elem_count()];
+        with_slice::<T, _>(kept, |kept, _| {
+            with_slice::<T, _>(&dr, |dr, _| {
+                // Blocks of size 1 have no parameters.
+                let blocks = out.par_chunks_exact_mut(size.max(1)).enumerate();
+                blocks.for_each(|(d, out)| {
+                    let kept = &kept[d * step..][..step];
+                    let dr = &dr[d * b * b..][..b * b];
+                    self.function.backward(kept, dr, b, out);
+                });
+                Ok(())
+            })
+        })?;
+        tensor(out, x.shape())
     }
 }
 
-impl<M: Map> CustomOp2 for Backward<M> {
+impl<F: Blockwise> CustomOp1 for Op<F> {
     fn name(&self) -> &'static str {
-        M::NAME
+        F::NAME
     }
 
-    fn cpu_fwd(
-        &self,
-        kept: &CpuStorage,
-        kept_layout: &Layout,
-        grad: &CpuStorage,
-        grad_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (map, l, m) = (&self.0, kept_layout, grad_layout);
-        let out = match (kept, grad) {
-            (CpuStorage::F32(kept), CpuStorage::F32(grad)) => {
-                CpuStorage::F32(backward(map, elements(kept, l)?, elements(grad, m)?, l)?)
-            }
-            (CpuStorage::F64(kept), CpuStorage::F64(grad)) => {
-                CpuStorage::F64(backward(map, elements(kept, l)?, elements(grad, m)?, l)?)
-            }
-            _ => return Err(no_kernel(M::NAME)),
-        };
-        Ok((out, l.shape().clone()))
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        by_dtype!(x, forward(x, layout), self)
+    }
+
+    fn bwd(&self, x: &Tensor, r: &Tensor, dr: &Tensor) -> Result<Option<Tensor>> {
+        by_dtype!(x, backward(x, r, dr), self).map(Some)
     }
 }
 
-fn forward<M: Map, T: Real>(map: &M, q: &[T], layout: &Layout) -> Result<Vec<T>> {
-    let (_, b, _) = layout.shape().dims3()?;
-    let mut out = vec![T::zero(); q.len()];
-    out.par_chunks_exact_mut(b * b)
-        .zip(q.par_chunks_exact(b * b))
-        .for_each(|(out, q)| map.forward(q, b, out));
-    Ok(out)
-}
-
-fn backward<M: Map, T: Real>(map: &M, kept: &[T], grad: &[T], layout: &Layout) -> Result<Vec<T>> {
-    let (_, b, _) = layout.shape().dims3()?;
-    let mut out = vec![T::zero(); kept.len()];
-    out.par_chunks_exact_mut(b * b)
-        .zip(kept.par_chunks_exact(b * b))
-        .zip(grad.par_chunks_exact(b * b))
-        .for_each(|((out, kept), grad)| map.backward(kept, grad, b, out));
-    Ok(out)
-}
-
-/// The elements of a contiguous tensor.
-fn elements<'a, T>(all: &'a [T], layout: &Layout) -> Result<&'a [T]> {
-    match layout.contiguous_offsets() {
-        Some((start, end)) => Ok(&all[start..end]),
-        None => Err(candle_core::Error::Msg(
-            "expected a contiguous tensor".into(),
-        )),
-    }
-}
-
-fn no_kernel(name: &str) -> candle_core::Error {
-    candle_core::Error::Msg(format!("{name} has kernels for f32 and f64"))
-}
+#[cfg(test)]
+mod tests;

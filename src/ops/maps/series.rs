@@ -1,21 +1,26 @@
 //! A polynomial `R = sum_k c_k Q^k`, of which the Cayley-Neumann series is one.
 
 use super::dense::{add_diagonal, multiply, transposed};
-use super::{Map, Real};
+use super::{Blockwise, Real};
+use candle_core::{Result, Tensor};
 
 /// The coefficients, constant first.
-#[derive(Clone)]
-pub(crate) struct Series(pub(crate) Vec<f64>);
+pub(crate) struct Series(Vec<f64>);
 
-/// The coefficients of the Cayley-Neumann series.
-///
+impl Series {
+    /// The Cayley-Neumann series.
+    pub(crate) fn cayley_neumann(terms: usize, last_coefficient: u8) -> Self {
+        Self(coefficients(terms, last_coefficient))
+    }
+}
+
 /// | terms | last coefficient 1 | last coefficient 2 |
 /// |---|---|---|
 /// | 0, 1 | 1 | 1 |
 /// | 2 | 1, 2 | 1, 2 |
 /// | 3 | 1, 2, 2, 1 | 1, 2, 2 |
 /// | t from 4 | 1, 2 .. 2, 1 (`t` numbers) | 1, 2 .. 2 (`t` numbers) |
-pub(crate) fn coefficients(terms: usize, last_coefficient: u8) -> Vec<f64> {
+fn coefficients(terms: usize, last_coefficient: u8) -> Vec<f64> {
     // The tools that train it answer the same for three terms as for four.
     let terms = match (terms, last_coefficient) {
         (3, 1) => 4,
@@ -29,7 +34,7 @@ pub(crate) fn coefficients(terms: usize, last_coefficient: u8) -> Vec<f64> {
     c
 }
 
-impl Map for Series {
+impl Blockwise for Series {
     const NAME: &'static str = "cayley-neumann";
 
     // Horner's rule from the highest power: `H <- Q H + c_k I`.
@@ -60,6 +65,18 @@ impl Map for Series {
             multiply(grad, &p, b, out);
             out.iter_mut().zip(&product).for_each(|(s, v)| *s += *v);
         }
+    }
+
+    fn composed(&self, q: &Tensor, b: usize) -> Result<Tensor> {
+        let eye = Tensor::eye(b, q.dtype(), q.device())?.unsqueeze(0)?;
+        let mut sum = q.zeros_like()?;
+        for (step, c) in self.0.iter().rev().enumerate() {
+            if step > 0 {
+                sum = q.matmul(&sum)?;
+            }
+            sum = sum.broadcast_add(&(&eye * *c)?)?;
+        }
+        Ok(sum)
     }
 }
 

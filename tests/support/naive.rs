@@ -1,4 +1,4 @@
-//! Slow twins in f64 that can be checked by eye, for tests. They share no code with the kernels.
+//! Slow twins of the maps in f64 that can be checked by eye. They share no code with the kernels.
 //!
 //! Each takes packed rows `theta`, as many as there are, and answers row-major blocks.
 
