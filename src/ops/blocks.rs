@@ -2,6 +2,7 @@
 
 use super::gemm::{Mat, MatMut, filled, multiply, multiply_small};
 use super::real::Real;
+use candle_core::{Result, Shape};
 use rayon::prelude::*;
 use std::mem::MaybeUninit;
 
@@ -18,9 +19,10 @@ pub(crate) struct Blocks<'a, T> {
 }
 
 impl<'a, T: Real> Blocks<'a, T> {
-    /// The `count` blocks of size `b` at the start of `data`.
-    pub(crate) fn new(data: &'a [T], count: usize, b: usize) -> Self {
-        Self { data, count, b }
+    /// The blocks `(D, b, b)` at the start of `data`.
+    pub(crate) fn new(data: &'a [T], shape: &Shape) -> Result<Self> {
+        let (count, b, _) = shape.dims3()?;
+        Ok(Self { data, count, b })
     }
 
     /// The size `b` of a block.
@@ -45,6 +47,11 @@ impl<'a, T: Real> Blocks<'a, T> {
             }
         }
         out
+    }
+
+    /// As many blocks of the same size in other values.
+    fn over<'b>(&self, data: &'b [T]) -> Blocks<'b, T> {
+        Blocks { data, ..*self }
     }
 
     /// The block that acts at place `d`.
@@ -86,7 +93,7 @@ pub(crate) fn rotate<T: Real>(x: Mat<T>, r: Blocks<T>) -> Vec<T> {
 /// `h . blockdiag(r)^T` in the place of the row-major `h`.
 pub(crate) fn rotate_back<T: Real>(h: &mut [T], width: usize, r: Blocks<T>) {
     let transposed = r.transposed();
-    let back = Blocks::new(&transposed, r.count, r.b);
+    let back = r.over(&transposed);
     let step = rows_of_task(h.len() / width.max(1));
     h.par_chunks_mut(step * width).for_each(|h| {
         let count = h.len() / width;
@@ -107,7 +114,7 @@ pub(crate) fn rotate_back<T: Real>(h: &mut [T], width: usize, r: Blocks<T>) {
 pub(crate) fn gradient_and_back<T: Real>(x: Mat<T>, h: &mut [T], r: Blocks<T>) -> Vec<T> {
     let (rows, width, b) = (x.rows(), x.cols(), r.b);
     let transposed = r.transposed();
-    let back = Blocks::new(&transposed, r.count, b);
+    let back = r.over(&transposed);
     let stretch = rows.div_ceil(rayon::current_num_threads()).max(1);
     let one = |(task, h): (usize, &mut [T])| {
         let mut sums = vec![T::zero(); r.count * b * b];
@@ -151,9 +158,9 @@ fn pack<T: Real>(x: Mat<T>, start: usize, panel: &mut [T], b: usize) {
     }
 }
 
-/// `dR_d = x_d^T h_d` for each block; summed over the blocks, first to last, when one is shared.
-pub(crate) fn gradient<T: Real>(x: Mat<T>, h: Mat<T>, b: usize, shared: bool) -> Vec<T> {
-    let size = b * b;
+/// `dR_d = x_d^T h_d` for each block.
+pub(crate) fn gradient<T: Real>(x: Mat<T>, h: Mat<T>, r: Blocks<T>) -> Vec<T> {
+    let (b, size) = (r.b, r.b * r.b);
     let mut grad = vec![T::zero(); x.cols() / b * size];
     grad.par_chunks_mut(size).enumerate().for_each(|(d, grad)| {
         // An input without rows leaves the zeros.
@@ -163,12 +170,17 @@ pub(crate) fn gradient<T: Real>(x: Mat<T>, h: Mat<T>, b: usize, shared: bool) ->
             multiply(MatMut::new(grad, (b, b), b), x.t(), h, false);
         }
     });
-    if shared {
-        let (first, rest) = grad.split_at_mut(size);
-        for block in rest.chunks_exact(size) {
+    shared(grad, r)
+}
+
+/// The gradient of `r` from that at each place: summed, first to last, when one block is shared.
+pub(crate) fn shared<T: Real>(mut grad: Vec<T>, r: Blocks<T>) -> Vec<T> {
+    if r.count == 1 {
+        let (first, rest) = grad.split_at_mut(r.b * r.b);
+        for block in rest.chunks_exact(r.b * r.b) {
             first.iter_mut().zip(block).for_each(|(a, v)| *a += *v);
         }
-        grad.truncate(size);
+        grad.truncate(r.b * r.b);
     }
     grad
 }

@@ -67,10 +67,9 @@ struct Lookup {
 impl Lookup {
     /// The rows, and the rows rotated.
     fn rotated<T: Real>(&self, r: &[T], layout: &Layout) -> Result<(Vec<T>, Vec<T>)> {
-        let (count, b, _) = layout.shape().dims3()?;
         let rows = gather::<T>(&self.table, &self.ids)?;
         let x = Mat::row_major(&rows, self.ids.len(), self.table.in_dim());
-        let rotated = rotate(x, Blocks::new(r, count, b));
+        let rotated = rotate(x, Blocks::new(r, layout.shape())?);
         Ok((rows, rotated))
     }
 
@@ -94,7 +93,6 @@ impl Lookup {
         ratio: Option<&Tensor>,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let (count, b, _) = r.dims3()?;
         let width = self.table.in_dim();
         let layout = Layout::contiguous(r.shape());
         let (rows, rotated) = with_elements::<T, _>(r, |r| self.rotated(r, &layout))?;
@@ -120,7 +118,10 @@ impl Lookup {
             })?;
         }
         let matrix = |values| Mat::row_major(values, self.ids.len(), width);
-        let dr = gradient(matrix(&rows), matrix(&dy), b, count == 1);
+        let dr = with_elements::<T, _>(r, |values| {
+            let r = Blocks::new(values, r.shape())?;
+            Ok(gradient(matrix(&rows), matrix(&dy), r))
+        })?;
         Ok((Some(tensor(dr, r.shape())?), dratio))
     }
 }

@@ -222,10 +222,11 @@ impl Product {
         grad: &mut [T],
     ) -> Result<()> {
         let (rows, width) = x.dims2()?;
-        let (count, b, _) = r.dims3()?;
-        let rotated = with_slice::<T, _>(x, |x_data, layout| {
-            let x = matrix(x_data, layout)?;
-            with_slice(r, |r, _| Ok(rotate(x, Blocks::new(r, count, b))))
+        let rotated = with_slice::<T, _>(x, |data, layout| {
+            let x = matrix(data, layout)?;
+            with_slice(r, |values, _| {
+                Ok(rotate(x, Blocks::new(values, r.shape())?))
+            })
         })?;
         let rotated = Mat::row_major(&rotated, rows, width);
         with_slice::<T, _>(dy, |dy, _| {
@@ -280,9 +281,8 @@ impl Kernel for Product {
         let y = match r {
             None => self.times_weight::<T>(x.0, x.1, true)?,
             Some((r, layout)) => {
-                let (count, b, _) = layout.shape().dims3()?;
                 let x = matrix::<T>(slice(x.0, x.1)?, x.1)?;
-                let rotated = rotate(x, Blocks::new(slice(r, layout)?, count, b));
+                let rotated = rotate(x, Blocks::new(slice(r, layout)?, layout.shape())?);
                 let rotated = T::to_cpu_storage_owned(rotated);
                 self.times_weight::<T>(&rotated, &Layout::contiguous((rows, width)), true)?
             }
@@ -335,19 +335,15 @@ impl Kernel for Product {
             let dx = tensor_as(h, (rows, width), dtype)?;
             return Ok((Some(dx), None, dratio));
         };
-        let (blocks, b, _) = r.dims3()?;
         let dr = with_slice(x, |data, layout| {
             let x = matrix(data, layout)?;
             with_slice(r, |values, _| {
-                let turns = Blocks::new(values, blocks, b);
+                let blocks = Blocks::new(values, r.shape())?;
                 let dr = match (need_x, need_r) {
-                    (true, true) => Some(gradient_and_back::<T>(x, &mut h, turns)),
-                    (false, _) => {
-                        let h = Mat::row_major(&h, rows, width);
-                        Some(gradient::<T>(x, h, b, blocks == 1))
-                    }
+                    (true, true) => Some(gradient_and_back::<T>(x, &mut h, blocks)),
+                    (false, _) => Some(gradient(x, Mat::row_major(&h, rows, width), blocks)),
                     (true, false) => {
-                        rotate_back::<T>(&mut h, width, turns);
+                        rotate_back::<T>(&mut h, width, blocks);
                         None
                     }
                 };

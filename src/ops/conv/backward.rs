@@ -1,8 +1,9 @@
 //! The way back from the outputs to the input and to R.
 
 use super::geometry::{Sizes, patches, scatter};
-use super::product::{Rotation, rotated_weight};
+use super::product::rotated_weight;
 use crate::ops::Weight;
+use crate::ops::blocks::{Blocks, shared};
 use crate::ops::gemm::{Mat, MatMut, multiply, multiply_wide};
 use crate::ops::real::Real;
 use candle_core::Result;
@@ -29,7 +30,8 @@ const WEIGHT_WAY: usize = 3;
 /// The way back to the input and to R.
 pub(super) struct Back<'a, T> {
     pub(super) s: Sizes,
-    pub(super) rotation: Option<Rotation<'a, T>>,
+    pub(super) rotation: Option<Blocks<'a, T>>,
+    /// Whether `dx` is wanted, and whether `dR` is.
     pub(super) need: (bool, bool),
     pub(super) scale: Option<&'a [T]>,
 }
@@ -52,9 +54,8 @@ impl<T: Real> Back<'_, T> {
         dy: &[T],
     ) -> Result<(Vec<T>, Vec<T>)> {
         let s = &self.s;
-        let (patch, groups) = (s.patch(), s.geometry.groups);
         let rotated = match (self.rotation, weight.native(T::DTYPE)) {
-            (Some(r), Some(dense)) if !self.need.1 || s.outputs <= WEIGHT_WAY * r.b => {
+            (Some(r), Some(dense)) if !self.need.1 || s.outputs <= WEIGHT_WAY * r.size() => {
                 Some(Weight::dense(&rotated_weight(dense, r)?))
             }
             _ => None,
@@ -64,50 +65,34 @@ impl<T: Real> Back<'_, T> {
             _ => Way::Weight,
         };
         let acting = rotated.as_ref().unwrap_or(weight);
-        // One row block of partial sums for each unit of a wave, and their total.
-        let partial = match (self.need.1, way, self.rotation) {
-            (false, ..) | (_, _, None) => 0,
-            (true, Way::Weight, _) => s.outputs * patch,
-            (true, Way::Patches, Some(r)) => patch * r.b,
+        // Partial sums of one unit, and in how many places of the total they go.
+        let (partial, places) = match (self.rotation.filter(|_| self.need.1), way) {
+            (None, _) => (0, 1),
+            (Some(_), Way::Weight) => (s.outputs * s.patch(), s.geometry.groups),
+            (Some(r), Way::Patches) => (s.patch() * r.size(), 1),
         };
-        let kinds = if way == Way::Weight { groups } else { 1 };
-        let mut total = vec![T::zero(); partial * kinds];
-        let input = s.channels * s.plane();
-        let mut dx = vec![T::zero(); if self.need.0 { s.units() * input } else { 0 }];
+        let mut total = vec![T::zero(); partial * places];
+        let input = if self.need.0 { s.image() } else { 0 };
+        let mut dx = vec![T::zero(); s.units() * input];
         let mut sums = vec![T::zero(); partial * WAVE.min(s.units())];
         for start in (0..s.units()).step_by(WAVE) {
             let count = WAVE.min(s.units() - start);
             let many = count >= rayon::current_num_threads();
-            let mut dx: Vec<&mut [T]> = match self.need.0 {
-                true => dx[start * input..(start + count) * input]
-                    .chunks_mut(input)
-                    .collect(),
-                false => (0..count).map(|_| Default::default()).collect(),
-            };
-            let mut sums: Vec<&mut [T]> = match partial {
-                0 => (0..count).map(|_| Default::default()).collect(),
-                _ => sums.chunks_mut(partial).take(count).collect(),
-            };
-            let unit = |(i, (dx, sums)): (usize, (&mut &mut [T], &mut &mut [T]))| {
-                let x = x.map(|x| &x[(start + i) * input..][..input]);
+            let mut each: Vec<(&mut [T], &mut [T])> = pieces(&mut dx[start * input..], input)
+                .zip(pieces(&mut sums, partial))
+                .take(count)
+                .collect();
+            let unit = |(i, (dx, sums)): (usize, &mut (&mut [T], &mut [T]))| {
+                let x = x.map(|x| &x[(start + i) * s.image()..][..s.image()]);
                 self.unit(start + i, acting, way, (x, dy), (dx, sums), many)
             };
             match many {
-                true => dx
-                    .par_iter_mut()
-                    .zip(sums.par_iter_mut())
-                    .enumerate()
-                    .try_for_each(unit)?,
-                false => dx
-                    .iter_mut()
-                    .zip(sums.iter_mut())
-                    .enumerate()
-                    .try_for_each(unit)?,
+                true => each.par_iter_mut().enumerate().try_for_each(unit)?,
+                false => each.iter_mut().enumerate().try_for_each(unit)?,
             }
-            for (i, sums) in sums.into_iter().enumerate().filter(|_| partial > 0) {
-                let to = (start + i) % kinds * partial;
-                let to = total[to..to + partial].iter_mut();
-                to.zip(sums).for_each(|(to, sum)| *to += *sum);
+            for (i, (_, sums)) in each.into_iter().enumerate() {
+                let to = &mut total[(start + i) % places * partial..][..partial];
+                to.iter_mut().zip(sums).for_each(|(to, sum)| *to += *sum);
             }
         }
         let dr = match (self.need.1, self.rotation) {
@@ -139,21 +124,8 @@ impl<T: Real> Back<'_, T> {
         sums.fill(T::zero());
         for (start, count) in s.panels() {
             let scaled = &mut scaled[..s.outputs * count];
-            scaled
-                .par_chunks_mut(count)
-                .enumerate()
-                .for_each(|(o, to)| {
-                    let from = &dy[o * positions + start..][..count];
-                    match self.scale {
-                        None => to.copy_from_slice(from),
-                        Some(scale) => {
-                            let scale = scale[rows.start + o];
-                            to.iter_mut()
-                                .zip(from)
-                                .for_each(|(to, dy)| *to = *dy * scale);
-                        }
-                    }
-                });
+            let scale = self.scale.map(|scale| &scale[rows.clone()]);
+            scaled_rows(&dy[start..], positions, scale, count, scaled);
             let scaled = Mat::row_major(scaled, s.outputs, count);
             let columns = &mut columns[..x.map_or(0, |_| patch * count)];
             if let Some(x) = x {
@@ -184,17 +156,12 @@ impl<T: Real> Back<'_, T> {
     }
 
     /// `dR_d += X_d H_d^T`, then `H = R H`, block by block while it is in cache.
-    fn turn(&self, r: Rotation<T>, (columns, h): (&[T], &mut [T]), sums: &mut [T], count: usize) {
-        let (b, size) = (r.b, r.b * count);
+    fn turn(&self, r: Blocks<T>, (columns, h): (&[T], &mut [T]), sums: &mut [T], count: usize) {
+        let (b, size) = (r.size(), r.size() * count);
         let turn = |(d, h): (usize, &mut [T])| {
             let copy = h.to_vec();
             let to = MatMut::new(h, (b, count), count);
-            multiply(
-                to,
-                r.blocks().get(d),
-                Mat::row_major(&copy, b, count),
-                false,
-            );
+            multiply(to, r.get(d), Mat::row_major(&copy, b, count), false);
             copy
         };
         if !self.need.1 {
@@ -220,11 +187,11 @@ impl<T: Real> Back<'_, T> {
         &self,
         weight: &Weight,
         way: Way,
-        r: Rotation<T>,
+        r: Blocks<T>,
         total: Vec<T>,
     ) -> Result<Vec<T>> {
-        let (b, patch) = (r.b, self.s.patch());
-        let mut blocks = match way {
+        let (b, patch) = (r.size(), self.s.patch());
+        let blocks = match way {
             Way::Patches => total,
             Way::Weight => {
                 let rows = weight.out_dim();
@@ -242,13 +209,25 @@ impl<T: Real> Back<'_, T> {
                 blocks
             }
         };
-        if r.count == 1 {
-            let (first, rest) = blocks.split_at_mut(b * b);
-            for block in rest.chunks_exact(b * b) {
-                first.iter_mut().zip(block).for_each(|(a, v)| *a += *v);
-            }
-            blocks.truncate(b * b);
-        }
-        Ok(blocks)
+        Ok(shared(blocks, r))
     }
+}
+
+/// Pieces of `size` elements, one after the other; empty ones without end where `size` is 0.
+fn pieces<T>(mut all: &mut [T], size: usize) -> impl Iterator<Item = &mut [T]> {
+    std::iter::from_fn(move || all.split_off_mut(..size))
+}
+
+/// `count` positions of the gradients of a group's outputs, `stride` apart, each times its scale.
+fn scaled_rows<T: Real>(dy: &[T], stride: usize, scale: Option<&[T]>, count: usize, to: &mut [T]) {
+    to.par_chunks_mut(count).enumerate().for_each(|(o, to)| {
+        let dy = &dy[o * stride..][..count];
+        match scale {
+            None => to.copy_from_slice(dy),
+            Some(scale) => to
+                .iter_mut()
+                .zip(dy)
+                .for_each(|(to, dy)| *to = *dy * scale[o]),
+        }
+    });
 }

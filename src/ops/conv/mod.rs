@@ -28,13 +28,14 @@ mod product;
 pub(crate) use geometry::Geometry;
 
 use super::adapted::{FromOutput, Gradients, Kernel, Stored, apply, bias_values, swamped};
+use super::blocks::Blocks;
 use super::real::{Real, elements, has_kernel, narrowed, tensor, tensor_as, with_elements};
 use super::{Weight, composed};
 use backward::Back;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Result, Shape, Tensor};
 use geometry::Sizes;
-use product::{Rotation, product, rotated_weight};
+use product::{product, rotated_weight};
 use rayon::prelude::*;
 use std::sync::Mutex;
 
@@ -82,12 +83,9 @@ fn by_candle<T: Real>(
     };
     let weight = match factors {
         None => weight.clone(),
-        Some((r, _)) => {
-            let (count, b, _) = r.dims3()?;
-            with_elements::<T, _>(r, |values| {
-                rotated_weight(weight, Rotation { values, count, b })
-            })?
-        }
+        Some((r, _)) => with_elements::<T, _>(r, |values| {
+            rotated_weight(weight, Blocks::new(values, r.shape())?)
+        })?,
     };
     let (x, out, channels) = (x.detach(), weight.dim(0)?, x.dim(1)?);
     let (g, kernel) = (geometry, geometry.kernel);
@@ -117,7 +115,7 @@ struct Convolution {
 impl Convolution {
     /// The product with the rotated weight; a weight that is widened in panels is not rotated, its
     /// patches are.
-    fn unscaled<T: Real>(&self, x: &[T], s: &Sizes, r: Rotation<T>) -> Result<Vec<T>> {
+    fn unscaled<T: Real>(&self, x: &[T], s: &Sizes, r: Blocks<T>) -> Result<Vec<T>> {
         match self.weight.native(T::DTYPE) {
             Some(weight) => {
                 let rotated = Weight::dense(&rotated_weight(weight, r)?);
@@ -132,7 +130,7 @@ impl Convolution {
         &self,
         x: &Tensor,
         s: &Sizes,
-        r: Rotation<T>,
+        r: Blocks<T>,
         ratio: &[T],
         y: &Tensor,
         dy: &[T],
@@ -183,9 +181,8 @@ impl Kernel for Convolution {
                 match r {
                     None => product(&x, &s, &self.weight, None)?,
                     Some((r, layout)) => {
-                        let (count, b, _) = layout.shape().dims3()?;
-                        let values = &elements::<T>(r, layout)?;
-                        self.unscaled(&x, &s, Rotation { values, count, b })?
+                        let values = elements::<T>(r, layout)?;
+                        self.unscaled(&x, &s, Blocks::new(&values, layout.shape())?)?
                     }
                 }
             }
@@ -220,7 +217,7 @@ impl Kernel for Convolution {
         let need = (x.track_op(), r.is_some_and(Tensor::track_op));
         let scale = ratio.map(Tensor::to_vec1::<T>).transpose()?;
         with_elements::<T, _>(dy, |dy| {
-            let run = |rotation: Option<Rotation<T>>| -> Result<Gradients> {
+            let run = |rotation: Option<Blocks<T>>| -> Result<Gradients> {
                 let dratio = match (ratio, &scale, rotation) {
                     (Some(ratio), Some(scale), Some(rotation)) if ratio.track_op() => {
                         let sums = self.ratio_gradient(x, &s, rotation, scale, y, dy)?;
@@ -253,10 +250,7 @@ impl Kernel for Convolution {
             };
             match r {
                 None => run(None),
-                Some(r) => {
-                    let (count, b, _) = r.dims3()?;
-                    with_elements(r, |values| run(Some(Rotation { values, count, b })))
-                }
+                Some(r) => with_elements(r, |values| run(Some(Blocks::new(values, r.shape())?))),
             }
         })
     }

@@ -8,41 +8,21 @@ use crate::ops::real::{Real, tensor, with_elements};
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
-/// `blockdiag(r)^T x` or `blockdiag(r) x` for columns `x` `(K, count)`.
-pub(super) fn rotate_columns<T: Real>(
-    x: &[T],
-    r: Blocks<T>,
-    count: usize,
-    transposed: bool,
-    to: &mut [T],
-) {
+/// `blockdiag(r)^T x` for columns `x` `(K, count)`.
+fn rotate_columns<T: Real>(x: &[T], r: Blocks<T>, count: usize, to: &mut [T]) {
     let size = r.size() * count;
     to.par_chunks_mut(size).enumerate().for_each(|(d, to)| {
-        let block = if transposed { r.get(d).t() } else { r.get(d) };
         let x = Mat::row_major(&x[d * size..][..size], r.size(), count);
-        multiply(MatMut::new(to, (r.size(), count), count), block, x, false);
+        let to = MatMut::new(to, (r.size(), count), count);
+        multiply(to, r.get(d).t(), x, false);
     });
 }
 
-/// The rotation, its values at hand.
-#[derive(Clone, Copy)]
-pub(super) struct Rotation<'a, T> {
-    pub(super) values: &'a [T],
-    pub(super) count: usize,
-    pub(super) b: usize,
-}
-
-impl<'a, T: Real> Rotation<'a, T> {
-    pub(super) fn blocks(&self) -> Blocks<'a, T> {
-        Blocks::new(self.values, self.count, self.b)
-    }
-}
-
 /// `W . blockdiag(R)^T` for a dense weight of dtype `T`.
-pub(super) fn rotated_weight<T: Real>(weight: &Tensor, r: Rotation<T>) -> Result<Tensor> {
+pub(super) fn rotated_weight<T: Real>(weight: &Tensor, r: Blocks<T>) -> Result<Tensor> {
     let (_, width) = weight.dims2()?;
     let mut values = with_elements::<T, _>(weight, |values| Ok(values.to_vec()))?;
-    rotate_back(&mut values, width, r.blocks());
+    rotate_back(&mut values, width, r);
     tensor(values, weight.shape())
 }
 
@@ -51,14 +31,14 @@ pub(super) fn product<T: Real>(
     x: &[T],
     s: &Sizes,
     weight: &Weight,
-    rotation: Option<Rotation<T>>,
+    rotation: Option<Blocks<T>>,
 ) -> Result<Vec<T>> {
     let (positions, patch, groups) = (s.positions(), s.patch(), s.geometry.groups);
     let mut y = vec![T::zero(); s.answer().elem_count()];
     let many = s.units() >= rayon::current_num_threads();
     let unit = |(index, y): (usize, &mut [T])| {
         let rows = index % groups * s.outputs..(index % groups + 1) * s.outputs;
-        let x = &x[index * s.channels * s.plane()..][..s.channels * s.plane()];
+        let x = &x[index * s.image()..][..s.image()];
         let mut columns = vec![T::zero(); patch * s.panel()];
         let mut turned = vec![T::zero(); rotation.map_or(0, |_| columns.len())];
         for (start, count) in s.panels() {
@@ -68,7 +48,7 @@ pub(super) fn product<T: Real>(
                 None => &*columns,
                 Some(r) => {
                     let turned = &mut turned[..patch * count];
-                    rotate_columns(columns, r.blocks(), count, true, turned);
+                    rotate_columns(columns, r, count, turned);
                     &*turned
                 }
             };
