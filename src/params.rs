@@ -232,22 +232,38 @@ fn absolute(norms: &Tensor, vb: &VarBuilder) -> Result<Tensor> {
 ///
 /// # Shapes
 ///
-/// `weight` is `(out, ..)`, of rank 2 or more; the answer is `(out)`.
+/// `weight` is `(out, ..)`, of rank 2 or more, f32, f64, f16 or bf16; the answer is `(out)`.
 ///
 /// # Errors
 ///
-/// When `weight` is of another rank or not a float tensor.
+/// [`Error::Argument`] when `weight` is of another rank, has an empty axis, or is not a float tensor.
 pub fn row_norms(weight: &Tensor) -> Result<Tensor> {
+    let refuse = |what, found: String, expected: &str| {
+        Err(Error::Argument {
+            function: "row_norms",
+            what,
+            found,
+            expected: expected.to_string(),
+        })
+    };
+    if weight.rank() < 2 || weight.elem_count() == 0 {
+        let found = format!("{:?}", weight.dims());
+        return refuse("the shape of the weight", found, "(out, ..), no empty axis");
+    }
     let dtype = match weight.dtype() {
         DType::F64 => DType::F64,
-        _ => DType::F32,
+        DType::F32 | DType::F16 | DType::BF16 => DType::F32,
+        other => {
+            let expected = "F32, F64, F16 or BF16";
+            return refuse("the dtype of the weight", format!("{other:?}"), expected);
+        }
     };
     let wide = match weight.device() {
         Device::Cpu => DType::F64,
         _ => dtype,
     };
     let rows = weight.dim(0)?;
-    let step = (NORM_CHUNK / (weight.elem_count() / rows.max(1)).max(1)).max(1);
+    let step = (NORM_CHUNK / (weight.elem_count() / rows)).max(1);
     let mut norms = Vec::new();
     for start in (0..rows).step_by(step) {
         let chunk = weight.narrow(0, start, step.min(rows - start))?;

@@ -13,6 +13,7 @@ fn block_sizes_are_those_of_onetrainer() {
     let json: serde_json::Value = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
     let rows: Vec<[usize; 3]> = serde_json::from_value(json["rows"].clone()).unwrap();
     assert_eq!(rows.len(), 522);
+    assert_eq!((nearest_divisor(12, 0), nearest_divisor(1, 0)), (1, 1));
     for [width, asked, used] in rows {
         assert_eq!(nearest_divisor(width, asked), used, "{width}, {asked}");
     }

@@ -4,6 +4,7 @@ mod support;
 
 use candle_core::{DType, Module, Result, Tensor};
 use candle_doft::file::Divisor;
+use candle_doft::params::row_norms;
 use candle_doft::{Adapter, DoftConfig, Error};
 use candle_nn::{Linear, VarBuilder};
 use support::tensors::{CPU, linear};
@@ -57,6 +58,27 @@ fn a_parameter_of_another_shape_in_the_var_builder_is_refused() -> Result<()> {
     assert!(
         matches!(error, Error::Candle(_)) && text.contains("oft_R.weight"),
         "{text}"
+    );
+    Ok(())
+}
+
+#[test]
+fn norms_are_of_rows_of_floats() -> Result<()> {
+    let text = |shape: &[usize], dtype| {
+        let weight = Tensor::zeros(shape, dtype, &CPU).unwrap();
+        row_norms(&weight).unwrap_err().to_string()
+    };
+    for shape in [&[4][..], &[0, 4], &[4, 0]] {
+        assert_eq!(
+            text(shape, DType::F32),
+            format!(
+                "`row_norms`: the shape of the weight is {shape:?}, expected (out, ..), no empty axis"
+            )
+        );
+    }
+    assert_eq!(
+        text(&[2, 3], DType::U8),
+        "`row_norms`: the dtype of the weight is U8, expected F32, F64, F16 or BF16"
     );
     Ok(())
 }

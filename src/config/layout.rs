@@ -59,7 +59,7 @@ impl BlockLayout {
 
 /// The divisor of `width` nearest to `asked`, ties go down. OneTrainer's and PEFT's rule.
 ///
-/// Both must be at least 1; anything from `width` up answers `width`.
+/// Anything from `width` up answers `width`, and 0 answers 1.
 ///
 /// # Examples
 ///
@@ -81,7 +81,11 @@ pub fn nearest_divisor(width: usize, asked: usize) -> usize {
     let up = (asked..=width)
         .find(|d| width.is_multiple_of(*d))
         .unwrap_or(width);
-    if asked - down <= up - asked { down } else { up }
+    if asked.abs_diff(down) <= up - asked {
+        down
+    } else {
+        up
+    }
 }
 
 impl DoftConfig {

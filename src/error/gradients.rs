@@ -1,7 +1,7 @@
 //! [`GradientReport`]: which adapter parameters a backward pass reached.
 
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Result, Var};
+use candle_core::{DType, Device, Result, Var};
 use std::fmt;
 
 /// Which adapter parameters got no gradient, a zero one, or one that is not finite.
@@ -45,9 +45,10 @@ impl GradientReport {
                 report.missing.push(name.clone());
                 continue;
             };
-            // The largest entry would hide a NaN: comparisons with it are false.
-            let sum = grad.abs()?.to_dtype(DType::F64)?.sum_all()?;
-            let sum = sum.to_scalar::<f64>()?;
+            // On the host, for Metal has no f64. The largest entry would hide a NaN: comparisons with
+            // it are false.
+            let grad = grad.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
+            let sum = grad.abs()?.sum_all()?.to_scalar::<f64>()?;
             if !sum.is_finite() {
                 report.non_finite.push(name.clone());
             } else if sum == 0. && grad.elem_count() > 0 {

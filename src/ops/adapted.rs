@@ -124,10 +124,16 @@ impl<K: Kernel> CustomOp3 for Adapted<K> {
     }
 }
 
-/// The values of a bias in the dtype that is computed in.
-pub(super) fn bias_values<T: Real>(bias: Option<&Tensor>) -> Result<Option<Vec<T>>> {
-    let wide = |bias: &Tensor| with_elements(bias, |bias| Ok(bias.to_vec()));
-    bias.map(wide).transpose()
+/// The values of a bias in the dtype that is computed in, one for each of `count` outputs.
+pub(super) fn bias_values<T: Real>(bias: Option<&Tensor>, count: usize) -> Result<Option<Vec<T>>> {
+    let values = |bias: &Tensor| match bias.elem_count() == count {
+        true => with_elements(bias, |bias| Ok(bias.to_vec())),
+        false => Err(candle_core::Error::Msg(format!(
+            "the bias has shape {:?}, expected [{count}], one for each output",
+            bias.dims()
+        ))),
+    };
+    bias.map(values).transpose()
 }
 
 /// How much larger than the product the bias may be before `y - bias` has lost too much of it: five

@@ -71,6 +71,7 @@ fn rows_of_task(rows: usize) -> usize {
 const ALONE: usize = 1 << 18;
 
 /// `x . blockdiag(r)`, row-major.
+#[allow(unsafe_code, reason = "zeros would cost a pass")]
 pub(crate) fn rotate<T: Real>(x: Mat<T>, r: Blocks<T>) -> Vec<T> {
     let (rows, width) = (x.rows(), x.cols());
     let step = rows_of_task(rows);
@@ -82,12 +83,14 @@ pub(crate) fn rotate<T: Real>(x: Mat<T>, r: Blocks<T>) -> Vec<T> {
             multiply_small(to, from, r.get(d), false);
         }
     };
-    // The blocks cover a row, so every element is written.
     assert!(width.is_multiple_of(r.b), "blocks that do not fill a row");
-    filled(rows * width, |out| match rows * width * r.b <= ALONE {
+    let fill = |out: &mut [MaybeUninit<T>]| match rows * width * r.b <= ALONE {
         true => out.chunks_mut(step * width).enumerate().for_each(turn),
         false => out.par_chunks_mut(step * width).enumerate().for_each(turn),
-    })
+    };
+    // SAFETY: the tasks share out all rows, the blocks cover a row, as asserted, and a product writes
+    // each element of its destination.
+    unsafe { filled(rows * width, fill) }
 }
 
 /// `h . blockdiag(r)^T` in the place of the row-major `h`.

@@ -192,7 +192,7 @@ impl Product {
         y: &Tensor,
         dy: &Tensor,
     ) -> Result<(Vec<T>, Tensor)> {
-        let bias = bias_values::<T>(self.bias.as_ref())?;
+        let bias = bias_values::<T>(self.bias.as_ref(), self.weight.out_dim())?;
         let values = ratio.to_vec1::<T>()?;
         let swamped = swamped(y.dtype());
         let (scaled, sums) = with_elements::<T, _>(y, |y| {
@@ -292,7 +292,7 @@ impl Kernel for Product {
             Some((ratio, layout)) => Some(slice::<T>(ratio, layout)?),
             None => None,
         };
-        let bias = bias_values::<T>(self.bias.as_ref())?;
+        let bias = bias_values::<T>(self.bias.as_ref(), out)?;
         if ratio.is_some() || bias.is_some() {
             y.par_chunks_mut(out).for_each(|y| {
                 if let Some(ratio) = ratio {

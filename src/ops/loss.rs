@@ -130,7 +130,7 @@ impl Head {
         let (rows, width) = layout.shape().dims2()?;
         let classes = self.head.out_dim();
         let hidden = elements::<T>(h, layout)?;
-        let bias = bias_values::<T>(self.bias.as_ref())?;
+        let bias = bias_values::<T>(self.bias.as_ref(), classes)?;
         let scale = T::from_f64(1. / rows as f64);
         let mut gradient = vec![T::zero(); if self.trains { rows * width } else { 0 }];
         let mut logits = vec![T::zero(); ROWS.min(rows) * classes];

@@ -11,13 +11,17 @@ use std::mem::MaybeUninit;
 const TERMS: usize = 16;
 
 /// `dy * ratio` for rows of outputs.
+#[allow(unsafe_code, reason = "zeros would cost a pass")]
 pub(super) fn scaled<T: Real>(dy: &[T], ratio: &[T]) -> Vec<T> {
     let out = ratio.len();
     assert!(dy.len().is_multiple_of(out), "rows that do not fit");
-    filled(dy.len(), |scaled| {
+    let fill = |scaled: &mut [MaybeUninit<T>]| {
         let rows = scaled.par_chunks_mut(out).zip(dy.par_chunks(out));
         rows.for_each(|(to, dy)| scale(to, dy, ratio));
-    })
+    };
+    // SAFETY: there are as many rows of `dy`, whole ones, as asserted, and as many ratios as a row has
+    // elements, so that `scale` writes all of it.
+    unsafe { filled(dy.len(), fill) }
 }
 
 vectorized! {
@@ -30,6 +34,7 @@ vectorized! {
 
 /// `dy * ratio`; and for each column `sum_t dy (y - bias) / ratio`, and whether that is not to be
 /// trusted. Each thread takes a stretch of rows; their sums are added from the first to the last.
+#[allow(unsafe_code, reason = "zeros would cost a pass")]
 pub(super) fn scaled_and_gradient<T: Real>(
     (y, dy): (&[T], &[T]),
     bias: Option<&[T]>,
@@ -39,12 +44,12 @@ pub(super) fn scaled_and_gradient<T: Real>(
     let out = ratio.len();
     let rows = dy.len() / out.max(1);
     assert!(
-        y.len() == dy.len() && dy.len() == rows * out,
+        y.len() == dy.len() && dy.len() == rows * out && bias.is_none_or(|b| b.len() == out),
         "rows that do not fit"
     );
     let stretch = rows.div_ceil(rayon::current_num_threads()).max(1) * out.max(1);
     let mut parts = Vec::new();
-    let scaled = filled(dy.len(), |scaled| {
+    let fill = |scaled: &mut [MaybeUninit<T>]| {
         let stretches = y.par_chunks(stretch).zip(dy.par_chunks(stretch));
         let tasks = scaled.par_chunks_mut(stretch).zip(stretches);
         let one = |scaled: &mut [MaybeUninit<T>], y: &[T], dy: &[T]| {
@@ -58,7 +63,10 @@ pub(super) fn scaled_and_gradient<T: Real>(
         tasks
             .map(|(scaled, (y, dy))| one(scaled, y, dy))
             .collect_into_vec(&mut parts);
-    });
+    };
+    // SAFETY: there are as many rows of `y` and `dy`, whole ones, and `add` writes an element for each
+    // ratio, of which a row has as many, as has the bias: all as asserted.
+    let scaled = unsafe { filled(dy.len(), fill) };
     let mut all = Sums::<T>::new(out);
     for part in &parts {
         let add = |to: &mut [f64], from: &[f64]| to.iter_mut().zip(from).for_each(|(a, v)| *a += v);

@@ -117,7 +117,7 @@ impl Rows {
         let width = self.norm.weight.elem_count();
         let mut y = vec![T::zero(); values.len()];
         with_elements::<T, _>(&self.norm.weight, |weight| {
-            let bias = bias_values::<T>(self.norm.bias.as_ref())?;
+            let bias = bias_values::<T>(self.norm.bias.as_ref(), width)?;
             for_rows(&mut y, width, |i, y| {
                 let row = &values[i * width..][..width];
                 let (mean, scale) = self.moments(i, row);

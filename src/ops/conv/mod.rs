@@ -135,7 +135,7 @@ impl Convolution {
         y: &Tensor,
         dy: &[T],
     ) -> Result<Vec<T>> {
-        let bias = bias_values::<T>(self.bias.as_ref())?;
+        let bias = bias_values::<T>(self.bias.as_ref(), self.weight.out_dim())?;
         let sums = with_elements::<T, _>(y, |y| {
             Ok(channel_sums((y, dy), s, |o| Channel {
                 bias: bias.as_ref().map_or(0., |bias| bias[o].to_f64()),
@@ -190,7 +190,7 @@ impl Kernel for Convolution {
         let ratio = ratio
             .map(|(ratio, layout)| elements::<T>(ratio, layout))
             .transpose()?;
-        let bias = bias_values::<T>(self.bias.as_ref())?;
+        let bias = bias_values::<T>(self.bias.as_ref(), self.weight.out_dim())?;
         if ratio.is_some() || bias.is_some() {
             let channels = s.outputs * s.geometry.groups;
             let planes = y.par_chunks_mut(s.positions().max(1)).enumerate();
@@ -294,3 +294,6 @@ fn channel_sums<T: Real>(
     };
     (0..channels).into_par_iter().map(sum).collect()
 }
+
+#[cfg(test)]
+mod tests;

@@ -31,10 +31,10 @@ pub(crate) struct MatMut<'a, T> {
 // Panics rather than read outside `len`: the products below rest on it.
 fn check(len: usize, (rows, cols): (usize, usize), (rs, cs): (usize, usize)) {
     if rows > 0 && cols > 0 {
-        assert!(
-            (rows - 1) * rs + (cols - 1) * cs < len,
-            "a matrix outside its slice"
-        );
+        let last = (rows - 1)
+            .saturating_mul(rs)
+            .saturating_add((cols - 1).saturating_mul(cs));
+        assert!(last < len, "a matrix outside its slice");
     }
 }
 
@@ -87,10 +87,11 @@ impl<'a, T: Real> Mat<'a, T> {
         let from = &self.data[row * self.row_stride + start * self.col_stride..];
         match self.col_stride {
             1 => to.copy_from_slice(&from[..to.len()]),
+            // 0 where a column stands for all.
             step => to
                 .iter_mut()
-                .zip(from.iter().step_by(step.max(1)))
-                .for_each(|(to, from)| *to = *from),
+                .enumerate()
+                .for_each(|(i, to)| *to = from[i * step]),
         }
     }
 
@@ -104,7 +105,8 @@ impl<'a, T: Real> MatMut<'a, T> {
     /// The matrix whose rows start `row_stride` apart, at least `cols`.
     pub(crate) fn new(data: &'a mut [T], shape: (usize, usize), row_stride: usize) -> Self {
         #[allow(unsafe_code, reason = "no safe cast of a slice exists")]
-        // SAFETY: the layouts are equal, and this module writes nothing but values.
+        // SAFETY: the layouts are equal, and what is written to is private to this module and `small`,
+        // which write values alone: the slice has its values again when the borrow ends.
         let data = unsafe { &mut *(std::ptr::from_mut(data) as *mut [MaybeUninit<T>]) };
         Self {
             unset: false,
@@ -130,18 +132,20 @@ impl<'a, T: Real> MatMut<'a, T> {
     }
 }
 
-/// A vector of `n` elements that `fill` writes, each of them.
-pub(crate) fn filled<T: Real>(n: usize, fill: impl FnOnce(&mut [MaybeUninit<T>])) -> Vec<T> {
+/// A vector of `n` elements that `fill` writes.
+///
+/// # Safety
+///
+/// `fill` writes every element.
+#[allow(
+    unsafe_code,
+    reason = "zeros that are overwritten cost a pass on one thread"
+)]
+pub(crate) unsafe fn filled<T: Real>(n: usize, fill: impl FnOnce(&mut [MaybeUninit<T>])) -> Vec<T> {
     let mut out = Vec::with_capacity(n);
     fill(&mut out.spare_capacity_mut()[..n]);
-    #[allow(
-        unsafe_code,
-        reason = "zeros that are overwritten cost a pass on one thread"
-    )]
-    // SAFETY: the callers, all in `ops`, write every element; floats need no drop.
-    unsafe {
-        out.set_len(n);
-    }
+    // SAFETY: the capacity is there, and the caller has seen to the values.
+    unsafe { out.set_len(n) };
     out
 }
 
@@ -179,7 +183,8 @@ fn run<T: Real>(
     let alpha = if accumulate { T::one() } else { T::zero() };
     #[allow(unsafe_code, reason = "gemm takes pointers")]
     // SAFETY: `check` has seen that every element the shapes and strides reach lies inside its
-    // slice; `dst` is borrowed mutably, so nothing else aliases it, and its rows do not overlap.
+    // slice, and `check_product` that the shapes fit; `dst` is borrowed mutably, so nothing else
+    // aliases it, and its rows do not overlap. Where it may be unset it is not read: `accumulate`.
     unsafe {
         gemm::gemm(
             dst.rows,

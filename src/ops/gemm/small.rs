@@ -144,7 +144,8 @@ fn tile<T: Real, const M: usize, const N: usize, const FMA: bool>(
     for k in 0..lhs.cols {
         #[allow(unsafe_code, reason = "bounds are checked once for the whole tile")]
         // SAFETY: `check` has seen that every element that shape and strides reach lies inside the
-        // slice; row + M, col + N and k are within the shapes, and rows of `rhs` are contiguous.
+        // slice. `row + M` and `col + N` are within the shapes, as asserted above, and `k` is: the inner
+        // sizes are equal (`check_product`). Rows of `rhs` are contiguous, as `multiply_small` asserts.
         let (b, a): ([T; N], [T; M]) = unsafe {
             let b = rhs.data.as_ptr().add(k * rhs.row_stride + col);
             let a = lhs
@@ -171,7 +172,7 @@ fn tile<T: Real, const M: usize, const N: usize, const FMA: bool>(
         let to = &mut dst.data[(row + m) * dst.row_stride + col..][..N];
         match accumulate {
             #[allow(unsafe_code, reason = "a matrix that is added to has values")]
-            // SAFETY: a matrix that may be unset is not added to, as asserted by the only caller.
+            // SAFETY: `check_product` has seen that a matrix that may be unset is not added to.
             true => to.iter_mut().zip(sums[m]).for_each(|(to, sum)| unsafe {
                 *to.assume_init_mut() += sum;
             }),
