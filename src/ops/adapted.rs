@@ -124,14 +124,12 @@ impl<K: Kernel> CustomOp3 for Adapted<K> {
     }
 }
 
-/// The values of a bias in the dtype that is computed in, one for each of `count` outputs.
+/// The values of a bias in the dtype that is computed in. Kernels rest on one for each of `count`
+/// outputs; the layers have told their user.
 pub(super) fn bias_values<T: Real>(bias: Option<&Tensor>, count: usize) -> Result<Option<Vec<T>>> {
     let values = |bias: &Tensor| match bias.elem_count() == count {
         true => with_elements(bias, |bias| Ok(bias.to_vec())),
-        false => Err(candle_core::Error::Msg(format!(
-            "the bias has shape {:?}, expected [{count}], one for each output",
-            bias.dims()
-        ))),
+        false => Err(candle_core::Error::Msg("a bias that does not fit".into())),
     };
     bias.map(values).transpose()
 }

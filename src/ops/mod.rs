@@ -23,4 +23,6 @@ mod weight;
 pub(crate) use weight::Weight;
 
 #[cfg(test)]
+mod edges;
+#[cfg(test)]
 mod tests;

@@ -19,12 +19,11 @@ pub(crate) struct Geometry {
 }
 
 impl Geometry {
-    /// Height and width of the answer, if there is an image and the kernel fits.
+    /// Height and width of the answer, if the kernel fits.
     pub(crate) fn output(&self, height: usize, width: usize) -> Option<(usize, usize)> {
         let along = |size: usize, kernel: usize, stride: usize, padding: usize, dilation: usize| {
             let span = dilation * (kernel - 1) + 1;
-            let room = (size + 2 * padding).checked_sub(span)?;
-            (size > 0).then_some(room / stride + 1)
+            Some((size + 2 * padding).checked_sub(span)? / stride + 1)
         };
         let (k, s, p, d) = (self.kernel, self.stride, self.padding, self.dilation);
         Some((
