@@ -5,7 +5,7 @@ mod support;
 
 use candle_core::{DType, Result, Tensor, Var, safetensors};
 use candle_doft::config::Rule;
-use candle_doft::{Adapter, DoftConfig, DoftConv1d, DoftConv2d, Magnitude, Pattern};
+use candle_doft::{Adapter, DoftConfig, DoftConv1d, DoftConv2d, Magnitude, Pattern, frozen};
 use candle_nn::{Conv1d, Conv1dConfig, Conv2d, Conv2dConfig, Module, VarBuilder, VarMap};
 use support::golden::golden;
 use support::slopes::check_slopes;
@@ -284,6 +284,10 @@ fn wrong_input_is_named_with_its_layer() -> Result<()> {
         error(&[1, 6, 8, 8], DType::U32),
         "layer `conv`: the input has dtype U32, expected F32, the dtype of the weight"
     );
+    assert_eq!(
+        error(&[1, 6, 0, 8], DType::F32),
+        "layer `conv`: the input has shape [1, 6, 0, 8], expected no empty axis but the first"
+    );
     let x = Tensor::zeros((0, 6, 8, 8), DType::F32, &CPU)?;
     assert_eq!(layer.forward(&x)?.dims(), [0, 12, 6, 6]);
 
@@ -299,13 +303,28 @@ fn wrong_input_is_named_with_its_layer() -> Result<()> {
             .to_string(),
         "layer `a`: the weight has shape [12, 6, 3], expected 4 axes, none of them empty"
     );
+    // One that cannot run cannot be adapted.
+    for (config, said) in [
+        ((1, 0, 1, 5), "5 groups"),
+        ((1, 0, 1, 0), "0 groups"),
+        ((0, 0, 1, 1), "stride 0"),
+        ((1, 0, 0, 1), "dilation 0"),
+    ] {
+        let weight = Tensor::zeros((12, 6, 3, 3), DType::F32, &CPU)?;
+        let plain = frozen::Conv2d::new(weight.clone(), None, config2d(config));
+        let x = Tensor::zeros((1, 6 * config.3.max(1), 8, 8), DType::F32, &CPU)?;
+        let error = plain.forward(&x).unwrap_err().to_string();
+        assert!(error.contains(said), "{error}");
+        let error = refused(weight, config2d(config)).unwrap_err().to_string();
+        assert!(error.contains(said) && error.contains("`a`"), "{error}");
+    }
     let weight = Tensor::zeros((12, 6, 3, 3), DType::F32, &CPU)?;
-    let layer = refused(weight, config2d((1, 0, 1, 5)))?;
-    let x = Tensor::zeros((1, 30, 8, 8), DType::F32, &CPU)?;
-    let error = layer.forward(&x).unwrap_err().to_string();
-    assert!(
-        error.contains("5 groups") && error.contains("`a`"),
-        "{error}"
+    let bias = Tensor::zeros(1, DType::F32, &CPU)?;
+    let short = frozen::Conv2d::new(weight, Some(bias), config2d((1, 0, 1, 1)));
+    let x = Tensor::zeros((1, 6, 8, 8), DType::F32, &CPU)?;
+    assert_eq!(
+        short.forward(&x).unwrap_err().to_string(),
+        "layer `the convolution`: the bias has shape [1], expected [12], one for each output"
     );
     Ok(())
 }

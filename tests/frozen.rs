@@ -325,10 +325,51 @@ fn bad_input_is_refused_with_what_was_expected() -> Result<()> {
         text(frozen::linear_cross_entropy(&zeros(&[2, 5]), &head, &targets).unwrap_err()),
         "`linear_cross_entropy`: the shape of `hidden` is [2, 5], expected (.., 4) of rank 2 or more"
     );
+    let norm = frozen::LayerNorm::new(zeros(&[8]), zeros(&[1]), 1e-5);
+    assert_eq!(
+        text(norm.forward(&zeros(&[2, 8])).unwrap_err()),
+        "`LayerNorm::forward`: the shape of the shift is [1], expected [8]"
+    );
+    let head = frozen::Linear::new(zeros(&[8, 5]), Some(zeros(&[7])));
+    assert_eq!(
+        text(frozen::linear_cross_entropy(&zeros(&[2, 5]), &head, &targets).unwrap_err()),
+        "layer `the head`: the bias has shape [7], expected [8], one for each output"
+    );
     assert_eq!(
         text(frozen::silu_mul(&zeros(&[2, 5]), &zeros(&[2, 4])).unwrap_err()),
         "`silu_mul`: `up` is [2, 4] of F32, expected [2, 5] of F32, as `gate`"
     );
+    Ok(())
+}
+
+#[test]
+fn nothing_in_gives_nothing_out() -> Result<()> {
+    let empty =
+        |shape: &[usize]| Tensor::zeros(shape, DType::F32, &CPU).and_then(|t| Var::from_tensor(&t));
+    let (norm, table) = (frozen::RmsNorm::new(seeded(8, 1), 1e-5), seeded((4, 4), 2));
+    let run = |name: &str, x: &Var| match name {
+        "softmax" => frozen::softmax_last_dim(x),
+        "silu_mul" => frozen::silu_mul(x, x),
+        "rope" => frozen::rope(x, &table, &table),
+        "attention" => frozen::causal_attention(x, x, x, 1.),
+        _ => norm.forward(x),
+    };
+    for (name, shape) in [
+        ("softmax", &[0, 8][..]),
+        ("softmax", &[2, 0]),
+        ("silu_mul", &[0, 8]),
+        ("rope", &[1, 2, 0, 8]),
+        ("rope", &[0, 2, 3, 8]),
+        ("attention", &[1, 2, 0, 8]),
+        ("attention", &[0, 2, 3, 8]),
+        ("norm", &[0, 8]),
+    ] {
+        let x = empty(shape)?;
+        let y = run(name, &x)?;
+        assert_eq!(y.dims(), shape, "{name}");
+        let grads = y.sum_all()?.backward()?;
+        assert_eq!(grads.get(&x).expect(name).dims(), shape, "{name}");
+    }
     Ok(())
 }
 
