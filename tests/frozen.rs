@@ -7,7 +7,7 @@ use candle_core::{DType, Result, Tensor, Var};
 use candle_doft::{Adapter, DoftConfig, frozen};
 use candle_nn::{Linear, Module, VarBuilder};
 use std::sync::Arc;
-use support::slopes::check_slopes;
+use support::slopes::{check_slopes, named};
 use support::tensors::{CPU, relative, seeded};
 
 /// 2^-17, which f32 holds.
@@ -200,12 +200,11 @@ fn a_parameter_in_front_trains_behind_ours_and_is_missed_behind_candle_s() -> Re
 
 #[test]
 fn attention_and_the_loss_over_a_head_have_the_slopes_of_their_loss() -> Result<()> {
+    let none = candle_nn::VarMap::new();
     let q = Var::from_tensor(&seeded((2, 4, 5, 4), 1))?;
     let k = Var::from_tensor(&seeded((2, 2, 7, 4), 2))?;
     let v = Var::from_tensor(&seeded((2, 2, 7, 4), 3))?;
-    let vars: Vec<(String, Var)> = [("q", &q), ("k", &k), ("v", &v)]
-        .map(|(name, var)| (name.to_string(), var.clone()))
-        .to_vec();
+    let vars = named(&none, [("q", &q), ("k", &k), ("v", &v)]);
     check_slopes("attention", &vars, || {
         frozen::causal_attention(&q, &k, &v, 0.5)
     })?;
@@ -214,9 +213,7 @@ fn attention_and_the_loss_over_a_head_have_the_slopes_of_their_loss() -> Result<
     let k = Var::from_tensor(&seeded((2, 2, 5, 4), 2))?;
     let v = Var::from_tensor(&seeded((2, 2, 5, 4), 3))?;
     let (cos, sin) = (seeded((6, 2), 9).cos()?, seeded((6, 2), 9).sin()?);
-    let vars: Vec<(String, Var)> = [("q", &q), ("k", &k), ("v", &v)]
-        .map(|(name, var)| (name.to_string(), var.clone()))
-        .to_vec();
+    let vars = named(&none, [("q", &q), ("k", &k), ("v", &v)]);
     let turned = || frozen::rotary_causal_attention(&q, &k, &v, (&cos, &sin), 0.5);
     check_slopes("rotary attention", &vars, turned)?;
     let turn = |x: &Var| frozen::rope(x, &cos, &sin);
@@ -231,16 +228,13 @@ fn attention_and_the_loss_over_a_head_have_the_slopes_of_their_loss() -> Result<
     let head = frozen::Linear::new(seeded((11, 6), 4), Some(seeded(11, 5)));
     let hidden = Var::from_tensor(&seeded((2, 3, 6), 6))?;
     let targets = Tensor::new(&[[0u32, 10, 3], [3, 3, 1]], &CPU)?;
-    let vars = [("hidden".to_string(), hidden.clone())];
+    let vars = named(&none, [("hidden", &hidden)]);
     check_slopes("head", &vars, || {
         frozen::linear_cross_entropy(&hidden, &head, &targets)
     })?;
     let norm = frozen::RmsNorm::new(seeded(6, 7), 1e-5);
     let other = Var::from_tensor(&seeded((2, 3, 6), 8))?;
-    let vars = [
-        ("x".to_string(), hidden.clone()),
-        ("residual".into(), other.clone()),
-    ];
+    let vars = named(&none, [("x", &hidden), ("residual", &other)]);
     check_slopes("residual", &vars, || {
         let (sum, normed) = norm.forward_residual(&hidden, &other)?;
         // The sum goes on as the residual stream.
