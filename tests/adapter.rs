@@ -256,10 +256,10 @@ fn the_report_counts_what_trains() -> candle_doft::Result<()> {
     // Four blocks of 28 entries and 32 magnitudes a layer.
     assert_eq!(report.trainable, 2 * (4 * 28 + 32));
     assert_eq!(report.frozen_layers, 2);
-    assert_eq!(report.total, 4 * 1024 + report.trainable);
+    assert_eq!(report.total, 4 * (1024 + 32) + report.trainable);
     let text = report.to_string();
     assert!(
-        text.contains("2 adapted, 2 frozen; 288 of 4384 parameters train (6.57 %)"),
+        text.contains("2 adapted, 2 frozen; 288 of 4512 parameters train (6.38 %)"),
         "{text}"
     );
     Ok(())
@@ -420,5 +420,33 @@ fn scopes_restore_what_they_switched_even_after_a_panic() -> candle_doft::Result
     let y = adapter.inference(|| layers[0].forward(&x))??;
     assert!(!y.track_op() && bits(&y) == adapted);
     assert!(layers[0].forward(&x)?.track_op());
+    Ok(())
+}
+
+#[test]
+fn a_layer_without_a_path_is_refused_unless_it_stays_plain() -> candle_doft::Result<()> {
+    let layer = linear(4, 32, false, DType::F32)?;
+    let plain = adapter(DoftConfig::default().with_targets(["a"]));
+    assert!(!plain.wrap_linear("", layer.clone())?.is_adapted());
+    let adapter = adapter(DoftConfig::default());
+    let error = adapter.wrap_linear("", layer).unwrap_err().to_string();
+    assert!(error.contains("the path of a layer is empty"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn the_extra_tensors_of_a_file_are_there_before_they_are_asked_for() -> candle_doft::Result<()> {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("adapter.safetensors");
+    let first = adapter(DoftConfig::default());
+    let expected = first.extra("head.weight", &seeded((3, 4), 1))?;
+    first.save(&file)?;
+
+    let again = Adapter::load(&file, &CPU)?;
+    let vb = again.extra_vb(DType::F64);
+    assert!(vb.contains_tensor("head.weight") && !vb.contains_tensor("head.bias"));
+    assert_eq!(bits(&vb.get_unchecked("head.weight")?), bits(&expected));
+    assert!(vb.get_unchecked("head.bias").is_err());
+    assert_eq!(again.vars()?.len(), 1);
     Ok(())
 }

@@ -5,10 +5,10 @@ mod support;
 
 use candle_core::{DType, Result, Tensor, Var, safetensors};
 use candle_doft::config::Rule;
-use candle_doft::{Adapter, DoftConfig, DoftConv1d, DoftConv2d, Magnitude, Pattern};
+use candle_doft::{Adapter, DoftConfig, DoftConv1d, DoftConv2d, Magnitude, Pattern, frozen};
 use candle_nn::{Conv1d, Conv1dConfig, Conv2d, Conv2dConfig, Module, VarBuilder, VarMap};
 use support::golden::golden;
-use support::slopes::check_slopes;
+use support::slopes::{check_slopes, named};
 use support::tensors::{CPU, bits, disturb, relative, seeded, values};
 use support::tolerance::{self, GOLDEN_GRADIENTS, GOLDEN_VALUES};
 
@@ -59,13 +59,6 @@ fn wrapped(base: Conv2d, config: &DoftConfig) -> Result<(DoftConv2d, VarMap)> {
     let varmap = VarMap::new();
     let vb = VarBuilder::from_varmap(&varmap, DType::F32, &CPU).pp("conv");
     Ok((DoftConv2d::new(base, config, vb)?, varmap))
-}
-
-fn named(varmap: &VarMap, x: &Var) -> Vec<(String, Var)> {
-    let data = varmap.data().lock().unwrap();
-    let mut vars: Vec<_> = data.iter().map(|(n, v)| (n.clone(), v.clone())).collect();
-    vars.push(("x".into(), x.clone()));
-    vars
 }
 
 #[test]
@@ -142,7 +135,9 @@ fn gradients_are_slopes() -> Result<()> {
             let what = format!("{config:?}, b = {block}");
             // A transposed view, so that strides reach the op.
             let view = || x.transpose(2, 3)?.contiguous()?.transpose(2, 3);
-            check_slopes(&what, &named(&varmap, &x), || layer.forward(&view()?))?;
+            check_slopes(&what, &named(&varmap, [("x", &x)]), || {
+                layer.forward(&view()?)
+            })?;
         }
     }
     Ok(())
@@ -166,7 +161,7 @@ fn one_dimension_is_two_with_a_kernel_of_height_one() -> Result<()> {
         disturb(&varmap, 0.3)?;
         let merged = layer.merge()?.forward(&x)?;
         assert!(relative(&merged, &layer.forward(&x)?) < tolerance::merged(DType::F64));
-        check_slopes("1d", &named(&varmap, &x), || layer.forward(&x))?;
+        check_slopes("1d", &named(&varmap, [("x", &x)]), || layer.forward(&x))?;
     }
     Ok(())
 }
@@ -193,7 +188,7 @@ fn half_kernels_merge_within_their_rounding() -> Result<()> {
             assert!(off < tolerance::merged(dtype), "{dtype:?}: {off:e}");
             let x = Var::from_tensor(&x)?;
             let grads = layer.forward(&x)?.sqr()?.mean_all()?.backward()?;
-            for (name, var) in named(&varmap, &x) {
+            for (name, var) in named(&varmap, [("x", &x)]) {
                 let grad = values(grads.get(&var).expect(&name));
                 assert!(grad.iter().all(|g| g.is_finite()), "{name}");
                 assert!(grad.iter().any(|g| *g != 0.), "{name}");
@@ -284,6 +279,10 @@ fn wrong_input_is_named_with_its_layer() -> Result<()> {
         error(&[1, 6, 8, 8], DType::U32),
         "layer `conv`: the input has dtype U32, expected F32, the dtype of the weight"
     );
+    assert_eq!(
+        error(&[1, 6, 0, 8], DType::F32),
+        "layer `conv`: the input has shape [1, 6, 0, 8], expected no empty axis but the first"
+    );
     let x = Tensor::zeros((0, 6, 8, 8), DType::F32, &CPU)?;
     assert_eq!(layer.forward(&x)?.dims(), [0, 12, 6, 6]);
 
@@ -299,13 +298,28 @@ fn wrong_input_is_named_with_its_layer() -> Result<()> {
             .to_string(),
         "layer `a`: the weight has shape [12, 6, 3], expected 4 axes, none of them empty"
     );
+    // One that cannot run cannot be adapted.
+    for (config, said) in [
+        ((1, 0, 1, 5), "5 groups"),
+        ((1, 0, 1, 0), "0 groups"),
+        ((0, 0, 1, 1), "stride 0"),
+        ((1, 0, 0, 1), "dilation 0"),
+    ] {
+        let weight = Tensor::zeros((12, 6, 3, 3), DType::F32, &CPU)?;
+        let plain = frozen::Conv2d::new(weight.clone(), None, config2d(config));
+        let x = Tensor::zeros((1, 6 * config.3.max(1), 8, 8), DType::F32, &CPU)?;
+        let error = plain.forward(&x).unwrap_err().to_string();
+        assert!(error.contains(said), "{error}");
+        let error = refused(weight, config2d(config)).unwrap_err().to_string();
+        assert!(error.contains(said) && error.contains("`a`"), "{error}");
+    }
     let weight = Tensor::zeros((12, 6, 3, 3), DType::F32, &CPU)?;
-    let layer = refused(weight, config2d((1, 0, 1, 5)))?;
-    let x = Tensor::zeros((1, 30, 8, 8), DType::F32, &CPU)?;
-    let error = layer.forward(&x).unwrap_err().to_string();
-    assert!(
-        error.contains("5 groups") && error.contains("`a`"),
-        "{error}"
+    let bias = Tensor::zeros(1, DType::F32, &CPU)?;
+    let short = frozen::Conv2d::new(weight, Some(bias), config2d((1, 0, 1, 1)));
+    let x = Tensor::zeros((1, 6, 8, 8), DType::F32, &CPU)?;
+    assert_eq!(
+        short.forward(&x).unwrap_err().to_string(),
+        "layer `the convolution`: the bias has shape [1], expected [12], one for each output"
     );
     Ok(())
 }

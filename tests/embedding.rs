@@ -9,7 +9,7 @@ use candle_doft::{Adapter, DoftConfig, DoftEmbedding, Magnitude, Pattern, frozen
 use candle_nn::{Embedding, Module, VarBuilder, VarMap};
 use std::sync::Arc;
 use support::golden::golden;
-use support::slopes::check_slopes;
+use support::slopes::{check_slopes, named};
 use support::tensors::{CPU, bits, disturb, relative, seeded, values};
 use support::tolerance::{self, GOLDEN_WEIGHTS};
 
@@ -88,9 +88,12 @@ fn merged_equals_unmerged() -> Result<()> {
                     .sqrt()?;
                 assert!(relative(&norms, &layer.magnitude()?) < tolerance::merged(dtype));
                 let copy = layer.inference()?;
-                let before = bits(&copy.forward(&ids()?)?.to_dtype(DType::F32)?);
+                let seen = |t: &Tensor| t.to_dtype(DType::F32).map(|t| bits(&t));
+                let before = seen(&copy.forward(&ids()?)?)?;
+                let merged = seen(&copy.effective_weight()?)?;
                 disturb(&varmap, 0.4)?;
-                assert_eq!(bits(&copy.forward(&ids()?)?.to_dtype(DType::F32)?), before);
+                assert_eq!(seen(&copy.forward(&ids()?)?)?, before);
+                assert_eq!(seen(&copy.effective_weight()?)?, merged);
             }
         }
     }
@@ -109,12 +112,8 @@ fn gradients_are_slopes() -> Result<()> {
             let config = with_magnitude(kind).with_block_share(share);
             let (layer, varmap) = wrapped(Embedding::new(table(DType::F64)?, 32), &config)?;
             disturb(&varmap, 0.3)?;
-            let data = varmap.data().lock().unwrap();
-            let vars: Vec<_> = data.iter().map(|(n, v)| (n.clone(), v.clone())).collect();
-            drop(data);
-            check_slopes(&format!("{kind:?}, {share}"), &vars, || {
-                layer.forward(&ids()?)
-            })?;
+            let what = format!("{kind:?}, {share}");
+            check_slopes(&what, &named(&varmap, []), || layer.forward(&ids()?))?;
         }
     }
     Ok(())
@@ -205,7 +204,7 @@ fn wrong_ids_are_named_with_their_layer() -> Result<()> {
     let error = |ids: Tensor| layer.forward(&ids).unwrap_err().to_string();
     assert_eq!(
         error(Tensor::new(&[1f32], &CPU)?),
-        "layer `embed`: the ids has dtype F32, expected u8, u32 or i64"
+        "layer `embed`: the tensor of ids has dtype F32, expected u8, u32 or i64"
     );
     assert_eq!(
         error(Tensor::new(&[3u32, 50], &CPU)?),
@@ -217,7 +216,40 @@ fn wrong_ids_are_named_with_their_layer() -> Result<()> {
     );
     let none = Tensor::zeros((2, 0), DType::U32, &CPU)?;
     assert_eq!(layer.forward(&none)?.dims(), [2, 0, 32]);
+    assert_eq!(layer.forward(&Tensor::new(3u32, &CPU)?)?.dims(), [32]);
     assert!(values(&layer.forward(&Tensor::new(&[0u32], &CPU)?)?).len() == 32);
+    Ok(())
+}
+
+#[test]
+fn a_table_that_is_no_matrix_is_refused() -> Result<()> {
+    for shape in [&[32][..], &[2, 3, 32], &[0, 32]] {
+        let table = frozen::Embedding::new(Tensor::zeros(shape, DType::F32, &CPU)?);
+        let id = Tensor::new(0u32, &CPU)?;
+        let error = table.forward(&id).unwrap_err().to_string();
+        let expected = format!(
+            "layer `the embedding`: the weight has shape {shape:?}, expected 2 axes, none of them empty"
+        );
+        assert_eq!(error, expected);
+        assert!(wrapped(table, &DoftConfig::default()).is_err());
+    }
+    Ok(())
+}
+
+/// Of any strides: transposed, cut from a wider one, expanded from one column.
+#[test]
+fn a_strided_table_is_the_table_that_it_shows() -> Result<()> {
+    let transposed = seeded((32, 50), 1).t()?;
+    let cut = seeded((50, 40), 1).narrow(1, 5, 32)?;
+    let expanded = seeded((50, 1), 1).broadcast_as((50, 32))?;
+    for table in [transposed, cut, expanded] {
+        let (ours, varmap) = wrapped(Embedding::new(table.clone(), 32), &DoftConfig::default())?;
+        let copy = table.force_contiguous()?;
+        let (twin, other) = wrapped(Embedding::new(copy, 32), &DoftConfig::default())?;
+        disturb(&varmap, 0.3)?;
+        disturb(&other, 0.3)?;
+        assert_eq!(bits(&ours.forward(&ids()?)?), bits(&twin.forward(&ids()?)?));
+    }
     Ok(())
 }
 

@@ -7,7 +7,7 @@ use candle_core::{DType, Result, Tensor, Var};
 use candle_doft::{Adapter, DoftConfig, frozen};
 use candle_nn::{Linear, Module, VarBuilder};
 use std::sync::Arc;
-use support::slopes::check_slopes;
+use support::slopes::{check_slopes, named};
 use support::tensors::{CPU, relative, seeded};
 
 /// 2^-17, which f32 holds.
@@ -200,12 +200,11 @@ fn a_parameter_in_front_trains_behind_ours_and_is_missed_behind_candle_s() -> Re
 
 #[test]
 fn attention_and_the_loss_over_a_head_have_the_slopes_of_their_loss() -> Result<()> {
+    let none = candle_nn::VarMap::new();
     let q = Var::from_tensor(&seeded((2, 4, 5, 4), 1))?;
     let k = Var::from_tensor(&seeded((2, 2, 7, 4), 2))?;
     let v = Var::from_tensor(&seeded((2, 2, 7, 4), 3))?;
-    let vars: Vec<(String, Var)> = [("q", &q), ("k", &k), ("v", &v)]
-        .map(|(name, var)| (name.to_string(), var.clone()))
-        .to_vec();
+    let vars = named(&none, [("q", &q), ("k", &k), ("v", &v)]);
     check_slopes("attention", &vars, || {
         frozen::causal_attention(&q, &k, &v, 0.5)
     })?;
@@ -214,9 +213,7 @@ fn attention_and_the_loss_over_a_head_have_the_slopes_of_their_loss() -> Result<
     let k = Var::from_tensor(&seeded((2, 2, 5, 4), 2))?;
     let v = Var::from_tensor(&seeded((2, 2, 5, 4), 3))?;
     let (cos, sin) = (seeded((6, 2), 9).cos()?, seeded((6, 2), 9).sin()?);
-    let vars: Vec<(String, Var)> = [("q", &q), ("k", &k), ("v", &v)]
-        .map(|(name, var)| (name.to_string(), var.clone()))
-        .to_vec();
+    let vars = named(&none, [("q", &q), ("k", &k), ("v", &v)]);
     let turned = || frozen::rotary_causal_attention(&q, &k, &v, (&cos, &sin), 0.5);
     check_slopes("rotary attention", &vars, turned)?;
     let turn = |x: &Var| frozen::rope(x, &cos, &sin);
@@ -231,16 +228,13 @@ fn attention_and_the_loss_over_a_head_have_the_slopes_of_their_loss() -> Result<
     let head = frozen::Linear::new(seeded((11, 6), 4), Some(seeded(11, 5)));
     let hidden = Var::from_tensor(&seeded((2, 3, 6), 6))?;
     let targets = Tensor::new(&[[0u32, 10, 3], [3, 3, 1]], &CPU)?;
-    let vars = [("hidden".to_string(), hidden.clone())];
+    let vars = named(&none, [("hidden", &hidden)]);
     check_slopes("head", &vars, || {
         frozen::linear_cross_entropy(&hidden, &head, &targets)
     })?;
     let norm = frozen::RmsNorm::new(seeded(6, 7), 1e-5);
     let other = Var::from_tensor(&seeded((2, 3, 6), 8))?;
-    let vars = [
-        ("x".to_string(), hidden.clone()),
-        ("residual".into(), other.clone()),
-    ];
+    let vars = named(&none, [("x", &hidden), ("residual", &other)]);
     check_slopes("residual", &vars, || {
         let (sum, normed) = norm.forward_residual(&hidden, &other)?;
         // The sum goes on as the residual stream.
@@ -325,10 +319,51 @@ fn bad_input_is_refused_with_what_was_expected() -> Result<()> {
         text(frozen::linear_cross_entropy(&zeros(&[2, 5]), &head, &targets).unwrap_err()),
         "`linear_cross_entropy`: the shape of `hidden` is [2, 5], expected (.., 4) of rank 2 or more"
     );
+    let norm = frozen::LayerNorm::new(zeros(&[8]), zeros(&[1]), 1e-5);
+    assert_eq!(
+        text(norm.forward(&zeros(&[2, 8])).unwrap_err()),
+        "`LayerNorm::forward`: the shape of the shift is [1], expected [8]"
+    );
+    let head = frozen::Linear::new(zeros(&[8, 5]), Some(zeros(&[7])));
+    assert_eq!(
+        text(frozen::linear_cross_entropy(&zeros(&[2, 5]), &head, &targets).unwrap_err()),
+        "layer `the head`: the bias has shape [7], expected [8], one for each output"
+    );
     assert_eq!(
         text(frozen::silu_mul(&zeros(&[2, 5]), &zeros(&[2, 4])).unwrap_err()),
         "`silu_mul`: `up` is [2, 4] of F32, expected [2, 5] of F32, as `gate`"
     );
+    Ok(())
+}
+
+#[test]
+fn nothing_in_gives_nothing_out() -> Result<()> {
+    let empty =
+        |shape: &[usize]| Tensor::zeros(shape, DType::F32, &CPU).and_then(|t| Var::from_tensor(&t));
+    let (norm, table) = (frozen::RmsNorm::new(seeded(8, 1), 1e-5), seeded((4, 4), 2));
+    let run = |name: &str, x: &Var| match name {
+        "softmax" => frozen::softmax_last_dim(x),
+        "silu_mul" => frozen::silu_mul(x, x),
+        "rope" => frozen::rope(x, &table, &table),
+        "attention" => frozen::causal_attention(x, x, x, 1.),
+        _ => norm.forward(x),
+    };
+    for (name, shape) in [
+        ("softmax", &[0, 8][..]),
+        ("softmax", &[2, 0]),
+        ("silu_mul", &[0, 8]),
+        ("rope", &[1, 2, 0, 8]),
+        ("rope", &[0, 2, 3, 8]),
+        ("attention", &[1, 2, 0, 8]),
+        ("attention", &[0, 2, 3, 8]),
+        ("norm", &[0, 8]),
+    ] {
+        let x = empty(shape)?;
+        let y = run(name, &x)?;
+        assert_eq!(y.dims(), shape, "{name}");
+        let grads = y.sum_all()?.backward()?;
+        assert_eq!(grads.get(&x).expect(name).dims(), shape, "{name}");
+    }
     Ok(())
 }
 

@@ -3,76 +3,18 @@
 mod support;
 
 use candle_core::{DType, Result, Tensor, Var};
-use candle_doft::{DoftConfig, DoftLinear, Magnitude, Map};
-use candle_nn::{Linear, Module, VarMap};
+use candle_doft::{DoftConfig, Magnitude, Map};
+use candle_nn::{Linear, Module};
+use support::slopes::{check_slopes, named};
 use support::tensors::{CPU, disturb, linear, seeded, values, wrapped};
-use support::tolerance::{SLOPE, SLOPE_FLOOR};
 use support::{assert_close, central_difference};
-
-/// `sum(y * upstream)` and its gradients with respect to `x` and every parameter, by name.
-fn gradients(
-    layer: &DoftLinear,
-    varmap: &VarMap,
-    x: &Tensor,
-    upstream: &Tensor,
-) -> Result<Vec<(String, Var, Vec<f64>)>> {
-    let grads = (layer.forward(x)? * upstream)?.sum_all()?.backward()?;
-    let data = varmap.data().lock().unwrap();
-    let mut found = Vec::new();
-    for (name, var) in data.iter() {
-        let grad = grads
-            .get(var)
-            .unwrap_or_else(|| panic!("no gradient for {name}"));
-        found.push((name.clone(), var.clone(), values(grad)));
-    }
-    found.sort_by(|a, b| a.0.cmp(&b.0));
-    Ok(found)
-}
 
 /// Compares every gradient of the layer with the slope of the loss.
 fn check(base: &Linear, config: &DoftConfig, x: &Tensor, what: &str) -> Result<()> {
     let (layer, varmap) = wrapped(base, config)?;
     disturb(&varmap, 0.3)?;
     let x = Var::from_tensor(x)?;
-    let mut shape = x.dims().to_vec();
-    *shape.last_mut().unwrap() = base.weight().dim(0)?;
-    let upstream = seeded(shape, 20);
-    let loss = || {
-        let y = (layer.forward(&x).unwrap() * &upstream).unwrap();
-        y.sum_all().unwrap().to_scalar::<f64>().unwrap()
-    };
-    let slope = |var: &Var| {
-        let start = values(var);
-        let at = |v: &[f64]| {
-            var.set(&Tensor::from_slice(v, var.shape(), &CPU).unwrap())
-                .unwrap();
-            let loss = loss();
-            var.set(&Tensor::from_slice(&start, var.shape(), &CPU).unwrap())
-                .unwrap();
-            loss
-        };
-        central_difference(at, &start, 1e-5)
-    };
-    let mut found = gradients(&layer, &varmap, &x, &upstream)?;
-    let grads = (layer.forward(&x)? * &upstream)?.sum_all()?.backward()?;
-    found.push((
-        "x".into(),
-        x.clone(),
-        values(grads.get(&x).expect("x got no gradient")),
-    ));
-    for (name, var, grad) in found {
-        let slope = slope(&var);
-        let scale = slope.iter().fold(0f64, |a, v| a.max(v.abs()));
-        let grad = Tensor::from_vec(grad, var.elem_count(), &CPU)?;
-        assert_close(
-            &format!("{what}: d{name}"),
-            &grad,
-            &slope,
-            SLOPE_FLOOR * scale,
-            SLOPE,
-        );
-    }
-    Ok(())
+    check_slopes(what, &named(&varmap, [("x", &x)]), || layer.forward(&x))
 }
 
 #[test]

@@ -4,9 +4,9 @@
 mod support;
 
 use candle_core::{DType, Result, Tensor, Var};
-use candle_doft::{DoftConfig, DoftLinear, Magnitude, Map};
+use candle_doft::{DoftConfig, DoftLinear, Magnitude, Map, frozen};
 use candle_nn::{Linear, Module, VarBuilder};
-use support::tensors::{CPU, bits, disturb, linear, relative, seeded, wrapped};
+use support::tensors::{CPU, bits, disturb, linear, relative, seeded, values, wrapped};
 use support::tolerance;
 
 #[test]
@@ -64,10 +64,41 @@ fn strided_and_offset_input_gives_the_same_result() -> Result<()> {
 }
 
 #[test]
-fn an_empty_batch_gives_an_empty_answer() -> Result<()> {
-    let (layer, _) = wrapped(&linear(24, 64, true, DType::F32)?, &DoftConfig::default())?;
-    let y = layer.forward(&Tensor::zeros((0, 64), DType::F32, &CPU)?)?;
-    assert_eq!(y.dims(), [0, 24]);
+fn an_empty_batch_gives_an_empty_answer_and_gradients_of_zero() -> Result<()> {
+    let (layer, varmap) = wrapped(&linear(24, 64, true, DType::F32)?, &DoftConfig::default())?;
+    for shape in [&[0, 64][..], &[0, 3, 64], &[2, 0, 64]] {
+        let x = Var::from_tensor(&Tensor::zeros(shape, DType::F32, &CPU)?)?;
+        let y = layer.forward(&x)?;
+        assert_eq!(y.dims()[..shape.len() - 1], shape[..shape.len() - 1]);
+        assert_eq!(y.dims().last(), Some(&24));
+        let grads = y.sum_all()?.backward()?;
+        assert_eq!(grads.get(&x).expect("dx").dims(), shape);
+        for var in varmap.all_vars() {
+            let grad = values(grads.get(&var).expect("a gradient"));
+            assert!(grad.iter().all(|g| *g == 0.));
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_nan_spoils_its_own_row_alone() -> Result<()> {
+    let (layer, varmap) = wrapped(&linear(24, 64, true, DType::F32)?, &DoftConfig::default())?;
+    disturb(&varmap, 0.3)?;
+    let x = seeded((5, 64), 3).to_dtype(DType::F32)?;
+    let mut rows = x.to_vec2::<f32>()?;
+    rows[2][7] = f32::NAN;
+    let (whole, spoilt) = (
+        layer.forward(&x)?,
+        layer.forward(&Tensor::new(rows, &CPU)?)?,
+    );
+    for row in 0..5 {
+        let spoilt = spoilt.get(row)?;
+        match row {
+            2 => assert!(values(&spoilt).iter().all(|v| v.is_nan())),
+            _ => assert_eq!(bits(&spoilt), bits(&whole.get(row)?)),
+        }
+    }
     Ok(())
 }
 
@@ -187,9 +218,19 @@ fn an_inference_copy_is_constant_and_outside_the_graph() -> Result<()> {
     let before = bits(&layer.forward(&x)?);
     assert_eq!(bits(&copy.forward(&x)?), before);
     assert!(layer.forward(&x)?.track_op() && !copy.forward(&x)?.track_op());
+    let state = |layer: &DoftLinear| -> candle_doft::Result<_> {
+        let weight = bits(&layer.effective_weight()?);
+        Ok((bits(&layer.rotation()?), bits(&layer.magnitude()?), weight))
+    };
+    let seen = state(&copy)?;
+    assert_eq!(state(&layer)?, seen);
     disturb(&varmap, 0.3)?;
     assert_ne!(bits(&layer.forward(&x)?), before);
     assert_eq!(bits(&copy.forward(&x)?), before);
+    assert_eq!(bits(&copy.forward_t(&x, true)?), before);
+    assert!(!copy.forward_t(&x, true)?.track_op());
+    assert_eq!(state(&copy)?, seen);
+    assert_ne!(state(&layer)?, seen);
     // The input's gradient still passes through an inference copy.
     let x = Var::from_tensor(&x)?;
     assert!(copy.forward(&x)?.sum_all()?.backward()?.get(&x).is_some());
@@ -297,6 +338,32 @@ fn a_wrong_weight_is_refused_when_the_layer_is_made() -> Result<()> {
         "layer `a.b`: the divisor of its width 7 nearest to block size 4 is 1, which rotates \
          nothing; choose another block size for it or exclude it"
     );
+    Ok(())
+}
+
+/// candle's own layer would spread a bias of one number, or fail; a kernel would add it to one output.
+#[test]
+fn a_bias_that_does_not_fit_is_refused() -> Result<()> {
+    let x = Tensor::zeros((2, 64), DType::F32, &CPU)?;
+    for shape in [&[1][..], &[23], &[25], &[1, 24]] {
+        let bias = Tensor::zeros(shape, DType::F32, &CPU)?;
+        let weight = linear(24, 64, false, DType::F32)?.weight().clone();
+        let base = Linear::new(weight, Some(bias));
+        let fault = format!("the bias has shape {shape:?}, expected [24], one for each output");
+        let error = |error: candle_core::Error| error.to_string();
+        assert_eq!(
+            error(
+                wrapped(&base, &DoftConfig::default())
+                    .err()
+                    .expect("an error")
+            ),
+            format!("layer `layer`: {fault}")
+        );
+        assert_eq!(
+            error(frozen::Linear::from(base).forward(&x).unwrap_err()),
+            format!("layer `the linear layer`: {fault}")
+        );
+    }
     Ok(())
 }
 

@@ -1,9 +1,9 @@
-//! One adapter, many threads; and one seed, one run.
+//! One adapter, many threads and scopes; and one seed, one run.
 
 mod support;
 
 use candle_core::{DType, Result};
-use candle_doft::{Adapter, DoftConfig};
+use candle_doft::{Adapter, DoftConfig, Magnitude};
 use candle_nn::{AdamW, Module, Optimizer, ParamsAdamW};
 use support::tensors::{CPU, bits, disturb, linear, seeded, wrapped};
 
@@ -36,6 +36,55 @@ fn one_two_and_eight_threads_use_one_adapter_at_once() -> Result<()> {
             }
         });
     }
+    Ok(())
+}
+
+/// An inner scope ends before the outer one, and those of two threads in any order.
+#[test]
+fn scopes_hold_until_the_last_of_them_ends() -> candle_doft::Result<()> {
+    let config = DoftConfig::default().with_dropout(0.5);
+    let adapter = Adapter::new(config.with_magnitude(Magnitude::Factor), &CPU)?;
+    let layer = adapter.wrap_linear("layer", linear(4, 64, false, DType::F32)?)?;
+    let x = seeded((4, 64), 3).to_dtype(DType::F32)?;
+    let move_on = || {
+        for var in adapter.vars().unwrap() {
+            var.set(&(var.as_tensor() + 0.2).unwrap()).unwrap();
+        }
+    };
+    move_on();
+    let held = bits(&layer.forward_t(&x, false)?);
+    let as_held = || {
+        let y = layer.forward_t(&x, true).unwrap();
+        assert!(!y.track_op() && bits(&y) == held);
+    };
+    let magnitude = bits(&layer.magnitude()?);
+    adapter.inference(|| {
+        move_on();
+        adapter.inference(as_held).unwrap();
+        as_held();
+        assert_eq!(bits(&layer.magnitude().unwrap()), magnitude);
+    })?;
+    assert!(layer.forward_t(&x, true)?.track_op());
+    assert_ne!(bits(&layer.forward_t(&x, false)?), held);
+
+    let base = bits(&layer.base().forward(&x)?);
+    let (entered, left) = (std::sync::Barrier::new(2), std::sync::Barrier::new(2));
+    std::thread::scope(|threads| {
+        threads.spawn(|| {
+            adapter.disabled(|| entered.wait());
+            left.wait();
+        });
+        adapter.disabled(|| {
+            entered.wait();
+            left.wait();
+            // The other scope began with the layer on, and has ended.
+            assert_eq!(bits(&layer.forward_t(&x, true).unwrap()), base);
+        });
+    });
+    assert!(
+        layer.forward_t(&x, true)?.track_op(),
+        "a scope that ended left it off"
+    );
     Ok(())
 }
 

@@ -267,7 +267,7 @@ fn a_quantized_tensor_that_is_no_matrix_is_refused() -> Result<()> {
         frozen::Linear::quantized(Arc::new(cube), None)
             .unwrap_err()
             .to_string(),
-        "`Linear::quantized`: the shape of the weight is [2, 3, 32], expected (out, in)"
+        "layer `the linear layer`: the weight has shape [2, 3, 32], expected 2 axes, none of them empty"
     );
     let bias = Tensor::zeros(3, DType::F32, &CPU)?;
     let matrix = quantized(40, 256, GgmlDType::Q4_0)?;
@@ -275,7 +275,7 @@ fn a_quantized_tensor_that_is_no_matrix_is_refused() -> Result<()> {
         frozen::Linear::quantized(matrix, Some(bias))
             .unwrap_err()
             .to_string(),
-        "`Linear::quantized`: the shape of the bias is [3], expected [40]"
+        "layer `the linear layer`: the bias has shape [3], expected [40], one for each output"
     );
     Ok(())
 }

@@ -1,17 +1,14 @@
 //! Building and wrapping layers by module path.
 
 use super::{Adapter, Entry, select};
-use crate::config::{DoftConfig, LayerKind};
+use crate::config::LayerKind;
 use crate::error::{Error, Result};
-use crate::frozen::{self, QuantizedVarBuilder};
-use crate::layer::{
-    Adaptation, Base, DoftConv1d, DoftConv2d, DoftEmbedding, DoftLinear, Layer, check_weight,
-};
+use crate::frozen::{self, Frozen, QuantizedVarBuilder};
+use crate::layer::{DoftConv1d, DoftConv2d, DoftEmbedding, DoftLinear, Layer};
+use candle_core::Device;
 use candle_core::quantized::QMatMul;
-use candle_core::{Device, Tensor};
 use candle_nn::{Conv1dConfig, Conv2dConfig, VarBuilder};
 use std::collections::btree_map;
-use std::sync::Arc;
 
 impl Adapter {
     /// A linear layer with bias, as [`candle_nn::linear()`] makes it; its path is the prefix of `vb`.
@@ -192,8 +189,9 @@ impl Adapter {
     ///
     /// # Errors
     ///
-    /// [`Error::LayerExists`] when the path is taken, [`Error::Device`] when the layer lives
-    /// elsewhere, and those of [`DoftLinear::new`].
+    /// [`Error::LayerExists`] when the path is taken, [`Error::Argument`] when it is empty,
+    /// [`Error::Device`] when the layer lives elsewhere, and those of [`DoftLinear::new`]. Of a plain
+    /// layer only the path is checked.
     pub fn wrap_linear(&self, path: &str, base: impl Into<frozen::Linear>) -> Result<DoftLinear> {
         self.wrap(path, base.into())
     }
@@ -240,55 +238,48 @@ impl Adapter {
 
     /// A layer of any kind, adapted or plain, entered under its path.
     fn wrap<L: Layer>(&self, path: &str, base: L::Frozen) -> Result<L> {
-        let weight = L::weight(&base);
-        let parameters = weight.shape.iter().product();
-        let layer = match self.setting(path, L::KIND, &weight)? {
-            Some(of) => L::adapted(base, &of.config, of.norms, self.vb(path))?,
-            None => L::plain(path, base),
-        };
-        self.register(path, parameters, layer.adaptation())?;
-        Ok(layer)
-    }
-
-    /// What a layer is made from: the adapter's configuration, or what a loaded file says of it.
-    /// Nothing for a layer that stays frozen.
-    fn setting(&self, path: &str, kind: LayerKind, base: &Base) -> Result<Option<Setting>> {
-        if !self.wants(path, kind, base)? {
-            return Ok(None);
-        }
-        let Some(source) = &self.inner.source else {
-            return Ok(Some(Setting {
-                config: self.inner.config.clone(),
-                norms: None,
-            }));
-        };
-        check_weight(path, kind, base.shape, base.weight.dtype())?;
-        let norms = base.norms()?;
-        let config = source.check(path, kind, base.shape, &norms)?;
-        let stored = source.layer(path)?.and_then(|layer| layer.norms.as_ref());
-        let norms = match stored {
-            Some(stored) => stored.to_dtype(norms.dtype())?.to_device(norms.device())?,
-            None => norms,
-        };
-        Ok(Some(Setting {
-            config,
-            norms: Some(norms),
-        }))
-    }
-
-    /// Whether the layer is to be adapted, after the checks that hold for every layer.
-    fn wants(&self, path: &str, kind: LayerKind, base: &Base) -> Result<bool> {
         if self.inner.layers().contains_key(path) {
             return Err(exists(path));
         }
-        let selected = match &self.inner.source {
-            None => select::selects(&self.inner.config, path, kind)?,
-            Some(source) => source.layer(path)?.is_some(),
+        let frozen = base.as_base().elements();
+        let layer = match self.selects(path, L::KIND)? {
+            false => L::plain(path, base),
+            true => {
+                self.check(path, &base)?;
+                let (config, norms) = match &self.inner.source {
+                    None => (self.inner.config.clone(), None),
+                    Some(source) => source.setting(path, L::KIND, &base.as_base())?,
+                };
+                L::adapted(base, &config, norms, self.vb(path))?
+            }
         };
-        if !selected {
-            return Ok(false);
+        let adaptation = layer.adaptation().cloned();
+        self.register(path, Entry { adaptation, frozen })?;
+        Ok(layer)
+    }
+
+    /// Whether the layer is to be adapted: by the configuration, or by what a loaded file holds.
+    fn selects(&self, path: &str, kind: LayerKind) -> Result<bool> {
+        match &self.inner.source {
+            None => select::selects(&self.inner.config, path, kind),
+            Some(source) => source.holds(path),
         }
-        let (found, expected) = (&base.weight.device(), &self.inner.device);
+    }
+
+    /// Refuses what cannot be adapted.
+    fn check(&self, path: &str, base: &impl Frozen) -> Result<()> {
+        if path.is_empty() {
+            // A file could not say whose parameters it holds.
+            let expected =
+                "the layer's path in the checkpoint, as `vb.pp(\"head\")` or an argument";
+            return Err(Error::argument(
+                "Adapter",
+                "the path of a layer",
+                "empty",
+                expected,
+            ));
+        }
+        let (found, expected) = (&base.as_base().weight.device(), &self.inner.device);
         if !found.same_device(expected) {
             return Err(Error::Device {
                 layer: path.to_string(),
@@ -296,7 +287,7 @@ impl Adapter {
                 expected: name(expected),
             });
         }
-        Ok(true)
+        base.check_base(path)
     }
 
     fn vb(&self, path: &str) -> VarBuilder<'_> {
@@ -305,19 +296,10 @@ impl Adapter {
         VarBuilder::from_varmap(&self.inner.varmap, dtype, &self.inner.device).pp(path)
     }
 
-    fn register(
-        &self,
-        path: &str,
-        parameters: usize,
-        adaptation: Option<&Arc<Adaptation>>,
-    ) -> Result<()> {
-        if let (Some(source), Some(adaptation)) = (&self.inner.source, adaptation) {
+    fn register(&self, path: &str, entry: Entry) -> Result<()> {
+        if let (Some(source), Some(adaptation)) = (&self.inner.source, &entry.adaptation) {
             source.fill(adaptation)?;
         }
-        let entry = match adaptation {
-            Some(adaptation) => Entry::Adapted(adaptation.clone()),
-            None => Entry::Frozen { parameters },
-        };
         match self.inner.layers().entry(path.to_string()) {
             btree_map::Entry::Occupied(_) => Err(exists(path)),
             btree_map::Entry::Vacant(place) => {
@@ -326,12 +308,6 @@ impl Adapter {
             }
         }
     }
-}
-
-/// Configuration of one layer, and the norms `n0` where they are known already.
-struct Setting {
-    config: DoftConfig,
-    norms: Option<Tensor>,
 }
 
 fn exists(path: &str) -> Error {

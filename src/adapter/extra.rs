@@ -2,7 +2,7 @@
 
 use super::Inner;
 use crate::rng::SplitMix64;
-use candle_core::{DType, Device, Error, Result, Shape, Tensor, Var};
+use candle_core::{DType, Device, Error, Result, Shape, Tensor};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, init::NormalOrUniform};
 use std::sync::Arc;
@@ -21,11 +21,8 @@ impl SimpleBackend for ExtraBackend {
         dtype: DType,
         device: &Device,
     ) -> Result<Tensor> {
-        let fresh = || match self.inner.stored_extra(name) {
-            Some(stored) => Var::from_tensor(&stored.to_dtype(dtype)?.to_device(device)?),
-            None => seeded(&init, &shape, dtype, device, self.inner.config.seed, name),
-        };
-        let var = self.inner.extra(name, fresh)?;
+        let fresh = || seeded(&init, &shape, dtype, device, self.inner.config.seed, name);
+        let var = self.inner.extra(name, dtype, fresh)?;
         if var.shape() != &shape {
             return Err(Error::UnexpectedShape {
                 msg: format!("extra tensor `{name}`"),
@@ -36,17 +33,19 @@ impl SimpleBackend for ExtraBackend {
         Ok(var.as_tensor().clone())
     }
 
-    fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> Result<Tensor> {
-        match self.inner.extras().get(name) {
-            Some(var) => Ok(var.as_tensor().clone()),
-            None => Err(Error::CannotFindTensor {
+    fn get_unchecked(&self, name: &str, dtype: DType, _: &Device) -> Result<Tensor> {
+        // Without a shape there is nothing to make.
+        let none = || {
+            Err(Error::CannotFindTensor {
                 path: name.to_string(),
-            }),
-        }
+            })
+        };
+        Ok(self.inner.extra(name, dtype, none)?.as_tensor().clone())
     }
 
     fn contains_tensor(&self, name: &str) -> bool {
-        self.inner.extras().contains_key(name)
+        let source = self.inner.source.as_ref();
+        self.inner.extras().contains_key(name) || source.is_some_and(|s| s.has_extra(name))
     }
 }
 
@@ -58,12 +57,12 @@ fn seeded(
     device: &Device,
     seed: u64,
     name: &str,
-) -> Result<Var> {
+) -> Result<Tensor> {
     let mut rng = SplitMix64::stream(seed, name, [0, 0]);
-    let mut draw = |sample: &mut dyn FnMut(&mut SplitMix64) -> f64| -> Result<Var> {
+    let mut draw = |sample: &mut dyn FnMut(&mut SplitMix64) -> f64| -> Result<Tensor> {
         let values: Vec<f64> = (0..shape.elem_count()).map(|_| sample(&mut rng)).collect();
         let tensor = Tensor::from_vec(values, shape, &Device::Cpu)?;
-        Var::from_tensor(&tensor.to_dtype(dtype)?.to_device(device)?)
+        tensor.to_dtype(dtype)?.to_device(device)
     };
     match *init {
         Init::Randn { mean, stdev } => draw(&mut |rng| mean + stdev * rng.normal()),
@@ -82,6 +81,6 @@ fn seeded(
                 }
             }
         }
-        constant => constant.var(shape, dtype, device),
+        Init::Const(value) => Tensor::full(value, shape, device)?.to_dtype(dtype),
     }
 }

@@ -21,7 +21,7 @@ use crate::error::{Error, GradientReport, Result};
 use crate::layer::Adaptation;
 use crate::params::names;
 use candle_core::backprop::GradStore;
-use candle_core::{Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -67,9 +67,10 @@ struct Inner {
 }
 
 /// A layer that was built through the adapter.
-enum Entry {
-    Adapted(Arc<Adaptation>),
-    Frozen { parameters: usize },
+struct Entry {
+    adaptation: Option<Arc<Adaptation>>,
+    /// Frozen parameters, weight and bias.
+    frozen: usize,
 }
 
 impl std::fmt::Debug for Adapter {
@@ -132,7 +133,7 @@ impl Adapter {
     /// assert_eq!(adapter.vars()?.len(), 2); // its weight and bias train
     /// # Ok::<(), candle_doft::Error>(())
     /// ```
-    pub fn extra_vb(&self, dtype: candle_core::DType) -> VarBuilder<'static> {
+    pub fn extra_vb(&self, dtype: DType) -> VarBuilder<'static> {
         let backend = extra::ExtraBackend {
             inner: self.inner.clone(),
         };
@@ -145,21 +146,20 @@ impl Adapter {
     ///
     /// When an extra of that name has another shape.
     pub fn extra(&self, name: &str, value: &Tensor) -> Result<Var> {
-        let var = self
-            .inner
-            .extra(name, || match self.inner.stored_extra(name) {
-                Some(stored) => Var::from_tensor(&stored.to_device(&self.inner.device)?),
-                None => Var::from_tensor(&value.copy()?),
-            })?;
-        if var.dims() != value.dims() {
-            return Err(Error::Shape {
-                layer: name.to_string(),
-                what: "the extra tensor",
-                found: value.dims().to_vec(),
-                expected: format!("{:?}, as it was first made", var.dims()),
-            });
+        let fresh = || Ok(value.to_device(&self.inner.device)?.detach());
+        let var = self.inner.extra(name, value.dtype(), fresh)?;
+        match var.dims() == value.dims() {
+            true => Ok(var),
+            false => {
+                let expected = format!("{:?}, as it was first made", var.dims());
+                Err(Error::shape(
+                    name,
+                    "the extra tensor",
+                    value.dims(),
+                    expected,
+                ))
+            }
         }
-        Ok(var)
     }
 
     /// Checks that the model is complete: at least one layer or extra tensor, no pattern that matches
@@ -176,7 +176,7 @@ impl Adapter {
             None => select::check_patterns(&self.inner.config, paths)?,
             Some(source) => source.check_used(paths)?,
         }
-        let adapted = layers.values().any(|l| matches!(l, Entry::Adapted(_)));
+        let adapted = layers.values().any(|layer| layer.adaptation.is_some());
         if !adapted && self.inner.extras().is_empty() {
             return Err(Error::NoLayers);
         }
@@ -190,15 +190,8 @@ impl Adapter {
     ///
     /// Those of [`Adapter::check_complete`].
     pub fn named_vars(&self) -> Result<Vec<(String, Var)>> {
-        let mut vars = Vec::new();
-        for (rotation, magnitude) in self.layer_vars()? {
-            vars.push(rotation);
-            vars.extend(magnitude);
-        }
-        for (name, var) in self.inner.extras().iter() {
-            vars.push((name.clone(), var.clone()));
-        }
-        Ok(vars)
+        let vars = self.role_vars()?.into_iter();
+        Ok(vars.map(|(_, name, var)| (name, var)).collect())
     }
 
     /// The trainable tensors for an optimizer, in the order of [`Adapter::named_vars`].
@@ -207,7 +200,8 @@ impl Adapter {
     ///
     /// Those of [`Adapter::check_complete`].
     pub fn vars(&self) -> Result<Vec<Var>> {
-        Ok(unnamed(self.named_vars()?))
+        let vars = self.role_vars()?.into_iter();
+        Ok(vars.map(|(_, _, var)| var).collect())
     }
 
     /// The packed rotations alone.
@@ -216,8 +210,7 @@ impl Adapter {
     ///
     /// Those of [`Adapter::check_complete`].
     pub fn rotation_vars(&self) -> Result<Vec<Var>> {
-        let vars = self.layer_vars()?;
-        Ok(unnamed(vars.into_iter().map(|(rotation, _)| rotation)))
+        self.vars_of(Role::Rotation)
     }
 
     /// The magnitudes alone.
@@ -226,10 +219,7 @@ impl Adapter {
     ///
     /// Those of [`Adapter::check_complete`].
     pub fn magnitude_vars(&self) -> Result<Vec<Var>> {
-        let vars = self.layer_vars()?;
-        Ok(unnamed(
-            vars.into_iter().filter_map(|(_, magnitude)| magnitude),
-        ))
+        self.vars_of(Role::Magnitude)
     }
 
     /// What is adapted, as data; `Display` prints a table.
@@ -247,28 +237,25 @@ impl Adapter {
             total: extras,
         };
         for (path, entry) in self.inner.layers().iter() {
-            match entry {
-                Entry::Frozen { parameters } => {
-                    report.frozen_layers += 1;
-                    report.total += parameters;
-                }
-                Entry::Adapted(layer) => {
-                    let params = layer.params();
-                    let magnitude = params.magnitude_parameter().map_or(0, Tensor::elem_count);
-                    let parameters = params.rotation().elem_count() + magnitude;
-                    report.trainable += parameters;
-                    report.total += parameters + layer.shape().iter().product::<usize>();
-                    report.layers.push(LayerReport {
-                        path: path.clone(),
-                        kind: layer.kind(),
-                        shape: layer.shape().to_vec(),
-                        block_size: layer.layout().block_size,
-                        asked: layer.asked(),
-                        blocks: layer.layout().blocks,
-                        parameters,
-                    });
-                }
-            }
+            report.total += entry.frozen;
+            let Some(layer) = &entry.adaptation else {
+                report.frozen_layers += 1;
+                continue;
+            };
+            let params = layer.params();
+            let magnitude = params.magnitude_parameter().map_or(0, Tensor::elem_count);
+            let parameters = params.rotation().elem_count() + magnitude;
+            report.trainable += parameters;
+            report.total += parameters;
+            report.layers.push(LayerReport {
+                path: path.clone(),
+                kind: layer.kind(),
+                shape: layer.shape().to_vec(),
+                block_size: layer.layout().block_size,
+                asked: layer.asked(),
+                blocks: layer.layout().blocks,
+                parameters,
+            });
         }
         Ok(report)
     }
@@ -298,35 +285,44 @@ impl Adapter {
         }
     }
 
-    #[allow(
-        clippy::type_complexity,
-        reason = "a pair of named variables, used here alone"
-    )]
-    fn layer_vars(&self) -> Result<Vec<((String, Var), Option<(String, Var)>)>> {
+    fn vars_of(&self, wanted: Role) -> Result<Vec<Var>> {
+        let vars = self.role_vars()?.into_iter();
+        let vars = vars.filter_map(|(role, _, var)| (role == wanted).then_some(var));
+        Ok(vars.collect())
+    }
+
+    /// Everything that trains, in the order of [`Adapter::named_vars`].
+    fn role_vars(&self) -> Result<Vec<(Role, String, Var)>> {
         self.check_complete()?;
-        let named = |layer: &Adaptation, name: &str, tensor: &Tensor| {
-            let name = format!("{}.{name}", layer.path());
-            Ok::<_, Error>((name, Var::from_tensor(tensor)?))
-        };
         let mut vars = Vec::new();
         for layer in self.inner.adapted() {
             let params = layer.params();
-            let rotation = named(&layer, names::rotation(layer.kind()), params.rotation())?;
-            let magnitude = match (
-                names::magnitude(params.kind()),
-                params.magnitude_parameter(),
-            ) {
-                (Some(name), Some(tensor)) => Some(named(&layer, name, tensor)?),
-                _ => None,
-            };
-            vars.push((rotation, magnitude));
+            let rotation = (names::rotation(layer.kind()), params.rotation());
+            let magnitude = names::magnitude(params.kind()).zip(params.magnitude_parameter());
+            let roles = [
+                (Role::Rotation, Some(rotation)),
+                (Role::Magnitude, magnitude),
+            ];
+            for (role, named) in roles {
+                if let Some((name, tensor)) = named {
+                    let name = format!("{}.{name}", layer.path());
+                    vars.push((role, name, Var::from_tensor(tensor)?));
+                }
+            }
+        }
+        for (name, var) in self.inner.extras().iter() {
+            vars.push((Role::Extra, name.clone(), var.clone()));
         }
         Ok(vars)
     }
 }
 
-fn unnamed(vars: impl IntoIterator<Item = (String, Var)>) -> Vec<Var> {
-    vars.into_iter().map(|(_, var)| var).collect()
+/// What a trainable tensor is for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Role {
+    Rotation,
+    Magnitude,
+    Extra,
 }
 
 /// What a lock guards. A panic elsewhere leaves these maps and sets whole, so a poisoned lock is still
@@ -346,23 +342,27 @@ impl Inner {
 
     fn adapted(&self) -> Vec<Arc<Adaptation>> {
         let layers = self.layers();
-        let adapted = layers.values().filter_map(|entry| match entry {
-            Entry::Adapted(layer) => Some(layer.clone()),
-            Entry::Frozen { .. } => None,
-        });
+        let adapted = layers.values().filter_map(|layer| layer.adaptation.clone());
         adapted.collect()
     }
 
+    /// The extra tensor of that name: the one that there is, that of the loaded file, or a fresh one.
     fn extra(
         &self,
         name: &str,
-        fresh: impl FnOnce() -> candle_core::Result<Var>,
+        dtype: DType,
+        fresh: impl FnOnce() -> candle_core::Result<Tensor>,
     ) -> candle_core::Result<Var> {
         let mut extras = self.extras();
         if let Some(var) = extras.get(name) {
             return Ok(var.clone());
         }
-        let var = fresh()?;
+        let stored = self.source.as_ref().and_then(|source| source.extra(name));
+        let value = match stored {
+            Some(stored) => stored.to_dtype(dtype)?.to_device(&self.device)?,
+            None => fresh()?,
+        };
+        let var = Var::from_tensor(&value)?;
         extras.insert(name.to_string(), var.clone());
         Ok(var)
     }

@@ -6,14 +6,15 @@ use crate::layer::Adaptation;
 use std::sync::Arc;
 
 impl Adapter {
-    /// Switches all layers: off, each answers what its base answers.
+    /// Switches all layers that were built so far: off, each answers what its base answers.
     pub fn set_enabled(&self, enabled: bool) {
         for layer in self.inner.adapted() {
             layer.set_enabled(enabled);
         }
     }
 
-    /// Runs `f` with all layers switched off, for every thread, and switches them back after it.
+    /// Runs `f` with all layers switched off, for every thread. Scopes may be nested, and run in several
+    /// threads.
     ///
     /// ```
     /// # use candle_core::{DType, Device, Tensor};
@@ -26,44 +27,49 @@ impl Adapter {
     /// # Ok::<(), candle_doft::Error>(())
     /// ```
     pub fn disabled<T>(&self, f: impl FnOnce() -> T) -> T {
-        let restore = |was: &Vec<(Arc<Adaptation>, bool)>| {
-            for (layer, enabled) in was {
-                layer.set_enabled(*enabled);
-            }
-        };
-        let layers = self.inner.adapted().into_iter();
-        let was = layers.map(|layer| (layer.clone(), layer.enabled()));
-        let _guard = Guard(was.collect(), restore);
-        self.set_enabled(false);
+        let mut scope = Scope::new(Adaptation::resume);
+        for layer in self.inner.adapted() {
+            layer.suspend();
+            scope.layers.push(layer);
+        }
         f()
     }
 
     /// Runs `f` with rotations and ratios held as constants, for every thread: no graph is built, no
-    /// rotation is rebuilt for each call, and dropout is off. For validation and sampling; a step of
-    /// the optimizer inside `f` is not seen until it ends.
+    /// rotation is rebuilt for each call, and dropout is off, also in `forward_t(x, true)`. For
+    /// validation and sampling; a step of the optimizer inside `f` is not seen until it ends. Scopes may
+    /// be nested, and run in several threads.
     ///
     /// # Errors
     ///
     /// Those of building the rotations.
     pub fn inference<T>(&self, f: impl FnOnce() -> T) -> Result<T> {
-        let layers = self.inner.adapted();
-        let _guard = Guard(layers.clone(), |layers: &Vec<Arc<Adaptation>>| {
-            for layer in layers {
-                layer.clear_constants();
-            }
-        });
-        for layer in &layers {
-            layer.set_constants()?;
+        let mut scope = Scope::new(Adaptation::release);
+        for layer in self.inner.adapted() {
+            layer.hold()?;
+            scope.layers.push(layer);
         }
         Ok(f())
     }
 }
 
-/// Runs its function when dropped, also when the closure panics.
-struct Guard<T, F: Fn(&T)>(T, F);
+/// Layers that leave a state when it ends, also when the closure panics or a layer could not enter.
+struct Scope {
+    layers: Vec<Arc<Adaptation>>,
+    leave: fn(&Adaptation),
+}
 
-impl<T, F: Fn(&T)> Drop for Guard<T, F> {
+impl Scope {
+    fn new(leave: fn(&Adaptation)) -> Self {
+        let layers = Vec::new();
+        Self { layers, leave }
+    }
+}
+
+impl Drop for Scope {
     fn drop(&mut self) {
-        (self.1)(&self.0);
+        for layer in &self.layers {
+            (self.leave)(layer);
+        }
     }
 }

@@ -3,10 +3,12 @@
 
 use super::fingerprint::{differs, fingerprint};
 use super::stored::{NORMS_DIFFER, Stored, StoredLayer, Warning};
-use super::{Adapter, Inner, locked};
+use super::{Adapter, locked};
 use crate::config::{DoftConfig, LayerKind, Magnitude};
 use crate::error::{Error, Result};
+use crate::frozen::Base;
 use crate::layer::Adaptation;
+use crate::params::row_norms_of;
 use candle_core::{Device, Tensor, Var};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -21,33 +23,37 @@ pub(super) struct Source {
 }
 
 impl Source {
-    pub(super) fn layer(&self, path: &str) -> Result<Option<&StoredLayer>> {
-        Ok(self.stored.find(path)?.map(|(_, layer)| layer))
+    /// Whether a module means that path.
+    pub(super) fn holds(&self, path: &str) -> Result<bool> {
+        Ok(self.stored.find(path)?.is_some())
     }
 
-    /// Checks that the tensors of the file fit a weight, before any layer is made.
-    pub(super) fn check(
+    /// What a layer is made with: its configuration and its norms `n0`, the file's where it has some.
+    /// Checks that the tensors of the file fit the weight, before any layer is made.
+    pub(super) fn setting(
         &self,
         path: &str,
         kind: LayerKind,
-        weight: &[usize],
-        norms: &Tensor,
-    ) -> Result<DoftConfig> {
+        base: &Base,
+    ) -> Result<(DoftConfig, Option<Tensor>)> {
         let Some((module, layer)) = self.stored.find(path)? else {
-            return Ok(self.stored.config.clone());
+            return Ok((self.stored.config.clone(), None));
         };
-        let other = layer.kind.is_some_and(|stored| stored != kind);
-        if other {
-            let reason = format!(
-                "`{path}` is a {kind:?} layer, in the file it is a {:?}",
-                layer.kind
-            );
+        if let Some(stored) = layer.kind
+            && stored != kind
+        {
+            let reason = format!("`{path}` is a {kind:?} layer, in the file it is a {stored:?}");
             return Err(Error::file(&self.stored.file, reason));
         }
-        layer.check_shape(&self.stored.file, module, path, weight)?;
-        self.compare_base(path, layer, norms)?;
-        let width = weight.iter().skip(1).product();
-        Ok(layer.settings(&self.stored.config, width))
+        layer.check_shape(&self.stored.file, module, path, base.shape)?;
+        let norms = row_norms_of(base.weight)?;
+        self.compare_base(path, layer, &norms)?;
+        let config = layer.settings(&self.stored.config, base.weight.in_dim());
+        let norms = match &layer.norms {
+            Some(stored) => stored.to_dtype(norms.dtype())?.to_device(norms.device())?,
+            None => norms,
+        };
+        Ok((config, Some(norms)))
     }
 
     fn compare_base(&self, path: &str, layer: &StoredLayer, norms: &Tensor) -> Result<()> {
@@ -96,6 +102,10 @@ impl Source {
         let value = self.stored.extras.get(name)?;
         locked(&self.asked).insert(name.to_string());
         Some(value)
+    }
+
+    pub(super) fn has_extra(&self, name: &str) -> bool {
+        self.stored.extras.contains_key(name)
     }
 
     pub(super) fn warnings(&self) -> Vec<Warning> {
@@ -203,10 +213,4 @@ fn stored_layer(layer: &Adaptation) -> Result<StoredLayer> {
         base: fingerprint(&norms)?,
         norms: (params.kind() == Magnitude::Absolute).then_some(norms),
     })
-}
-
-impl Inner {
-    pub(super) fn stored_extra(&self, name: &str) -> Option<&Tensor> {
-        self.source.as_ref()?.extra(name)
-    }
 }

@@ -265,6 +265,51 @@ impl Error {
         }
     }
 
+    /// A tensor of a layer, or what it is fed, of a shape that it cannot have.
+    pub(crate) fn shape(
+        layer: &str,
+        what: &'static str,
+        found: &[usize],
+        expected: impl Into<String>,
+    ) -> Self {
+        Self::Shape {
+            layer: layer.to_string(),
+            what,
+            found: found.to_vec(),
+            expected: expected.into(),
+        }
+    }
+
+    /// The same for a dtype.
+    pub(crate) fn dtype(
+        layer: &str,
+        what: &'static str,
+        found: candle_core::DType,
+        expected: impl Into<String>,
+    ) -> Self {
+        Self::DType {
+            layer: layer.to_string(),
+            what,
+            found,
+            expected: expected.into(),
+        }
+    }
+
+    /// An argument that a function cannot take.
+    pub(crate) fn argument(
+        function: &'static str,
+        what: &'static str,
+        found: impl Into<String>,
+        expected: impl Into<String>,
+    ) -> Self {
+        Self::Argument {
+            function,
+            what,
+            found: found.into(),
+            expected: expected.into(),
+        }
+    }
+
     /// A field of a configuration that is out of its range.
     pub(crate) fn config(field: &'static str, found: impl ToString, expected: &str) -> Self {
         Self::Config {

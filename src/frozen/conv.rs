@@ -1,5 +1,6 @@
 //! [`Conv2d`] and [`Conv1d`]: convolutions whose kernel never enters the graph.
 
+use super::base::{Base, Frozen};
 use crate::error::Error;
 use crate::ops::conv::Geometry;
 use crate::ops::{self, Weight};
@@ -20,73 +21,51 @@ fn axis(shape: &[usize], axis: usize) -> usize {
     shape.get(axis).copied().unwrap_or(1)
 }
 
-/// Refuses an input that a convolution cannot take.
-pub(crate) fn check(
+/// Refuses groups, strides and dilations that a convolution of `outputs` channels cannot have.
+fn check_geometry(layer: &str, outputs: usize, geometry: &Geometry) -> crate::Result<()> {
+    let Geometry {
+        groups,
+        stride,
+        dilation,
+        ..
+    } = *geometry;
+    if groups > 0 && outputs.is_multiple_of(groups) && stride.1 > 0 && dilation.1 > 0 {
+        return Ok(());
+    }
+    Err(Error::argument(
+        "convolution",
+        "the configuration",
+        format!(
+            "{groups} groups, stride {} and dilation {} in layer `{layer}`",
+            stride.1, dilation.1
+        ),
+        format!("a divisor of its {outputs} outputs, stride and dilation of at least 1"),
+    ))
+}
+
+/// Refuses an input whose shape a convolution of that kernel cannot take.
+fn check_input(
     layer: &str,
     x: &Tensor,
     kernel: &[usize],
-    dtype: DType,
     geometry: &Geometry,
 ) -> crate::Result<()> {
-    let refuse = |expected: String| {
-        Err(Error::Shape {
-            layer: layer.to_string(),
-            what: "the input",
-            found: x.dims().to_vec(),
-            expected,
-        })
+    let refuse = |expected: String| Err(Error::shape(layer, "the input", x.dims(), expected));
+    let channels = kernel[1] * geometry.groups;
+    let (height, width) = match (geometry.one_dimensional, x.dims()) {
+        (true, &[_, found, width]) if found == channels => (1, width),
+        (false, &[_, found, height, width]) if found == channels => (height, width),
+        (true, _) => return refuse(format!("(N, {channels}, L)")),
+        (false, _) => return refuse(format!("(N, {channels}, H, W)")),
     };
-    let rank = if geometry.one_dimensional { 3 } else { 4 };
-    let Geometry { groups, stride, .. } = *geometry;
-    if kernel.len() != rank || kernel.contains(&0) {
-        return Err(Error::Shape {
-            layer: layer.to_string(),
-            what: "the weight",
-            found: kernel.to_vec(),
-            expected: format!("{rank} axes, none of them empty"),
-        });
+    match geometry.output(height, width) {
+        _ if height * width == 0 => refuse("no empty axis but the first".to_string()),
+        Some(_) => Ok(()),
+        None => refuse(format!(
+            "room for a kernel of {:?} with dilation {:?} and padding {:?}",
+            geometry.kernel, geometry.dilation, geometry.padding
+        )),
     }
-    if groups == 0 || !kernel[0].is_multiple_of(groups) || stride.1 == 0 {
-        return Err(Error::Argument {
-            function: "convolution",
-            what: "the configuration",
-            found: format!("{groups} groups and stride {} in layer `{layer}`", stride.1),
-            expected: format!(
-                "a divisor of its {} outputs, and a stride of at least 1",
-                kernel[0]
-            ),
-        });
-    }
-    let channels = kernel[1] * groups;
-    if x.rank() != kernel.len() || x.dims()[1] != channels {
-        let axes = if geometry.one_dimensional {
-            "L"
-        } else {
-            "H, W"
-        };
-        return refuse(format!("(N, {channels}, {axes})"));
-    }
-    let (height, width) = match x.dims() {
-        &[_, _, height, width] => (height, width),
-        dims => (1, dims[2]),
-    };
-    if geometry.output(height, width).is_none() {
-        let (kernel, dilation) = (geometry.kernel, geometry.dilation);
-        return refuse(format!(
-            "room for a kernel of {kernel:?} with dilation {dilation:?} and padding {:?}",
-            geometry.padding
-        ));
-    }
-    let half = matches!(dtype, DType::F16 | DType::BF16) && x.dtype() == DType::F32;
-    if x.dtype() != dtype && !half {
-        return Err(Error::DType {
-            layer: layer.to_string(),
-            what: "the input",
-            found: x.dtype(),
-            expected: format!("{dtype:?}, the dtype of the weight"),
-        });
-    }
-    Ok(())
 }
 
 /// A two-dimensional convolution of frozen kernel and bias.
@@ -185,7 +164,7 @@ impl Conv1d {
 
 /// What both convolutions answer about their kernel, and how they run.
 macro_rules! convolution {
-    ($conv:ident, $config:ident, $shape:literal) => {
+    ($conv:ident, $config:ident, $rank:literal, $shape:literal) => {
         impl $conv {
             #[doc = concat!("Freezes a kernel `", $shape, "` and a bias `(out)`.")]
             pub fn new(weight: Tensor, bias: Option<Tensor>, config: $config) -> Self {
@@ -203,7 +182,7 @@ macro_rules! convolution {
             ///
             /// Those of candle's `reshape`.
             pub fn weight(&self) -> Result<Tensor> {
-                self.weight.tensor()?.reshape(self.shape.as_slice())
+                self.as_base().tensor()
             }
 
             /// The frozen bias, `(out)`.
@@ -229,6 +208,30 @@ macro_rules! convolution {
             pub(crate) fn frozen_weight(&self) -> &Weight {
                 &self.weight
             }
+
+            /// Refuses an input that the layer cannot take, and a kernel or settings that it cannot
+            /// run with.
+            pub(crate) fn check(&self, layer: &str, x: &Tensor) -> crate::Result<()> {
+                self.check_base(layer)?;
+                check_input(layer, x, &self.shape, &self.geometry())?;
+                self.as_base().check_dtype(layer, x)
+            }
+        }
+
+        impl Frozen for $conv {
+            fn as_base(&self) -> Base<'_> {
+                Base {
+                    weight: &self.weight,
+                    shape: &self.shape,
+                    rank: $rank,
+                    bias: self.bias.as_ref(),
+                }
+            }
+
+            fn check_base(&self, layer: &str) -> crate::Result<()> {
+                self.as_base().check(layer)?;
+                check_geometry(layer, self.shape[0], &self.geometry())
+            }
         }
 
         impl From<candle_nn::$conv> for $conv {
@@ -240,13 +243,12 @@ macro_rules! convolution {
 
         impl Module for $conv {
             fn forward(&self, x: &Tensor) -> Result<Tensor> {
-                let geometry = self.geometry();
-                check("the convolution", x, &self.shape, self.dtype(), &geometry)?;
-                ops::conv::conv(x, None, &self.weight, self.bias.as_ref(), geometry)
+                self.check("the convolution", x)?;
+                ops::conv::conv(x, None, &self.weight, self.bias.as_ref(), self.geometry())
             }
         }
     };
 }
 
-convolution!(Conv2d, Conv2dConfig, "(out, in/groups, kh, kw)");
-convolution!(Conv1d, Conv1dConfig, "(out, in/groups, k)");
+convolution!(Conv2d, Conv2dConfig, 4, "(out, in/groups, kh, kw)");
+convolution!(Conv1d, Conv1dConfig, 3, "(out, in/groups, k)");

@@ -1,12 +1,16 @@
 //! [`Embedding`]: a frozen table, dense or quantized, of which only the rows in use are read.
 
 use super::QuantizedVarBuilder;
+use super::base::{Base, Frozen};
 use crate::error::Error;
 use crate::ops::{self, Weight};
 use candle_core::quantized::QTensor;
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 use candle_nn::{Module, VarBuilder};
 use std::sync::Arc;
+
+/// What errors call a layer that stands alone.
+const UNNAMED: &str = "the embedding";
 
 /// A frozen embedding table.
 ///
@@ -71,19 +75,13 @@ impl Embedding {
     ///
     /// # Errors
     ///
-    /// [`Error::Argument`] when the table is not a matrix.
+    /// [`Error::Shape`] when the table is not a matrix.
     pub fn quantized(table: Arc<QTensor>) -> crate::Result<Self> {
-        match table.shape().dims() {
-            [rows, hidden] if rows * hidden > 0 => Ok(Self {
-                table: Weight::quantized(table),
-            }),
-            dims => Err(Error::Argument {
-                function: "Embedding::quantized",
-                what: "the shape of the table",
-                found: format!("{dims:?}"),
-                expected: "(vocabulary, hidden), neither empty".into(),
-            }),
-        }
+        let layer = Self {
+            table: Weight::quantized(table),
+        };
+        layer.check_base(UNNAMED)?;
+        Ok(layer)
     }
 
     /// The table, `(vocabulary, hidden)`: shared when dense, expanded when quantized.
@@ -120,35 +118,34 @@ impl Embedding {
         super::Linear::over(self.table.clone())
     }
 
-    pub(crate) fn dims(&self) -> &[usize] {
-        self.table.dims()
-    }
-
     pub(crate) fn frozen_weight(&self) -> &Weight {
         &self.table
     }
 
     /// The ids as u32 in one row, or why they cannot be looked up.
     pub(crate) fn check(&self, layer: &str, ids: &Tensor) -> crate::Result<Tensor> {
+        self.check_base(layer)?;
         if !matches!(ids.dtype(), DType::U8 | DType::U32 | DType::I64) {
-            return Err(Error::DType {
-                layer: layer.to_string(),
-                what: "the ids",
-                found: ids.dtype(),
-                expected: "u8, u32 or i64".into(),
-            });
+            let expected = "u8, u32 or i64";
+            return Err(Error::dtype(
+                layer,
+                "the tensor of ids",
+                ids.dtype(),
+                expected,
+            ));
         }
         let ids = ids.flatten_all()?;
-        if matches!(ids.device(), Device::Cpu) && ids.elem_count() > 0 {
-            let largest = ids.to_dtype(DType::I64)?.to_vec1::<i64>()?;
+        // Elsewhere the values are not at hand.
+        if ids.device().is_cpu() {
             let rows = 0..self.vocabulary() as i64;
-            if let Some(id) = largest.into_iter().find(|id| !rows.contains(id)) {
-                return Err(Error::Argument {
-                    function: "Embedding::forward",
-                    what: "an id",
-                    found: format!("{id} in layer `{layer}`"),
-                    expected: format!("below {}, the number of rows", rows.end),
-                });
+            let wanted = ids.to_dtype(DType::I64)?.to_vec1::<i64>()?;
+            if let Some(id) = wanted.into_iter().find(|id| !rows.contains(id)) {
+                return Err(Error::argument(
+                    "Embedding::forward",
+                    "an id",
+                    format!("{id} in layer `{layer}`"),
+                    format!("below {}, the number of rows", rows.end),
+                ));
             }
         }
         Ok(ids.to_dtype(DType::U32)?.contiguous()?)
@@ -162,6 +159,17 @@ impl Embedding {
     }
 }
 
+impl Frozen for Embedding {
+    fn as_base(&self) -> Base<'_> {
+        Base {
+            weight: &self.table,
+            shape: self.table.dims(),
+            rank: 2,
+            bias: None,
+        }
+    }
+}
+
 impl From<candle_nn::Embedding> for Embedding {
     fn from(layer: candle_nn::Embedding) -> Self {
         Self::new(layer.embeddings().clone())
@@ -170,7 +178,7 @@ impl From<candle_nn::Embedding> for Embedding {
 
 impl Module for Embedding {
     fn forward(&self, ids: &Tensor) -> Result<Tensor> {
-        let flat = self.check("the embedding", ids)?;
+        let flat = self.check(UNNAMED, ids)?;
         ops::embedding::rows(&self.table, &flat)?.reshape(self.answer(ids))
     }
 }

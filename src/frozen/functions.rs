@@ -8,19 +8,14 @@ use crate::ops::real::has_kernel;
 use crate::ops::rotary::RotaryAttention;
 use candle_core::{Result, Tensor};
 
+/// [`Error::argument`] as candle's result.
 fn refuse<A>(
     function: &'static str,
     what: &'static str,
-    found: String,
+    found: impl Into<String>,
     expected: impl Into<String>,
 ) -> Result<A> {
-    Err(Error::Argument {
-        function,
-        what,
-        found,
-        expected: expected.into(),
-    }
-    .into())
+    Err(Error::argument(function, what, found, expected).into())
 }
 
 /// Softmax over the last axis: `y = exp(x - max x) / sum exp(x - max x)`, `dx = y * (dy - sum(dy * y))`.
@@ -51,14 +46,11 @@ fn refuse<A>(
 pub fn softmax_last_dim(x: &Tensor) -> Result<Tensor> {
     check_float("softmax_last_dim", x, FLOATS)?;
     if x.rank() == 0 {
-        return refuse(
-            "softmax_last_dim",
-            "`x`",
-            "a scalar".into(),
-            "rank 1 or more",
-        );
+        return refuse("softmax_last_dim", "`x`", "a scalar", "rank 1 or more");
     }
-    match has_kernel(x) && x.elem_count() > 0 {
+    match has_kernel(x) {
+        // candle finds no largest entry of nothing.
+        _ if x.elem_count() == 0 => Ok(x.clone()),
         true => x.apply_op1(Softmax),
         false => Softmax::composed(x),
     }
@@ -157,12 +149,8 @@ fn turn(
     let (batch, _, steps, width) = match x.dims() {
         &[b, h, t, d] if d % 2 == 0 && d > 0 => (b, h, t, d),
         dims => {
-            return refuse(
-                function,
-                "`x`",
-                format!("{dims:?}"),
-                "(B, H, T, d) of even d",
-            );
+            let found = format!("{dims:?}");
+            return refuse(function, "`x`", found, "(B, H, T, d) of even d");
         }
     };
     for (what, table) in [("`cos`", cos), ("`sin`", sin)] {

@@ -1,12 +1,16 @@
 //! [`Linear`]: a linear layer whose weight, dense or quantized, never enters the graph.
 
 use super::QuantizedVarBuilder;
+use super::base::{Base, Frozen};
 use crate::error::Error;
 use crate::ops::{self, Weight};
 use candle_core::quantized::{QMatMul, QTensor};
 use candle_core::{DType, Result, Tensor};
 use candle_nn::{Module, VarBuilder};
 use std::sync::Arc;
+
+/// What errors call a layer that stands alone.
+const UNNAMED: &str = "the linear layer";
 
 /// A linear layer of frozen weight and bias.
 ///
@@ -120,32 +124,14 @@ impl Linear {
     ///
     /// # Errors
     ///
-    /// [`Error::Argument`] when the weight is not a matrix, or the bias not of shape `(out)`.
+    /// [`Error::Shape`] when the weight is not a matrix, or the bias not of shape `(out)`.
     pub fn quantized(weight: Arc<QTensor>, bias: Option<Tensor>) -> crate::Result<Self> {
-        let refuse = |what, found: &[usize], expected: String| {
-            Err(Error::Argument {
-                function: "Linear::quantized",
-                what,
-                found: format!("{found:?}"),
-                expected,
-            })
-        };
-        let dims = weight.shape().dims();
-        let &[out, width] = dims else {
-            return refuse("the shape of the weight", dims, "(out, in)".into());
-        };
-        if out == 0 || width == 0 {
-            return refuse("the shape of the weight", dims, "no empty axis".into());
-        }
-        if let Some(bias) = &bias
-            && bias.dims() != [out]
-        {
-            return refuse("the shape of the bias", bias.dims(), format!("[{out}]"));
-        }
-        Ok(Self {
+        let layer = Self {
             weight: Weight::quantized(weight),
             bias: bias.map(|bias| bias.detach()),
-        })
+        };
+        layer.check_base(UNNAMED)?;
+        Ok(layer)
     }
 
     /// A layer over the weight of a `QMatMul`, quantized or dense.
@@ -211,49 +197,29 @@ impl Linear {
         self.weight.dtype()
     }
 
-    pub(crate) fn dims(&self) -> &[usize] {
-        self.weight.dims()
-    }
-
     pub(crate) fn frozen_weight(&self) -> &Weight {
         &self.weight
     }
 
-    /// Refuses an input that the layer cannot take.
+    /// Refuses an input that the layer cannot take, and a weight or bias that it cannot run with.
     pub(crate) fn check(&self, layer: &str, x: &Tensor) -> crate::Result<()> {
+        self.check_base(layer)?;
         let width = self.in_dim();
         if x.rank() < 2 || x.dims().last() != Some(&width) {
-            return Err(Error::Shape {
-                layer: layer.to_string(),
-                what: "the input",
-                found: x.dims().to_vec(),
-                expected: format!("(.., {width}) of rank 2 or more"),
-            });
+            let expected = format!("(.., {width}) of rank 2 or more");
+            return Err(Error::shape(layer, "the input", x.dims(), expected));
         }
-        let dtypes = self.input_dtypes();
-        if dtypes.contains(&x.dtype()) {
-            return Ok(());
-        }
-        let expected = match dtypes {
-            [one] => format!("{one:?}, the dtype of the weight"),
-            some => format!("one of {some:?}, which its weight can be multiplied with"),
-        };
-        Err(Error::DType {
-            layer: layer.to_string(),
-            what: "the input",
-            found: x.dtype(),
-            expected,
-        })
+        self.as_base().check_dtype(layer, x)
     }
+}
 
-    /// The input dtypes that the layer takes.
-    pub(crate) fn input_dtypes(&self) -> &'static [DType] {
-        match (self.weight.qtensor(), self.dtype()) {
-            (Some(_), _) => &[DType::F32, DType::F16, DType::BF16],
-            (None, DType::F16) => &[DType::F16, DType::F32],
-            (None, DType::BF16) => &[DType::BF16, DType::F32],
-            (None, DType::F64) => &[DType::F64],
-            (None, _) => &[DType::F32],
+impl Frozen for Linear {
+    fn as_base(&self) -> Base<'_> {
+        Base {
+            weight: &self.weight,
+            shape: self.weight.dims(),
+            rank: 2,
+            bias: self.bias.as_ref(),
         }
     }
 }
@@ -266,7 +232,7 @@ impl From<candle_nn::Linear> for Linear {
 
 impl Module for Linear {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.check("the linear layer", x)?;
+        self.check(UNNAMED, x)?;
         ops::linear::frozen(x, &self.weight, self.bias.as_ref())
     }
 }

@@ -1,7 +1,7 @@
 //! Cross entropy that keeps its logits and nothing of their size beside, and over a head whose logits
 //! never exist together.
 
-use super::{FLOATS, Linear, check_float};
+use super::{FLOATS, Frozen, Linear, check_float};
 use crate::error::Error;
 use crate::ops;
 use candle_core::{DType, Result, Tensor};
@@ -36,12 +36,9 @@ use candle_core::{DType, Result, Tensor};
 pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     check_float("cross_entropy", logits, FLOATS)?;
     let &[rows, classes] = logits.dims() else {
-        return Err(Error::Argument {
-            function: "cross_entropy",
-            what: "the shape of the logits",
-            found: format!("{:?}", logits.dims()),
-            expected: "(T, V)".into(),
-        })?;
+        let found = format!("{:?}", logits.dims());
+        let refused = Error::argument("cross_entropy", "the shape of the logits", found, "(T, V)");
+        return Err(refused.into());
     };
     let targets = checked("cross_entropy", targets, rows, classes)?;
     ops::loss::cross_entropy(logits, targets)
@@ -82,15 +79,16 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
 /// ```
 pub fn linear_cross_entropy(hidden: &Tensor, head: &Linear, targets: &Tensor) -> Result<Tensor> {
     const NAME: &str = "linear_cross_entropy";
-    check_float(NAME, hidden, head.input_dtypes())?;
+    head.check_base("the head")?;
+    check_float(NAME, hidden, head.as_base().input_dtypes())?;
     let width = head.in_dim();
     if hidden.rank() < 2 || hidden.dims().last() != Some(&width) {
-        Err(Error::Argument {
-            function: NAME,
-            what: "the shape of `hidden`",
-            found: format!("{:?}", hidden.dims()),
-            expected: format!("(.., {width}) of rank 2 or more"),
-        })?;
+        Err(Error::argument(
+            NAME,
+            "the shape of `hidden`",
+            format!("{:?}", hidden.dims()),
+            format!("(.., {width}) of rank 2 or more"),
+        ))?;
     }
     let rows = hidden.elem_count() / width;
     let targets = checked(NAME, targets, rows, head.out_dim())?;
@@ -98,6 +96,7 @@ pub fn linear_cross_entropy(hidden: &Tensor, head: &Linear, targets: &Tensor) ->
     ops::loss::linear_cross_entropy(&hidden, head.frozen_weight(), head.bias(), targets)
 }
 
+/// The targets as u32, or why they cannot be.
 fn checked(
     function: &'static str,
     targets: &Tensor,
@@ -105,20 +104,12 @@ fn checked(
     classes: usize,
 ) -> crate::Result<Vec<u32>> {
     let refuse = |what, found: String, expected: String| {
-        Err(Error::Argument {
-            function,
-            what,
-            found,
-            expected,
-        })
+        Err(Error::argument(function, what, found, expected))
     };
     if targets.elem_count() != rows || rows == 0 {
+        let found = format!("{:?}", targets.dims());
         let expected = format!("one for each of {rows} rows, and at least one row");
-        return refuse(
-            "the shape of the targets",
-            format!("{:?}", targets.dims()),
-            expected,
-        );
+        return refuse("the shape of the targets", found, expected);
     }
     if !matches!(targets.dtype(), DType::U8 | DType::U32 | DType::I64) {
         let found = format!("{:?}", targets.dtype());
@@ -129,11 +120,10 @@ fn checked(
         .to_dtype(DType::I64)?
         .to_vec1::<i64>()?;
     match values.iter().find(|id| !(0..classes as i64).contains(id)) {
-        Some(id) => refuse(
-            "a target",
-            id.to_string(),
-            format!("below {classes}, the classes"),
-        ),
+        Some(id) => {
+            let expected = format!("below {classes}, the classes");
+            refuse("a target", id.to_string(), expected)
+        }
         None => Ok(values.into_iter().map(|id| id as u32).collect()),
     }
 }

@@ -11,6 +11,7 @@
 //! | [`RmsNorm`], [`LayerNorm`], [`softmax_last_dim`], [`rope`], [`rope_i`] | the same | no backward on contiguous input: the graph is cut |
 //! | [`Embedding`], [`silu_mul`], [`causal_attention`], [`cross_entropy`], [`linear_cross_entropy`] | several operations | keeps every step between |
 
+mod base;
 mod conv;
 mod embedding;
 mod functions;
@@ -19,7 +20,7 @@ mod linear;
 mod loss;
 mod norm;
 
-pub(crate) use conv::check;
+pub(crate) use base::{Base, Frozen};
 pub use conv::{Conv1d, Conv2d};
 pub use embedding::{Embedding, embedding, quantized_embedding};
 pub use functions::{
@@ -39,11 +40,11 @@ const FLOATS: &[DType] = &[DType::F16, DType::BF16, DType::F32, DType::F64];
 fn check_float(function: &'static str, x: &Tensor, dtypes: &[DType]) -> crate::Result<()> {
     match dtypes.contains(&x.dtype()) {
         true => Ok(()),
-        false => Err(Error::Argument {
+        false => Err(Error::argument(
             function,
-            what: "the dtype of the input",
-            found: format!("{:?}", x.dtype()),
-            expected: format!("one of {dtypes:?}"),
-        }),
+            "the dtype of the input",
+            format!("{:?}", x.dtype()),
+            format!("one of {dtypes:?}"),
+        )),
     }
 }

@@ -95,12 +95,12 @@ impl RmsNorm {
     pub fn forward_residual(&self, x: &Tensor, residual: &Tensor) -> Result<(Tensor, Tensor)> {
         check("RmsNorm::forward_residual", &self.0, x)?;
         if x.dims() != residual.dims() || x.dtype() != residual.dtype() {
-            return Err(Error::Argument {
-                function: "RmsNorm::forward_residual",
-                what: "the residual",
-                found: format!("{:?} of {:?}", residual.dims(), residual.dtype()),
-                expected: format!("{:?} of {:?}", x.dims(), x.dtype()),
-            })?;
+            Err(Error::argument(
+                "RmsNorm::forward_residual",
+                "the residual",
+                format!("{:?} of {:?}", residual.dims(), residual.dtype()),
+                format!("{:?} of {:?}", x.dims(), x.dtype()),
+            ))?;
         }
         self.0.forward_residual(x, residual)
     }
@@ -210,15 +210,24 @@ impl Module for LayerNorm {
     }
 }
 
+/// Refuses an input that a norm cannot take, and parameters that it cannot run with.
 fn check(function: &'static str, norm: &Norm, x: &Tensor) -> crate::Result<()> {
-    let size = norm.weight.elem_count();
-    if size == 0 || x.dims().last() != Some(&size) {
-        return Err(Error::Argument {
-            function,
-            what: "the shape of `x`",
-            found: format!("{:?}", x.dims()),
-            expected: format!("(.., {size}), the size of the norm"),
-        });
+    let refuse = |what, found: &Tensor, expected| {
+        let found = format!("{:?}", found.dims());
+        Err(Error::argument(function, what, found, expected))
+    };
+    let size = match norm.weight.dims() {
+        &[size] if size > 0 => size,
+        _ => return refuse("the shape of the scale", &norm.weight, "(size)".into()),
+    };
+    if let Some(bias) = &norm.bias
+        && bias.dims() != [size]
+    {
+        return refuse("the shape of the shift", bias, format!("[{size}]"));
+    }
+    if x.dims().last() != Some(&size) {
+        let expected = format!("(.., {size}), the size of the norm");
+        return refuse("the shape of `x`", x, expected);
     }
     check_float(function, x, FLOATS)
 }

@@ -1,28 +1,15 @@
-//! What every adapted layer shares: rotation and ratio, dropout, switches and constants.
+//! [`Adaptation`]: the adapter of one layer. Rotation and ratio, dropout, switches and scopes.
 
 use crate::config::{BlockLayout, DoftConfig, LayerKind};
 use crate::error::{Error, Result};
-use crate::ops::Weight;
+use crate::frozen::Base;
 use crate::params::{Params, names, row_norms_of};
 use crate::rng::SplitMix64;
 use crate::rotation;
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use candle_nn::VarBuilder;
-use std::sync::RwLock;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-
-/// The frozen weight that an adapter stands on: its rows, and the shape it has in its layer.
-pub(crate) struct Base<'a> {
-    pub(crate) weight: &'a Weight,
-    pub(crate) shape: &'a [usize],
-}
-
-impl Base<'_> {
-    /// Norms of the rows; of a quantized weight a few rows are expanded at a time.
-    pub(crate) fn norms(&self) -> Result<Tensor> {
-        row_norms_of(self.weight)
-    }
-}
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{RwLock, RwLockWriteGuard};
 
 /// What a layer needs of its adapter in one pass: the blocks `R` (1 or `D`, b, b) and `m / n0`.
 #[derive(Clone, Debug)]
@@ -34,6 +21,13 @@ pub(crate) struct Factors {
 /// The adapter of one layer. Layers hold it in an `Arc`, so that clones train the same parameters.
 #[derive(Debug)]
 pub(crate) struct Adaptation {
+    spec: Spec,
+    state: State,
+}
+
+/// What is settled when the layer is made. Clones share the parameters.
+#[derive(Clone, Debug)]
+struct Spec {
     path: String,
     kind: LayerKind,
     shape: Vec<usize>,
@@ -42,119 +36,192 @@ pub(crate) struct Adaptation {
     dropout: f64,
     seed: u64,
     params: Params,
-    enabled: AtomicBool,
-    /// Rotation and ratio while they are constants.
-    constants: RwLock<Option<Factors>>,
+}
+
+/// What is switched while the layer is used.
+#[derive(Debug, Default)]
+struct State {
+    disabled: AtomicBool,
+    /// Scopes that switch the adapter off while they run. A count, so that scopes of several threads
+    /// may end in any order.
+    suspended: AtomicUsize,
+    held: RwLock<Held>,
     /// Training step, and training passes since it began: what dropout masks are made from.
     step: AtomicU64,
     passes: AtomicU64,
 }
 
+/// Rotation and ratio while they are constants, and how many scopes hold them.
+#[derive(Debug, Default)]
+struct Held {
+    scopes: usize,
+    factors: Option<Factors>,
+}
+
 impl Adaptation {
-    /// Checks `weight` (rows first) against the configuration and gets the parameters from `vb`,
-    /// whose prefix is the layer's path. `norms` are its row norms, where they are known already.
+    /// Fits the configuration to `base`, which was checked, and gets the parameters from `vb`, whose
+    /// prefix is the layer's path. `norms` are the row norms of the base, where they are known already.
     pub(crate) fn new(
         kind: LayerKind,
-        weight: &Base,
+        base: &Base,
         config: &DoftConfig,
         norms: Option<Tensor>,
         vb: VarBuilder,
     ) -> Result<Self> {
-        let (path, shape) = (vb.prefix(), weight.shape);
-        check_weight(&path, kind, shape, weight.weight.dtype())?;
+        let path = vb.prefix();
         let norms = match norms {
             Some(norms) => norms,
-            None => weight.norms()?,
+            None => row_norms_of(base.weight)?,
         };
         let config = config.for_layer(&path)?;
-        let width = shape.iter().skip(1).product();
-        let layout = config.layout(&path, width)?;
+        let layout = config.layout(&path, base.weight.in_dim())?;
         let name = names::rotation(kind);
-        let magnitude = config.magnitude_of(kind);
-        let params = Params::new(&layout, magnitude, norms, name, vb)?;
-        Ok(Self {
+        let params = Params::new(&layout, config.magnitude_of(kind), norms, name, vb)?;
+        let spec = Spec {
             path,
             kind,
-            shape: shape.to_vec(),
+            shape: base.shape.to_vec(),
             layout,
             asked: config.block_size,
             dropout: config.dropout,
             seed: config.seed,
             params,
-            enabled: AtomicBool::new(true),
-            constants: RwLock::new(None),
-            step: AtomicU64::new(0),
-            passes: AtomicU64::new(0),
+        };
+        Ok(Self {
+            spec,
+            state: State::default(),
         })
     }
 
     pub(crate) fn path(&self) -> &str {
-        &self.path
+        &self.spec.path
     }
 
     pub(crate) fn kind(&self) -> LayerKind {
-        self.kind
+        self.spec.kind
     }
 
     /// Shape of the frozen weight.
     pub(crate) fn shape(&self) -> &[usize] {
-        &self.shape
+        &self.spec.shape
     }
 
     pub(crate) fn layout(&self) -> &BlockLayout {
-        &self.layout
+        &self.spec.layout
     }
 
     /// The block size that was asked for; the layout has the one in use.
     pub(crate) fn asked(&self) -> usize {
-        self.asked
+        self.spec.asked
     }
 
     pub(crate) fn params(&self) -> &Params {
-        &self.params
+        &self.spec.params
     }
 
+    /// Whether it acts: switched on, and in no scope that suspends it.
     pub(crate) fn enabled(&self) -> bool {
-        self.enabled.load(Ordering::Relaxed)
+        let state = &self.state;
+        !state.disabled.load(Ordering::Relaxed) && state.suspended.load(Ordering::Relaxed) == 0
     }
 
     pub(crate) fn set_enabled(&self, enabled: bool) {
-        self.enabled.store(enabled, Ordering::Relaxed);
+        self.state.disabled.store(!enabled, Ordering::Relaxed);
+    }
+
+    /// Enters a scope that switches it off, until as many [`Adaptation::resume`].
+    pub(crate) fn suspend(&self) {
+        self.state.suspended.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn resume(&self) {
+        self.state.suspended.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Enters a scope in which rotation and ratio stay at their present values, outside any graph,
+    /// until as many [`Adaptation::release`].
+    pub(crate) fn hold(&self) -> Result<()> {
+        // Made outside the lock: a thread that waits for its part may run another pass meanwhile.
+        let factors = self.present()?;
+        let mut held = self.held_mut();
+        if held.scopes == 0 {
+            held.factors = Some(factors);
+        }
+        held.scopes += 1;
+        Ok(())
+    }
+
+    pub(crate) fn release(&self) {
+        let mut held = self.held_mut();
+        held.scopes = held.scopes.saturating_sub(1);
+        if held.scopes == 0 {
+            held.factors = None;
+        }
+    }
+
+    /// A copy with its own switches that answers constants only.
+    pub(crate) fn inference(&self) -> Result<Self> {
+        let held = Held {
+            scopes: 1,
+            factors: Some(self.present()?),
+        };
+        Ok(Self {
+            spec: self.spec.clone(),
+            state: State {
+                disabled: AtomicBool::new(!self.enabled()),
+                held: RwLock::new(held),
+                ..State::default()
+            },
+        })
     }
 
     /// The blocks of the rotation, in the dtype of the parameters.
     pub(crate) fn rotation(&self) -> Result<Tensor> {
-        rotation::rotation(self.params.rotation(), &self.layout)
+        match self.held() {
+            Some(factors) => Ok(factors.r),
+            None => self.made_rotation(),
+        }
     }
 
-    /// Rotation and ratio for one pass, or none when the adapter is disabled.
+    /// `m` for each row of the weight.
+    pub(crate) fn magnitude(&self) -> Result<Tensor> {
+        let params = &self.spec.params;
+        let Some(held) = self.held() else {
+            return params.magnitude();
+        };
+        Ok(match held.ratio {
+            Some(ratio) => ratio.mul(params.norms())?,
+            None => params.norms().clone(),
+        })
+    }
+
+    /// Rotation and ratio for one pass, or none when the adapter is off. Where they are held there is
+    /// neither graph nor dropout.
     pub(crate) fn factors(&self, train: bool) -> Result<Option<Factors>> {
         if !self.enabled() {
             return Ok(None);
         }
-        if let Some(constants) = self.constants()
-            && !train
-        {
-            return Ok(Some(constants));
+        if let Some(factors) = self.held() {
+            return Ok(Some(factors));
         }
-        // An embedding looks up the ratios that it needs.
-        let ratio = match self.kind {
-            LayerKind::Embedding => None,
-            _ => self.params.ratio()?,
+        let r = self.made_rotation()?;
+        let r = match train && self.spec.dropout > 0. {
+            true => self.drop_blocks(&r)?,
+            false => r,
         };
-        let r = self.rotation()?;
-        let mut factors = Factors { r, ratio };
-        if train && self.dropout > 0. {
-            factors.r = self.drop_blocks(&factors.r)?;
-        }
-        Ok(Some(factors))
+        // An embedding looks up the ratios that it needs.
+        let ratio = match self.spec.kind {
+            LayerKind::Embedding => None,
+            _ => self.spec.params.ratio()?,
+        };
+        Ok(Some(Factors { r, ratio }))
     }
 
     /// For `Module::forward`, which cannot say whether it trains: fine without dropout.
     pub(crate) fn factors_of_forward(&self) -> Result<Option<Factors>> {
-        if self.dropout > 0. && self.enabled() && self.constants().is_none() {
+        if self.spec.dropout > 0. && self.enabled() && self.held().is_none() {
             return Err(Error::DropoutMode {
-                layer: self.path.clone(),
+                layer: self.spec.path.clone(),
             });
         }
         self.factors(false)
@@ -162,104 +229,60 @@ impl Adaptation {
 
     /// The weight that acts when the layer's is `weight`: computed in f32 or wider, rounded once.
     pub(crate) fn effective_weight(&self, weight: &Tensor) -> Result<Tensor> {
-        let Some(Factors { r, ratio }) = self.factors(false)? else {
+        if !self.enabled() {
             return Ok(weight.clone());
-        };
-        let (r, ratio) = match self.kind {
-            // A row of an embedding turns by R, that of a weight by its transpose.
-            LayerKind::Embedding => (r.transpose(1, 2)?.contiguous()?, self.params.ratio()?),
-            _ => (r, ratio),
-        };
-        let ratio = ratio.map(|ratio| ratio.detach());
-        rotation::effective_weight(weight, &r.detach(), ratio.as_ref())
+        }
+        let Factors { r, ratio } = self.present()?;
+        rotation::effective_weight(self.spec.kind, weight, &r, ratio.as_ref())
     }
 
-    fn constants(&self) -> Option<Factors> {
-        let guard = self.constants.read().unwrap_or_else(|e| e.into_inner());
-        guard.clone()
+    fn made_rotation(&self) -> Result<Tensor> {
+        rotation::rotation(self.spec.params.rotation(), &self.spec.layout)
     }
 
-    /// Fixes rotation and ratio at their present values, outside any graph.
-    pub(crate) fn set_constants(&self) -> Result<()> {
+    /// Rotation and ratio outside any graph: those that are held, or made from the parameters.
+    fn present(&self) -> Result<Factors> {
+        self.held().map_or_else(|| self.detached(), Ok)
+    }
+
+    /// Rotation and ratio made from the parameters, outside any graph.
+    fn detached(&self) -> Result<Factors> {
         // A factor is its own ratio: without the copy it would go on training.
-        let ratio = self.params.ratio()?;
-        let factors = Factors {
-            r: self.rotation()?.detach(),
-            ratio: ratio.map(|ratio| ratio.detach().copy()).transpose()?,
-        };
-        *self.constants.write().unwrap_or_else(|e| e.into_inner()) = Some(factors);
-        Ok(())
+        let copy = |ratio: Tensor| ratio.detach().copy();
+        Ok(Factors {
+            r: self.made_rotation()?.detach(),
+            ratio: self.spec.params.ratio()?.map(copy).transpose()?,
+        })
     }
 
-    /// Lets rotation and ratio follow the parameters again.
-    pub(crate) fn clear_constants(&self) {
-        *self.constants.write().unwrap_or_else(|e| e.into_inner()) = None;
+    // A panic elsewhere leaves the pair whole, so a poisoned lock is still good.
+    fn held(&self) -> Option<Factors> {
+        let held = self.state.held.read().unwrap_or_else(|e| e.into_inner());
+        held.factors.clone()
     }
 
-    /// A copy of its own that answers constants only.
-    pub(crate) fn inference(&self) -> Result<Self> {
-        let copy = Self {
-            path: self.path.clone(),
-            kind: self.kind,
-            shape: self.shape.clone(),
-            layout: self.layout.clone(),
-            asked: self.asked,
-            dropout: self.dropout,
-            seed: self.seed,
-            params: self.params.clone(),
-            enabled: AtomicBool::new(self.enabled()),
-            constants: RwLock::new(None),
-            step: AtomicU64::new(0),
-            passes: AtomicU64::new(0),
-        };
-        copy.set_constants()?;
-        Ok(copy)
+    fn held_mut(&self) -> RwLockWriteGuard<'_, Held> {
+        self.state.held.write().unwrap_or_else(|e| e.into_inner())
     }
 
     /// Says which training step comes next, so that masks depend on (seed, path, step, pass) alone.
     pub(crate) fn set_step(&self, step: u64) {
-        self.step.store(step, Ordering::Relaxed);
-        self.passes.store(0, Ordering::Relaxed);
+        self.state.step.store(step, Ordering::Relaxed);
+        self.state.passes.store(0, Ordering::Relaxed);
     }
 
     // Each block becomes the identity with probability p; nothing is rescaled.
     fn drop_blocks(&self, r: &Tensor) -> Result<Tensor> {
-        let pass = self.passes.fetch_add(1, Ordering::Relaxed);
-        let step = self.step.load(Ordering::Relaxed);
-        let mut rng = SplitMix64::stream(self.seed, &self.path, [step, pass]);
+        let pass = self.state.passes.fetch_add(1, Ordering::Relaxed);
+        let step = self.state.step.load(Ordering::Relaxed);
+        let mut rng = SplitMix64::stream(self.spec.seed, &self.spec.path, [step, pass]);
         let (blocks, b, _) = r.dims3()?;
         let keep: Vec<f32> = (0..blocks)
-            .map(|_| f32::from(u8::from(rng.uniform() >= self.dropout)))
+            .map(|_| f32::from(u8::from(rng.uniform() >= self.spec.dropout)))
             .collect();
         let keep = Tensor::from_vec(keep, (blocks, 1, 1), r.device())?.to_dtype(r.dtype())?;
         let identity = Tensor::eye(b, r.dtype(), r.device())?.unsqueeze(0)?;
         let dropped = identity.broadcast_mul(&keep.affine(-1., 1.)?)?;
         Ok(r.broadcast_mul(&keep)?.add(&dropped)?)
     }
-}
-
-/// Refuses a weight that no adapter can stand on.
-pub(crate) fn check_weight(
-    path: &str,
-    kind: LayerKind,
-    shape: &[usize],
-    dtype: DType,
-) -> Result<()> {
-    if shape.len() != kind.rank() || shape.contains(&0) {
-        return Err(Error::Shape {
-            layer: path.to_string(),
-            what: "the weight",
-            found: shape.to_vec(),
-            expected: format!("{} axes, none of them empty", kind.rank()),
-        });
-    }
-    if !matches!(dtype, DType::F16 | DType::BF16 | DType::F32 | DType::F64) {
-        return Err(Error::DType {
-            layer: path.to_string(),
-            what: "the weight",
-            found: dtype,
-            expected: "f32, f64, f16 or bf16".to_string(),
-        });
-    }
-    Ok(())
 }

@@ -1,8 +1,9 @@
 //! What every adapted layer has in common, written once.
 
-use super::{Adaptation, Base};
+use super::Adaptation;
 use crate::config::{DoftConfig, LayerKind};
 use crate::error::Result;
+use crate::frozen::Frozen;
 use candle_core::Tensor;
 use candle_nn::VarBuilder;
 use std::sync::Arc;
@@ -12,12 +13,10 @@ pub(crate) trait Layer: Sized {
     const KIND: LayerKind;
 
     /// The layer without an adapter.
-    type Frozen;
+    type Frozen: Frozen;
 
-    fn weight(base: &Self::Frozen) -> Base<'_>;
-
-    /// The layer with an adapter, whose parameters come from `vb`. `norms` are the row norms of the
-    /// weight, where they are known already.
+    /// The layer with an adapter around `base`, which was checked; parameters come from `vb`. `norms`
+    /// are the row norms of the weight, where they are known already.
     fn adapted(
         base: Self::Frozen,
         config: &DoftConfig,
@@ -32,21 +31,13 @@ pub(crate) trait Layer: Sized {
 }
 
 /// The methods that do not depend on what the layer computes. Expects the fields `path`, `base` and
-/// `adaptation`, and a method `run` from input and factors to output. `$weight` is the method by which
-/// the base answers its whole weight.
+/// `adaptation`, and a method `run` from input and factors to output.
 macro_rules! layer_methods {
-    ($layer:ident, $base:ty, $kind:ident, $weight:ident) => {
+    ($layer:ident, $base:ty, $kind:ident) => {
         impl crate::layer::Layer for $layer {
             const KIND: crate::config::LayerKind = crate::config::LayerKind::$kind;
 
             type Frozen = $base;
-
-            fn weight(base: &$base) -> crate::layer::Base<'_> {
-                crate::layer::Base {
-                    weight: base.frozen_weight(),
-                    shape: base.dims(),
-                }
-            }
 
             fn adapted(
                 base: $base,
@@ -54,9 +45,9 @@ macro_rules! layer_methods {
                 norms: Option<candle_core::Tensor>,
                 vb: candle_nn::VarBuilder,
             ) -> crate::Result<Self> {
-                let weight = Self::weight(&base);
+                let frozen = crate::frozen::Frozen::as_base(&base);
                 let adaptation =
-                    crate::layer::Adaptation::new(Self::KIND, &weight, config, norms, vb)?;
+                    crate::layer::Adaptation::new(Self::KIND, &frozen, config, norms, vb)?;
                 Ok(Self {
                     path: adaptation.path().into(),
                     base,
@@ -83,8 +74,8 @@ macro_rules! layer_methods {
             ///
             /// # Errors
             ///
-            /// When the weight is not a float tensor of the rank that the layer takes, the
-            /// configuration does not fit its rows (see
+            /// When the base cannot run (its weight is not a float tensor of the rank that the layer
+            /// takes, its bias does not fit), the configuration does not fit its rows (see
             /// [`DoftConfig::layout`](crate::DoftConfig::layout)), or `vb` holds a parameter of
             /// another shape.
             pub fn new(
@@ -92,7 +83,9 @@ macro_rules! layer_methods {
                 config: &crate::config::DoftConfig,
                 vb: candle_nn::VarBuilder,
             ) -> crate::Result<Self> {
-                crate::layer::Layer::adapted(base.into(), config, None, vb)
+                let base = base.into();
+                crate::frozen::Frozen::check_base(&base, &vb.prefix())?;
+                crate::layer::Layer::adapted(base, config, None, vb)
             }
 
             /// The weight that acts, in the shape and dtype of the base; computed in f32 or wider. The
@@ -102,7 +95,7 @@ macro_rules! layer_methods {
             ///
             /// Those of candle's operations.
             pub fn effective_weight(&self) -> crate::Result<candle_core::Tensor> {
-                let weight = self.base.$weight()?;
+                let weight = crate::frozen::Frozen::as_base(&self.base).tensor()?;
                 match &self.adaptation {
                     Some(adaptation) => adaptation.effective_weight(&weight),
                     None => Ok(weight),
@@ -175,11 +168,12 @@ macro_rules! layer_methods {
             ///
             /// [`Error::NotAdapted`](crate::Error::NotAdapted) for a plain frozen layer.
             pub fn magnitude(&self) -> crate::Result<candle_core::Tensor> {
-                self.required()?.params().magnitude()
+                self.required()?.magnitude()
             }
 
             /// A copy for inference: `R` and `m / n0` are constants, taken now. It builds no graph,
-            /// costs no rotation to rebuild for each call, and does not see later training.
+            /// drops no block, costs no rotation to rebuild for each call, and does not see later
+            /// training.
             ///
             /// # Errors
             ///
@@ -196,7 +190,7 @@ macro_rules! layer_methods {
                 })
             }
 
-            /// Runs the layer, with dropout when `train` is true.
+            /// Runs the layer, with dropout when `train` is true and the adapter is not held constant.
             ///
             /// # Errors
             ///

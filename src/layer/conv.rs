@@ -4,7 +4,7 @@ use super::Adaptation;
 use super::adaptation::Factors;
 use super::common::layer_methods;
 use crate::error::Result;
-use crate::frozen::{self, check};
+use crate::frozen;
 use crate::ops;
 use candle_core::Tensor;
 use std::sync::Arc;
@@ -117,15 +117,16 @@ macro_rules! conv_layer {
             }
 
             fn run(&self, x: &Tensor, factors: Option<Factors>) -> candle_core::Result<Tensor> {
-                let (base, geometry) = (&self.base, self.base.geometry());
-                check(&self.path, x, base.dims(), base.dtype(), &geometry)?;
+                let base = &self.base;
+                base.check(&self.path, x)?;
                 let factors = factors.as_ref();
                 let factors = factors.map(|factors| (&factors.r, factors.ratio.as_ref()));
-                ops::conv::conv(x, factors, base.frozen_weight(), base.bias(), geometry)
+                let (weight, bias) = (base.frozen_weight(), base.bias());
+                ops::conv::conv(x, factors, weight, bias, base.geometry())
             }
         }
 
-        layer_methods!($layer, frozen::$conv, $conv, weight);
+        layer_methods!($layer, frozen::$conv, $conv);
     };
 }
 

@@ -74,4 +74,4 @@ impl DoftEmbedding {
     }
 }
 
-layer_methods!(DoftEmbedding, frozen::Embedding, Embedding, embeddings);
+layer_methods!(DoftEmbedding, frozen::Embedding, Embedding);

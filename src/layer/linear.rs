@@ -94,4 +94,4 @@ impl DoftLinear {
     }
 }
 
-layer_methods!(DoftLinear, frozen::Linear, Linear, weight);
+layer_methods!(DoftLinear, frozen::Linear, Linear);

@@ -14,7 +14,7 @@ mod conv;
 mod embedding;
 mod linear;
 
-pub(crate) use adaptation::{Adaptation, Base, check_weight};
+pub(crate) use adaptation::Adaptation;
 pub(crate) use common::Layer;
 pub use conv::{DoftConv1d, DoftConv2d};
 pub use embedding::DoftEmbedding;

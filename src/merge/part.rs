@@ -167,13 +167,8 @@ impl Part {
                     true => rotation::geodesic(&theta, &layout, s)?.to_dtype(wide)?,
                     false => rotation::rotation(&theta, &layout)?,
                 };
-                // A row of an embedding turns by R, that of a weight by its transpose.
-                let r = match kind {
-                    LayerKind::Embedding => r.transpose(1, 2)?.contiguous()?,
-                    _ => r,
-                };
                 let r = r.to_device(weight.device())?;
-                rotation::effective_weight(weight, &r, ratio.as_ref())?
+                rotation::effective_weight(kind, weight, &r, ratio.as_ref())?
             }
         };
         if !geodesic && s != 1. {

@@ -268,8 +268,14 @@ pub(crate) fn gather<T: Real>(table: &Weight, ids: &[u32]) -> Result<Vec<T>> {
                 .zip(ids)
                 .for_each(|(to, id)| {
                     let from = &data[*id as usize * stride[0]..];
-                    let from = from.iter().step_by(stride[1].max(1));
-                    to.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
+                    match stride[1] {
+                        // A table that was expanded along its width.
+                        0 => to.fill(from[0]),
+                        step => {
+                            let from = from.iter().step_by(step);
+                            to.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
+                        }
+                    }
                 });
             Ok(())
         })?;
