@@ -1,5 +1,26 @@
+// A picture's path in the repository leads nowhere on docs.rs. Of two definitions of its name the first
+// counts, and that is its path among the sources of the package there.
+#![doc = concat!(
+    "[quickstart]: /crate/candle-doft/", env!("CARGO_PKG_VERSION"),
+    "/source/examples/data/quickstart.svg\n"
+)]
 #![doc = include_str!("../README.md")]
 #![warn(clippy::unwrap_used, clippy::expect_used)]
+
+/// As above, for other pages.
+macro_rules! picture {
+    ($name:literal, $file:literal) => {
+        concat!(
+            "[",
+            $name,
+            "]: /crate/candle-doft/",
+            env!("CARGO_PKG_VERSION"),
+            "/source/examples/data/",
+            $file,
+            "\n"
+        )
+    };
+}
 
 pub mod adapter;
 #[doc = include_str!("architecture.md")]
@@ -9,6 +30,12 @@ pub mod error;
 pub mod file;
 pub mod frozen;
 pub mod layer;
+#[doc = picture!("curves", "compare-curves.svg")]
+#[doc = picture!("rates", "compare-rates.svg")]
+#[doc = picture!("loss", "finetune-loss.svg")]
+#[doc = picture!("growth", "growth.svg")]
+#[doc = include_str!("measurements.md")]
+pub mod measurements {}
 pub mod merge;
 mod ops;
 pub mod params;
