@@ -104,24 +104,16 @@ fn table(found: &Inspection) {
 }
 
 fn row(layer: &LayerInspection, width: usize) -> String {
-    let map = match layer.map {
-        Map::Cayley => "cayley".to_string(),
-        Map::Exponential => "exponential".to_string(),
-        Map::CayleyNeumann {
-            terms,
-            last_coefficient: 1,
-        } => format!("series {terms}"),
-        other => format!("{other:?}"),
-    };
     let ratio = match (layer.ratio_min, layer.ratio_max) {
         (Some(least), Some(most)) => format!("{least:.4} to {most:.4}"),
         _ => "needs the base".to_string(),
     };
     let mut row = format!(
-        "{:width$}  {:>5} {:>6}  {map:12} {:9} {:>8.2}° {:>10.1e}  {ratio:>17}",
+        "{:width$}  {:>5} {:>6}  {:12} {:9} {:>8.2}° {:>10.1e}  {ratio:>17}",
         layer.path,
         layer.block_size,
         layer.blocks,
+        layer.map.to_string(),
         format!("{:?}", layer.magnitude),
         layer.max_angle_degrees,
         layer.orthogonality_error,

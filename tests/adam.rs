@@ -3,8 +3,9 @@
 mod support;
 
 use candle_core::{DType, Result};
-use candle_doft::{DoftConfig, Magnitude, Map};
+use candle_doft::{DoftConfig, Magnitude};
 use candle_nn::{AdamW, Linear, Module, Optimizer, ParamsAdamW};
+use support::MAPS;
 use support::tensors::{seeded, values, wrapped};
 
 const LR: f64 = 1e-3;
@@ -43,7 +44,7 @@ fn first_step(config: &DoftConfig) -> Result<(f64, Vec<f64>)> {
 
 #[test]
 fn a_step_turns_a_row_by_lr_and_changes_its_magnitude_by_lr_for_every_block_size() -> Result<()> {
-    for map in [Map::Cayley, Map::Exponential] {
+    for map in MAPS {
         for b in [4, 8, 16, 32, 64, 128] {
             for magnitude in [Magnitude::Log, Magnitude::Factor] {
                 let config = DoftConfig::default()

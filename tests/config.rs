@@ -135,7 +135,7 @@ fn a_configuration_survives_json_and_may_be_partial() {
 }
 
 #[test]
-fn a_map_is_read_from_its_name() {
+fn a_map_is_read_from_its_name_and_shown_by_it() {
     for (text, map) in [
         ("cayley", Map::Cayley),
         ("exponential", Map::Exponential),
@@ -149,6 +149,7 @@ fn a_map_is_read_from_its_name() {
         ),
     ] {
         assert_eq!(text.parse::<Map>().unwrap(), map);
+        assert_eq!(map.to_string(), text);
     }
     for text in ["", "neumann", "neumann:65", "neumann:5:3", "cayley:1"] {
         let error = text.parse::<Map>().unwrap_err().to_string();

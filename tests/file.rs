@@ -8,6 +8,7 @@ use candle_doft::config::Rule;
 use candle_doft::{Adapter, DoftConfig, DoftLinear, Magnitude, Map, Result, rng::SplitMix64};
 use candle_nn::{Linear, Module};
 use std::path::{Path, PathBuf};
+use support::MAPS;
 use support::tensors::{CPU, bits, linear, relative, seeded};
 
 /// A model of two adapted layers, a frozen one and an extra tensor, away from its start.
@@ -103,8 +104,8 @@ fn what_is_saved_comes_back_for_every_setting() -> Result<()> {
         terms,
         last_coefficient,
     };
+    let plain = MAPS.map(|map| config().with_map(map));
     let configs = [
-        config(),
         config().with_map(Map::Exponential).with_scaled(false),
         config().with_map(Map::SERIES).with_max_norm(0.95),
         config()
@@ -129,7 +130,7 @@ fn what_is_saved_comes_back_for_every_setting() -> Result<()> {
             ),
     ];
     for dtype in [DType::F32, DType::F64] {
-        for config in &configs {
+        for config in plain.iter().chain(&configs) {
             let folder = Folder::new();
             let model = trained(config.clone(), dtype)?;
             model.adapter.save(folder.file())?;

@@ -4,8 +4,9 @@
 mod support;
 
 use candle_core::{DType, Result, Tensor, Var};
-use candle_doft::{DoftConfig, DoftLinear, Magnitude, Map, frozen};
+use candle_doft::{DoftConfig, DoftLinear, Magnitude, frozen};
 use candle_nn::{Linear, Module, VarBuilder};
+use support::MAPS;
 use support::tensors::{CPU, bits, disturb, linear, relative, seeded, values, wrapped};
 use support::tolerance;
 
@@ -104,7 +105,6 @@ fn a_nan_spoils_its_own_row_alone() -> Result<()> {
 
 #[test]
 fn merged_equals_unmerged_and_row_norms_equal_the_magnitude() -> Result<()> {
-    let maps = [Map::Cayley, Map::Exponential, Map::SERIES];
     let kinds = [
         Magnitude::Log,
         Magnitude::Factor,
@@ -113,7 +113,7 @@ fn merged_equals_unmerged_and_row_norms_equal_the_magnitude() -> Result<()> {
     ];
     for dtype in [DType::F32, DType::F64] {
         let tolerance = tolerance::merged(dtype);
-        for map in maps {
+        for map in MAPS {
             for magnitude in kinds {
                 for (share, max_norm) in [(false, None), (true, None), (false, Some(0.2))] {
                     let base = linear(40, 96, true, dtype)?;

@@ -7,7 +7,7 @@ use crate::error::{Error, Result, nearest};
 pub(super) fn selects(config: &DoftConfig, path: &str, kind: LayerKind) -> Result<bool> {
     let wanted = match &config.targets {
         Targets::All => true,
-        Targets::AllLinear => kind == LayerKind::Linear,
+        Targets::AllLinear => kind.is_linear(),
         Targets::Patterns(patterns) => any(patterns, path)?,
     };
     Ok(wanted && !any(&config.exclude, path)?)

@@ -51,6 +51,17 @@ impl LayerKind {
 
     /// Whether the weight is the kernel of a convolution.
     pub fn is_kernel(self) -> bool {
-        matches!(self, Self::Conv1d | Self::Conv2d)
+        match self {
+            Self::Conv1d | Self::Conv2d => true,
+            Self::Linear | Self::Embedding => false,
+        }
+    }
+
+    /// Whether [`Targets::AllLinear`](super::Targets::AllLinear) means it.
+    pub(crate) fn is_linear(self) -> bool {
+        match self {
+            Self::Linear => true,
+            Self::Conv1d | Self::Conv2d | Self::Embedding => false,
+        }
     }
 }

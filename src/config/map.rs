@@ -76,6 +76,24 @@ impl Map {
     }
 }
 
+/// The name that it is read from.
+impl std::fmt::Display for Map {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Cayley => f.write_str("cayley"),
+            Self::CayleyNeumann {
+                terms,
+                last_coefficient: 1,
+            } => write!(f, "neumann:{terms}"),
+            Self::CayleyNeumann {
+                terms,
+                last_coefficient,
+            } => write!(f, "neumann:{terms}:{last_coefficient}"),
+            Self::Exponential => f.write_str("exponential"),
+        }
+    }
+}
+
 /// `cayley`, `exponential`, `neumann:T` or `neumann:T:2` for a series of `T` terms.
 impl std::str::FromStr for Map {
     type Err = Error;

@@ -1,5 +1,6 @@
 //! Strengths between base and adapter and beyond, and what a merge rounds.
 
+use super::support::orthogonal_maps;
 use super::support::tensors::{bits, relative};
 use super::{adapter, base};
 use candle_core::{DType, Tensor};
@@ -8,7 +9,7 @@ use candle_doft::{DoftConfig, Map};
 
 #[test]
 fn strength_goes_from_the_base_to_the_adapter_and_back() -> candle_doft::Result<()> {
-    for map in [Map::Cayley, Map::Exponential] {
+    for map in orthogonal_maps() {
         let adapter = adapter(DoftConfig::default().with_map(map), 0.5)?;
         let weight = base(DType::F64)?["a.weight"].clone();
         let at = |strength| -> candle_doft::Result<Tensor> {

@@ -1,7 +1,7 @@
 //! What holds for all inputs: orthogonality, the identity at zero, views, threads, a NaN in its block.
 
 use super::support::tensors::{CPU, bits};
-use super::support::{assert_close, uneven};
+use super::support::{MAPS, assert_close, orthogonal_maps, uneven};
 use super::{RotationMap, entries, tensor};
 use candle_core::{DType, Tensor, Var};
 use candle_doft::rng::SplitMix64;
@@ -212,7 +212,7 @@ fn answers_do_not_depend_on_the_number_of_threads() -> Result<()> {
             Ok((bits(&r), bits(grads.get(&var).unwrap())))
         })
     };
-    for map in [Map::Cayley, Map::SERIES, Map::Exponential] {
+    for map in MAPS {
         assert_eq!(run(1, map)?, run(5, map)?, "{map:?}");
     }
     Ok(())
@@ -237,8 +237,11 @@ proptest! {
     #[test]
     fn every_theta_gives_a_rotation((blocks, b, scale, seed) in shapes()) {
         for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F64, 1e-12)] {
-            let q = skew(&random(blocks, b, scale, seed).to_dtype(dtype).unwrap(), b).unwrap();
-            for r in [cayley(&q).unwrap(), exponential(&q).unwrap()] {
+            let theta = random(blocks, b, scale, seed).to_dtype(dtype).unwrap();
+            for map in orthogonal_maps() {
+                let config = DoftConfig::default().with_block_size(b).with_map(map);
+                let layout = config.with_scaled(false).layout("x", blocks * b).unwrap();
+                let r = rotation(&theta, &layout).unwrap();
                 prop_assert!(orthogonality_error(&r).unwrap() <= tolerance);
             }
         }
@@ -247,7 +250,7 @@ proptest! {
     #[test]
     fn the_opposite_sign_is_the_transpose((blocks, b, scale, seed) in shapes()) {
         let theta = random(blocks, b, scale.min(1.), seed);
-        for map in [Map::Cayley, Map::SERIES, Map::Exponential] {
+        for map in MAPS {
             let config = DoftConfig::default().with_block_size(b).with_map(map).with_max_norm(2.);
             let layout = config.layout("x", blocks * b).unwrap();
             let r = rotation(&theta, &layout).unwrap().transpose(1, 2).unwrap();

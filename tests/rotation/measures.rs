@@ -1,14 +1,14 @@
 //! Angles of a rotation, and parts of it.
 
 use super::support::tensors::CPU;
-use super::support::{assert_close, uneven};
+use super::support::{assert_close, orthogonal_maps, uneven};
 use super::{entries, tensor};
 use approx::assert_abs_diff_eq;
 use candle_core::{DType, Tensor};
 use candle_doft::rotation::{
     angles, cayley, cayley_neumann, exponential, geodesic, orthogonality_error, rotation, skew,
 };
-use candle_doft::{DoftConfig, Map, Result};
+use candle_doft::{DoftConfig, Result};
 
 #[test]
 fn angles_are_those_put_in() -> Result<()> {
@@ -47,7 +47,7 @@ fn angles_are_those_put_in() -> Result<()> {
 
 #[test]
 fn geodesics_take_part_of_the_way() -> Result<()> {
-    for map in [Map::Cayley, Map::Exponential] {
+    for map in orthogonal_maps() {
         for (b, scale) in [(2, 1.), (3, 1e-8), (5, 3.), (8, 20.), (32, 1.)] {
             let config = DoftConfig::default()
                 .with_block_size(b)

@@ -10,6 +10,15 @@ pub mod tensors;
 pub mod tolerance;
 
 use candle_core::{DType, Tensor};
+use candle_doft::Map;
+
+/// Every map: what holds for all of them is checked for these.
+pub const MAPS: [Map; 3] = [Map::Cayley, Map::SERIES, Map::Exponential];
+
+/// The maps whose every `R` has to be orthogonal: all but the series.
+pub fn orthogonal_maps() -> impl Iterator<Item = Map> {
+    MAPS.into_iter().filter(|map| *map != Map::SERIES)
+}
 
 /// `n` numbers between -1 and 1 without symmetry, the same ones each time.
 pub fn uneven(n: usize) -> Vec<f64> {
