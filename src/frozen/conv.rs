@@ -228,6 +228,11 @@ macro_rules! convolution {
                 }
             }
 
+            fn run(&self, layer: &str, x: &Tensor) -> Result<Tensor> {
+                self.check(layer, x)?;
+                ops::conv::conv(x, None, &self.weight, self.bias.as_ref(), self.geometry())
+            }
+
             fn check_base(&self, layer: &str) -> crate::Result<()> {
                 self.as_base().check(layer)?;
                 check_geometry(layer, self.shape[0], &self.geometry())
@@ -243,8 +248,7 @@ macro_rules! convolution {
 
         impl Module for $conv {
             fn forward(&self, x: &Tensor) -> Result<Tensor> {
-                self.check("the convolution", x)?;
-                ops::conv::conv(x, None, &self.weight, self.bias.as_ref(), self.geometry())
+                self.run("the convolution", x)
             }
         }
     };

@@ -168,6 +168,11 @@ impl Frozen for Embedding {
             bias: None,
         }
     }
+
+    fn run(&self, layer: &str, ids: &Tensor) -> Result<Tensor> {
+        let flat = self.check(layer, ids)?;
+        ops::embedding::rows(&self.table, &flat)?.reshape(self.answer(ids))
+    }
 }
 
 impl From<candle_nn::Embedding> for Embedding {
@@ -178,7 +183,6 @@ impl From<candle_nn::Embedding> for Embedding {
 
 impl Module for Embedding {
     fn forward(&self, ids: &Tensor) -> Result<Tensor> {
-        let flat = self.check(UNNAMED, ids)?;
-        ops::embedding::rows(&self.table, &flat)?.reshape(self.answer(ids))
+        self.run(UNNAMED, ids)
     }
 }

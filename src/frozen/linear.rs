@@ -222,6 +222,11 @@ impl Frozen for Linear {
             bias: self.bias.as_ref(),
         }
     }
+
+    fn run(&self, layer: &str, x: &Tensor) -> Result<Tensor> {
+        self.check(layer, x)?;
+        ops::linear::frozen(x, &self.weight, self.bias.as_ref())
+    }
 }
 
 impl From<candle_nn::Linear> for Linear {
@@ -232,7 +237,6 @@ impl From<candle_nn::Linear> for Linear {
 
 impl Module for Linear {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.check(UNNAMED, x)?;
-        ops::linear::frozen(x, &self.weight, self.bias.as_ref())
+        self.run(UNNAMED, x)
     }
 }

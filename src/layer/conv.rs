@@ -1,7 +1,7 @@
 //! [`DoftConv2d`] and [`DoftConv1d`]: frozen convolutions with rotated patches and scaled outputs.
 
 use super::Adaptation;
-use super::adaptation::Factors;
+use super::adaptation::Pass;
 use super::common::layer_methods;
 use crate::error::Result;
 use crate::frozen;
@@ -116,11 +116,11 @@ macro_rules! conv_layer {
                 Ok(candle_nn::$conv::new(weight, bias, *self.base.config()))
             }
 
-            fn run(&self, x: &Tensor, factors: Option<Factors>) -> candle_core::Result<Tensor> {
+            fn run(&self, x: &Tensor, pass: Pass) -> candle_core::Result<Tensor> {
                 let base = &self.base;
                 base.check(&self.path, x)?;
-                let factors = factors.as_ref();
-                let factors = factors.map(|factors| (&factors.r, factors.ratio.as_ref()));
+                let ratio = pass.ratio()?;
+                let factors = Some((&pass.r, ratio.as_ref()));
                 let (weight, bias) = (base.frozen_weight(), base.bias());
                 ops::conv::conv(x, factors, weight, bias, base.geometry())
             }
