@@ -205,10 +205,6 @@ macro_rules! convolution {
                 self.weight.dtype()
             }
 
-            pub(crate) fn frozen_weight(&self) -> &Weight {
-                &self.weight
-            }
-
             /// Refuses an input that the layer cannot take, and a kernel or settings that it cannot
             /// run with.
             pub(crate) fn check(&self, layer: &str, x: &Tensor) -> crate::Result<()> {

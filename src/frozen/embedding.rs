@@ -118,10 +118,6 @@ impl Embedding {
         super::Linear::over(self.table.clone())
     }
 
-    pub(crate) fn frozen_weight(&self) -> &Weight {
-        &self.table
-    }
-
     /// The ids as u32 in one row, or why they cannot be looked up.
     pub(crate) fn check(&self, layer: &str, ids: &Tensor) -> crate::Result<Tensor> {
         self.check_base(layer)?;

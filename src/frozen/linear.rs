@@ -197,10 +197,6 @@ impl Linear {
         self.weight.dtype()
     }
 
-    pub(crate) fn frozen_weight(&self) -> &Weight {
-        &self.weight
-    }
-
     /// Refuses an input that the layer cannot take, and a weight or bias that it cannot run with.
     pub(crate) fn check(&self, layer: &str, x: &Tensor) -> crate::Result<()> {
         self.check_base(layer)?;

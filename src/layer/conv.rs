@@ -4,7 +4,7 @@ use super::Adaptation;
 use super::adaptation::Pass;
 use super::common::layer_methods;
 use crate::error::Result;
-use crate::frozen;
+use crate::frozen::{self, Base, Frozen};
 use crate::ops;
 use candle_core::Tensor;
 use std::sync::Arc;
@@ -117,12 +117,11 @@ macro_rules! conv_layer {
             }
 
             fn run(&self, x: &Tensor, pass: Pass) -> candle_core::Result<Tensor> {
-                let base = &self.base;
-                base.check(&self.path, x)?;
+                self.base.check(&self.path, x)?;
                 let ratio = pass.ratio()?;
                 let factors = Some((&pass.r, ratio.as_ref()));
-                let (weight, bias) = (base.frozen_weight(), base.bias());
-                ops::conv::conv(x, factors, weight, bias, base.geometry())
+                let Base { weight, bias, .. } = self.base.as_base();
+                ops::conv::conv(x, factors, weight, bias, self.base.geometry())
             }
         }
 

@@ -4,7 +4,7 @@ use super::Adaptation;
 use super::adaptation::Pass;
 use super::common::layer_methods;
 use crate::error::Result;
-use crate::frozen;
+use crate::frozen::{self, Frozen};
 use crate::ops;
 use candle_core::Tensor;
 use std::sync::Arc;
@@ -61,7 +61,7 @@ impl DoftEmbedding {
         let flat = self.base.check(&self.path, ids)?;
         // Of the ratios, too, only those in use are read.
         let ratio = pass.ratio_at(&flat)?;
-        let table = self.base.frozen_weight();
+        let table = self.base.as_base().weight;
         let rows = ops::embedding::doft(table, &flat, &pass.r, ratio.as_ref())?;
         rows.reshape(self.base.answer(ids))
     }
