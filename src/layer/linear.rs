@@ -25,7 +25,7 @@ use std::sync::Arc;
 ///
 /// # Dropout
 ///
-/// candle gives every [`Module`] a `ModuleT` that forgets whether it trains. So with dropout
+/// candle gives every [`Module`](candle_nn::Module) a `ModuleT` that forgets whether it trains. So with dropout
 /// configured, call [`DoftLinear::forward_t`]; `Module::forward` then answers an error, except on an
 /// inference copy or in [`Adapter::inference`](crate::Adapter::inference).
 ///
