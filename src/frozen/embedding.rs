@@ -9,9 +9,6 @@ use candle_core::{DType, Result, Tensor};
 use candle_nn::{Module, VarBuilder};
 use std::sync::Arc;
 
-/// What errors call a layer that stands alone.
-const UNNAMED: &str = "the embedding";
-
 /// A frozen embedding table.
 ///
 /// # Shapes
@@ -154,6 +151,9 @@ impl Embedding {
         shape
     }
 }
+
+/// What errors call a layer that stands alone.
+const UNNAMED: &str = "the embedding";
 
 impl Frozen for Embedding {
     fn as_base(&self) -> Base<'_> {

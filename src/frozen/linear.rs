@@ -9,9 +9,6 @@ use candle_core::{DType, Result, Tensor};
 use candle_nn::{Module, VarBuilder};
 use std::sync::Arc;
 
-/// What errors call a layer that stands alone.
-const UNNAMED: &str = "the linear layer";
-
 /// A linear layer of frozen weight and bias.
 ///
 /// ```text
@@ -208,6 +205,9 @@ impl Linear {
         self.as_base().check_dtype(layer, x)
     }
 }
+
+/// What errors call a layer that stands alone.
+const UNNAMED: &str = "the linear layer";
 
 impl Frozen for Linear {
     fn as_base(&self) -> Base<'_> {
