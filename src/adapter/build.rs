@@ -238,6 +238,15 @@ impl Adapter {
 
     /// A layer of any kind, adapted or plain, entered under its path.
     fn wrap<L: Layer>(&self, path: &str, base: L::Frozen) -> Result<L> {
+        // Its parameters could not be told from those of the next one, nor read from a file.
+        if path.is_empty() {
+            return Err(Error::argument(
+                "Adapter",
+                "the path of a layer",
+                "empty",
+                "a name: give the `VarBuilder` a prefix, as in `vb.pp(\"fc1\")`",
+            ));
+        }
         if self.inner.layers().contains_key(path) {
             return Err(exists(path));
         }
@@ -268,17 +277,6 @@ impl Adapter {
 
     /// Refuses what cannot be adapted.
     fn check(&self, path: &str, base: &impl Frozen) -> Result<()> {
-        if path.is_empty() {
-            // A file could not say whose parameters it holds.
-            let expected =
-                "the layer's path in the checkpoint, as `vb.pp(\"head\")` or an argument";
-            return Err(Error::argument(
-                "Adapter",
-                "the path of a layer",
-                "empty",
-                expected,
-            ));
-        }
         let (found, expected) = (&base.as_base().weight.device(), &self.inner.device);
         if !found.same_device(expected) {
             return Err(Error::Device {

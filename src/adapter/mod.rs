@@ -140,7 +140,8 @@ impl Adapter {
         VarBuilder::from_backend(Box::new(backend), dtype, self.inner.device.clone())
     }
 
-    /// Makes `value` an extra trainable tensor, or answers the one of that name.
+    /// Makes `value` an extra trainable tensor, or answers the one of that name: that there is, or that
+    /// the adapter was loaded with.
     ///
     /// # Errors
     ///

@@ -25,6 +25,9 @@ pub(crate) trait Frozen {
     fn check_base(&self, layer: &str) -> Result<()> {
         self.as_base().check(layer)
     }
+
+    /// The layer's answer; `layer` is its name in errors.
+    fn run(&self, layer: &str, x: &Tensor) -> candle_core::Result<Tensor>;
 }
 
 impl Base<'_> {

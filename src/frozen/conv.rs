@@ -205,10 +205,6 @@ macro_rules! convolution {
                 self.weight.dtype()
             }
 
-            pub(crate) fn frozen_weight(&self) -> &Weight {
-                &self.weight
-            }
-
             /// Refuses an input that the layer cannot take, and a kernel or settings that it cannot
             /// run with.
             pub(crate) fn check(&self, layer: &str, x: &Tensor) -> crate::Result<()> {
@@ -228,6 +224,11 @@ macro_rules! convolution {
                 }
             }
 
+            fn run(&self, layer: &str, x: &Tensor) -> Result<Tensor> {
+                self.check(layer, x)?;
+                ops::conv::conv(x, None, &self.weight, self.bias.as_ref(), self.geometry())
+            }
+
             fn check_base(&self, layer: &str) -> crate::Result<()> {
                 self.as_base().check(layer)?;
                 check_geometry(layer, self.shape[0], &self.geometry())
@@ -243,8 +244,7 @@ macro_rules! convolution {
 
         impl Module for $conv {
             fn forward(&self, x: &Tensor) -> Result<Tensor> {
-                self.check("the convolution", x)?;
-                ops::conv::conv(x, None, &self.weight, self.bias.as_ref(), self.geometry())
+                self.run("the convolution", x)
             }
         }
     };

@@ -9,9 +9,6 @@ use candle_core::{DType, Result, Tensor};
 use candle_nn::{Module, VarBuilder};
 use std::sync::Arc;
 
-/// What errors call a layer that stands alone.
-const UNNAMED: &str = "the embedding";
-
 /// A frozen embedding table.
 ///
 /// # Shapes
@@ -118,10 +115,6 @@ impl Embedding {
         super::Linear::over(self.table.clone())
     }
 
-    pub(crate) fn frozen_weight(&self) -> &Weight {
-        &self.table
-    }
-
     /// The ids as u32 in one row, or why they cannot be looked up.
     pub(crate) fn check(&self, layer: &str, ids: &Tensor) -> crate::Result<Tensor> {
         self.check_base(layer)?;
@@ -159,6 +152,9 @@ impl Embedding {
     }
 }
 
+/// What errors call a layer that stands alone.
+const UNNAMED: &str = "the embedding";
+
 impl Frozen for Embedding {
     fn as_base(&self) -> Base<'_> {
         Base {
@@ -167,6 +163,11 @@ impl Frozen for Embedding {
             rank: 2,
             bias: None,
         }
+    }
+
+    fn run(&self, layer: &str, ids: &Tensor) -> Result<Tensor> {
+        let flat = self.check(layer, ids)?;
+        ops::embedding::rows(&self.table, &flat)?.reshape(self.answer(ids))
     }
 }
 
@@ -178,7 +179,6 @@ impl From<candle_nn::Embedding> for Embedding {
 
 impl Module for Embedding {
     fn forward(&self, ids: &Tensor) -> Result<Tensor> {
-        let flat = self.check(UNNAMED, ids)?;
-        ops::embedding::rows(&self.table, &flat)?.reshape(self.answer(ids))
+        self.run(UNNAMED, ids)
     }
 }

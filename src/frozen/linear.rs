@@ -9,9 +9,6 @@ use candle_core::{DType, Result, Tensor};
 use candle_nn::{Module, VarBuilder};
 use std::sync::Arc;
 
-/// What errors call a layer that stands alone.
-const UNNAMED: &str = "the linear layer";
-
 /// A linear layer of frozen weight and bias.
 ///
 /// ```text
@@ -197,10 +194,6 @@ impl Linear {
         self.weight.dtype()
     }
 
-    pub(crate) fn frozen_weight(&self) -> &Weight {
-        &self.weight
-    }
-
     /// Refuses an input that the layer cannot take, and a weight or bias that it cannot run with.
     pub(crate) fn check(&self, layer: &str, x: &Tensor) -> crate::Result<()> {
         self.check_base(layer)?;
@@ -213,6 +206,9 @@ impl Linear {
     }
 }
 
+/// What errors call a layer that stands alone.
+const UNNAMED: &str = "the linear layer";
+
 impl Frozen for Linear {
     fn as_base(&self) -> Base<'_> {
         Base {
@@ -221,6 +217,11 @@ impl Frozen for Linear {
             rank: 2,
             bias: self.bias.as_ref(),
         }
+    }
+
+    fn run(&self, layer: &str, x: &Tensor) -> Result<Tensor> {
+        self.check(layer, x)?;
+        ops::linear::frozen(x, &self.weight, self.bias.as_ref())
     }
 }
 
@@ -232,7 +233,6 @@ impl From<candle_nn::Linear> for Linear {
 
 impl Module for Linear {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.check(UNNAMED, x)?;
-        ops::linear::frozen(x, &self.weight, self.bias.as_ref())
+        self.run(UNNAMED, x)
     }
 }

@@ -80,7 +80,8 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
 pub fn linear_cross_entropy(hidden: &Tensor, head: &Linear, targets: &Tensor) -> Result<Tensor> {
     const NAME: &str = "linear_cross_entropy";
     head.check_base("the head")?;
-    check_float(NAME, hidden, head.as_base().input_dtypes())?;
+    let base = head.as_base();
+    check_float(NAME, hidden, base.input_dtypes())?;
     let width = head.in_dim();
     if hidden.rank() < 2 || hidden.dims().last() != Some(&width) {
         Err(Error::argument(
@@ -93,7 +94,7 @@ pub fn linear_cross_entropy(hidden: &Tensor, head: &Linear, targets: &Tensor) ->
     let rows = hidden.elem_count() / width;
     let targets = checked(NAME, targets, rows, head.out_dim())?;
     let hidden = hidden.reshape((rows, width))?;
-    ops::loss::linear_cross_entropy(&hidden, head.frozen_weight(), head.bias(), targets)
+    ops::loss::linear_cross_entropy(&hidden, base.weight, base.bias, targets)
 }
 
 /// The targets as u32, or why they cannot be.

@@ -11,11 +11,45 @@ use candle_nn::VarBuilder;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{RwLock, RwLockWriteGuard};
 
-/// What a layer needs of its adapter in one pass: the blocks `R` (1 or `D`, b, b) and `m / n0`.
-#[derive(Clone, Debug)]
-pub(crate) struct Factors {
+/// What a layer needs of its adapter in one pass.
+#[derive(Debug)]
+pub(crate) struct Pass<'a> {
+    /// The blocks `R`, (1 or `D`, b, b).
     pub(crate) r: Tensor,
-    pub(crate) ratio: Option<Tensor>,
+    ratio: Ratio<'a>,
+}
+
+/// `m / n0`, made from the parameters or held.
+#[derive(Debug)]
+enum Ratio<'a> {
+    Made(&'a Params),
+    Held(Option<Tensor>),
+}
+
+impl Pass<'_> {
+    /// `m / n0` for each row of the weight; none for plain OFT.
+    pub(crate) fn ratio(&self) -> Result<Option<Tensor>> {
+        match &self.ratio {
+            Ratio::Made(params) => params.ratio(),
+            Ratio::Held(ratio) => Ok(ratio.clone()),
+        }
+    }
+
+    /// The same for the rows that `ids` `(n)` (u32) name.
+    pub(crate) fn ratio_at(&self, ids: &Tensor) -> Result<Option<Tensor>> {
+        match &self.ratio {
+            Ratio::Made(params) => params.ratio_at(ids),
+            Ratio::Held(None) => Ok(None),
+            Ratio::Held(Some(ratio)) => Ok(Some(ratio.index_select(ids, 0)?)),
+        }
+    }
+}
+
+/// Rotation and ratio outside any graph.
+#[derive(Clone, Debug)]
+struct Factors {
+    r: Tensor,
+    ratio: Option<Tensor>,
 }
 
 /// The adapter of one layer. Layers hold it in an `Arc`, so that clones train the same parameters.
@@ -195,36 +229,33 @@ impl Adaptation {
         })
     }
 
-    /// Rotation and ratio for one pass, or none when the adapter is off. Where they are held there is
-    /// neither graph nor dropout.
-    pub(crate) fn factors(&self, train: bool) -> Result<Option<Factors>> {
+    /// What acts in one pass, or none when the adapter is off. Where rotation and ratio are held there
+    /// is neither graph nor dropout.
+    pub(crate) fn pass(&self, train: bool) -> Result<Option<Pass<'_>>> {
         if !self.enabled() {
             return Ok(None);
         }
-        if let Some(factors) = self.held() {
-            return Ok(Some(factors));
+        if let Some(Factors { r, ratio }) = self.held() {
+            let ratio = Ratio::Held(ratio);
+            return Ok(Some(Pass { r, ratio }));
         }
         let r = self.made_rotation()?;
         let r = match train && self.spec.dropout > 0. {
             true => self.drop_blocks(&r)?,
             false => r,
         };
-        // An embedding looks up the ratios that it needs.
-        let ratio = match self.spec.kind {
-            LayerKind::Embedding => None,
-            _ => self.spec.params.ratio()?,
-        };
-        Ok(Some(Factors { r, ratio }))
+        let ratio = Ratio::Made(&self.spec.params);
+        Ok(Some(Pass { r, ratio }))
     }
 
-    /// For `Module::forward`, which cannot say whether it trains: fine without dropout.
-    pub(crate) fn factors_of_forward(&self) -> Result<Option<Factors>> {
-        if self.spec.dropout > 0. && self.enabled() && self.held().is_none() {
-            return Err(Error::DropoutMode {
+    /// Refuses a pass that does not say whether it trains, where that makes a difference.
+    pub(crate) fn check_mode(&self) -> Result<()> {
+        match self.spec.dropout > 0. && self.enabled() && self.held().is_none() {
+            true => Err(Error::DropoutMode {
                 layer: self.spec.path.clone(),
-            });
+            }),
+            false => Ok(()),
         }
-        self.factors(false)
     }
 
     /// The weight that acts when the layer's is `weight`: computed in f32 or wider, rounded once.

@@ -31,7 +31,7 @@ pub(crate) trait Layer: Sized {
 }
 
 /// The methods that do not depend on what the layer computes. Expects the fields `path`, `base` and
-/// `adaptation`, and a method `run` from input and factors to output.
+/// `adaptation`, and a method `run` that answers for an input and what acts on it.
 macro_rules! layer_methods {
     ($layer:ident, $base:ty, $kind:ident) => {
         impl crate::layer::Layer for $layer {
@@ -200,21 +200,21 @@ macro_rules! layer_methods {
                 x: &candle_core::Tensor,
                 train: bool,
             ) -> candle_core::Result<candle_core::Tensor> {
-                let factors = match &self.adaptation {
-                    Some(adaptation) => adaptation.factors(train)?,
-                    None => None,
-                };
-                self.run(x, factors)
+                let adaptation = self.adaptation.as_deref();
+                match adaptation.map(|a| a.pass(train)).transpose()?.flatten() {
+                    Some(pass) => self.run(x, pass),
+                    None => crate::frozen::Frozen::run(&self.base, &self.path, x),
+                }
             }
         }
 
         impl candle_nn::Module for $layer {
             fn forward(&self, x: &candle_core::Tensor) -> candle_core::Result<candle_core::Tensor> {
-                let factors = match &self.adaptation {
-                    Some(adaptation) => adaptation.factors_of_forward()?,
-                    None => None,
-                };
-                self.run(x, factors)
+                // It cannot say whether it trains.
+                if let Some(adaptation) = &self.adaptation {
+                    adaptation.check_mode()?;
+                }
+                self.forward_t(x, false)
             }
         }
     };

@@ -1,10 +1,10 @@
 //! [`DoftConv2d`] and [`DoftConv1d`]: frozen convolutions with rotated patches and scaled outputs.
 
 use super::Adaptation;
-use super::adaptation::Factors;
+use super::adaptation::Pass;
 use super::common::layer_methods;
 use crate::error::Result;
-use crate::frozen;
+use crate::frozen::{self, Base, Frozen};
 use crate::ops;
 use candle_core::Tensor;
 use std::sync::Arc;
@@ -116,13 +116,12 @@ macro_rules! conv_layer {
                 Ok(candle_nn::$conv::new(weight, bias, *self.base.config()))
             }
 
-            fn run(&self, x: &Tensor, factors: Option<Factors>) -> candle_core::Result<Tensor> {
-                let base = &self.base;
-                base.check(&self.path, x)?;
-                let factors = factors.as_ref();
-                let factors = factors.map(|factors| (&factors.r, factors.ratio.as_ref()));
-                let (weight, bias) = (base.frozen_weight(), base.bias());
-                ops::conv::conv(x, factors, weight, bias, base.geometry())
+            fn run(&self, x: &Tensor, pass: Pass) -> candle_core::Result<Tensor> {
+                self.base.check(&self.path, x)?;
+                let ratio = pass.ratio()?;
+                let factors = Some((&pass.r, ratio.as_ref()));
+                let Base { weight, bias, .. } = self.base.as_base();
+                ops::conv::conv(x, factors, weight, bias, self.base.geometry())
             }
         }
 

@@ -1,10 +1,10 @@
 //! [`DoftEmbedding`]: a frozen table whose looked-up rows are rotated, and scaled on request.
 
 use super::Adaptation;
-use super::adaptation::Factors;
+use super::adaptation::Pass;
 use super::common::layer_methods;
 use crate::error::Result;
-use crate::frozen;
+use crate::frozen::{self, Frozen};
 use crate::ops;
 use candle_core::Tensor;
 use std::sync::Arc;
@@ -57,19 +57,12 @@ impl DoftEmbedding {
         Ok(candle_nn::Embedding::new(self.effective_weight()?, hidden))
     }
 
-    fn run(&self, ids: &Tensor, factors: Option<Factors>) -> candle_core::Result<Tensor> {
-        let table = self.base.frozen_weight();
+    fn run(&self, ids: &Tensor, pass: Pass) -> candle_core::Result<Tensor> {
         let flat = self.base.check(&self.path, ids)?;
-        let rows = match (factors, &self.adaptation) {
-            (Some(Factors { r, ratio }), Some(adaptation)) => {
-                let ratio = match ratio {
-                    Some(constant) => Some(constant.index_select(&flat, 0)?),
-                    None => adaptation.params().ratio_at(&flat)?,
-                };
-                ops::embedding::doft(table, &flat, &r, ratio.as_ref())?
-            }
-            _ => ops::embedding::rows(table, &flat)?,
-        };
+        // Of the ratios, too, only those in use are read.
+        let ratio = pass.ratio_at(&flat)?;
+        let table = self.base.as_base().weight;
+        let rows = ops::embedding::doft(table, &flat, &pass.r, ratio.as_ref())?;
         rows.reshape(self.base.answer(ids))
     }
 }

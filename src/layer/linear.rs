@@ -1,13 +1,12 @@
 //! [`DoftLinear`]: a frozen linear layer with a rotated input side and scaled outputs.
 
 use super::Adaptation;
-use super::adaptation::Factors;
+use super::adaptation::Pass;
 use super::common::layer_methods;
 use crate::error::Result;
-use crate::frozen;
+use crate::frozen::{self, Base, Frozen};
 use crate::ops;
 use candle_core::Tensor;
-use candle_nn::Module;
 use std::sync::Arc;
 
 /// A frozen linear layer, its input side rotated and its outputs scaled.
@@ -26,9 +25,9 @@ use std::sync::Arc;
 ///
 /// # Dropout
 ///
-/// candle gives every [`Module`] a `ModuleT` that forgets whether it trains. So with dropout
+/// candle gives every [`Module`](candle_nn::Module) a `ModuleT` that forgets whether it trains. So with dropout
 /// configured, call [`DoftLinear::forward_t`]; `Module::forward` then answers an error, except on an
-/// inference copy.
+/// inference copy or in [`Adapter::inference`](crate::Adapter::inference).
 ///
 /// # Shapes
 ///
@@ -79,18 +78,11 @@ impl DoftLinear {
         Ok(candle_nn::Linear::new(self.effective_weight()?, bias))
     }
 
-    fn run(&self, x: &Tensor, factors: Option<Factors>) -> candle_core::Result<Tensor> {
+    fn run(&self, x: &Tensor, pass: Pass) -> candle_core::Result<Tensor> {
         self.base.check(&self.path, x)?;
-        match factors {
-            Some(Factors { r, ratio }) => ops::linear::doft(
-                x,
-                &r,
-                ratio.as_ref(),
-                self.base.frozen_weight(),
-                self.base.bias(),
-            ),
-            None => self.base.forward(x),
-        }
+        let ratio = pass.ratio()?;
+        let Base { weight, bias, .. } = self.base.as_base();
+        ops::linear::doft(x, &pass.r, ratio.as_ref(), weight, bias)
     }
 }
 

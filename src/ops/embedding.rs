@@ -18,7 +18,8 @@ use rayon::prelude::*;
 /// The rows of the table that `ids` `(n)` (u32) name, `(n, hidden)`, outside any graph.
 pub(crate) fn rows(table: &Weight, ids: &Tensor) -> Result<Tensor> {
     match table.qtensor() {
-        None => table.tensor()?.index_select(ids, 0),
+        // candle looks up rows of whole tables alone.
+        None => table.tensor()?.contiguous()?.index_select(ids, 0),
         Some(quantized) if !matches!(table.device(), Device::Cpu) => quantized.embedding(ids),
         Some(_) => {
             let rows = gather::<f32>(table, &ids.to_vec1()?)?;
