@@ -46,6 +46,8 @@ use serde::{Deserialize, Serialize};
 /// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
+#[non_exhaustive]
+#[must_use = "each `with_` answers the changed configuration"]
 pub struct DoftConfig {
     /// Width of a rotation block.
     pub block_size: usize,

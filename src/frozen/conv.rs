@@ -91,6 +91,10 @@ pub(crate) fn check(
 
 /// A two-dimensional convolution of frozen kernel and bias.
 ///
+/// ```text
+/// y[o] = sum_c W[o, c] * x[c] + bias[o],    dx = the transposed convolution of dy with W
+/// ```
+///
 /// The kernel lives inside the operation: only the input gets a gradient. On CPU forward and backward
 /// are this crate's or candle's kernels, whichever is exact and whole: candle's backward fails on some
 /// rectangles (stride 2, padding 1, a 3x3 kernel on 8x7) and runs groups one after the other.
@@ -137,9 +141,8 @@ impl Conv2d {
     }
 }
 
-/// A one-dimensional convolution of frozen kernel and bias.
-///
-/// Only the input gets a gradient, as in [`Conv2d`].
+/// A one-dimensional convolution of frozen kernel and bias, otherwise as [`Conv2d`]: only the input
+/// gets a gradient.
 ///
 /// # Shapes
 ///
