@@ -43,7 +43,11 @@ pub mod rng;
 pub mod rotation;
 pub mod train;
 
+#[doc(inline)]
 pub use adapter::Adapter;
+#[doc(inline)]
 pub use config::{DoftConfig, Magnitude, Map, Pattern, Targets};
+#[doc(inline)]
 pub use error::{Error, Result};
+#[doc(inline)]
 pub use layer::{DoftConv1d, DoftConv2d, DoftEmbedding, DoftLinear};

@@ -230,6 +230,10 @@ fn absolute(norms: &Tensor, vb: &VarBuilder) -> Result<Tensor> {
 /// The answer is f64 for an f64 weight and f32 for any other. Reads a few rows at a time, so that no
 /// copy of the weight is made.
 ///
+/// ```text
+/// n0_i = ||W_i|| = sqrt(sum_j W_ij^2)
+/// ```
+///
 /// # Shapes
 ///
 /// `weight` is `(out, ..)`, of rank 2 or more, f32, f64, f16 or bf16; the answer is `(out)`.
@@ -237,6 +241,17 @@ fn absolute(norms: &Tensor, vb: &VarBuilder) -> Result<Tensor> {
 /// # Errors
 ///
 /// [`Error::Argument`] when `weight` is of another rank, has an empty axis, or is not a float tensor.
+///
+/// # Examples
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_doft::params::row_norms;
+///
+/// let weight = Tensor::new(&[[3f32, 4.], [0., 2.]], &Device::Cpu)?;
+/// assert_eq!(row_norms(&weight)?.to_vec1::<f32>()?, [5., 2.]);
+/// # Ok::<(), candle_doft::Error>(())
+/// ```
 pub fn row_norms(weight: &Tensor) -> Result<Tensor> {
     let refuse = |what, found: String, expected: &str| {
         Err(Error::Argument {

@@ -136,7 +136,7 @@ fn what_peft_cannot_hold_is_refused_and_said() -> Result<()> {
         assert!(found.contains(reason), "{case}: {found}");
     }
     let folder = golden("onetrainer").join("doft_g3_linear");
-    let shapes = weight_shapes(&folder.join("base.safetensors")).unwrap();
+    let shapes = weight_shapes(folder.join("base.safetensors")).unwrap();
     let file = folder.join("adapter.safetensors");
     let run = |target| convert(&file, &out, target, &LoadOptions::default(), &shapes);
     let found = run(PEFT).unwrap_err().to_string();
@@ -175,7 +175,7 @@ fn an_inspection_says_what_the_file_holds() -> candle_doft::Result<()> {
     let folder = golden("onetrainer/doft_g3_linear");
     let base = folder.join("base.safetensors");
     let series = inspect(
-        &folder.join("adapter.safetensors"),
+        folder.join("adapter.safetensors"),
         &LoadOptions::default(),
         Some(&base),
     )?;

@@ -369,8 +369,28 @@ fn a_bias_that_does_not_fit_is_refused() -> Result<()> {
 
 #[test]
 fn types_can_be_shared_between_threads() {
-    fn shared<T: Clone + std::fmt::Debug + Send + Sync>() {}
-    shared::<DoftLinear>();
-    shared::<DoftConfig>();
-    shared::<candle_doft::Adapter>();
+    use candle_doft::{Adapter, DoftConv1d, DoftConv2d, DoftEmbedding, file, frozen, merge, train};
+
+    fn shared<T: std::fmt::Debug + Send + Sync>() {}
+    fn cloned<T: Clone + std::fmt::Debug + Send + Sync>() {}
+    cloned::<(Adapter, DoftConfig, candle_doft::params::Params)>();
+    cloned::<(DoftLinear, DoftConv1d, DoftConv2d, DoftEmbedding)>();
+    cloned::<(
+        frozen::Linear,
+        frozen::Conv1d,
+        frozen::Conv2d,
+        frozen::Embedding,
+    )>();
+    cloned::<(
+        frozen::RmsNorm,
+        frozen::LayerNorm,
+        frozen::QuantizedVarBuilder,
+    )>();
+    cloned::<(
+        file::LoadOptions,
+        merge::Merge,
+        merge::Inspection,
+        train::Checkpoint,
+    )>();
+    shared::<(candle_doft::Error, train::AdamW, train::Gradients)>();
 }

@@ -31,6 +31,12 @@ use std::sync::{Arc, Mutex, MutexGuard};
 /// Build a model through it, and every layer that the configuration targets is adapted; the others
 /// are plain frozen layers. Clones share everything, so a model's parts can each hold one.
 ///
+/// * Make one: [`Adapter::new`], [`Adapter::load`].
+/// * Layers: [`Adapter::linear`] and its siblings build them, [`Adapter::wrap_linear`] and its siblings
+///   wrap those that exist, [`Adapter::extra_vb`] is for new ones, such as a head.
+/// * Train: [`Adapter::vars`], [`Adapter::check_gradients`], [`Adapter::report`].
+/// * Use: [`Adapter::inference`], [`Adapter::save`], [`Adapter::merged`].
+///
 /// # Examples
 ///
 /// ```
@@ -228,6 +234,22 @@ impl Adapter {
     /// # Errors
     ///
     /// Those of [`Adapter::check_complete`].
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device};
+    /// # use candle_doft::{Adapter, DoftConfig};
+    /// # let vb = candle_nn::VarBuilder::zeros(DType::F32, &Device::Cpu);
+    /// let adapter = Adapter::new(DoftConfig::default().with_targets("q_proj"), &Device::Cpu)?;
+    /// adapter.linear_no_bias(64, 8, vb.pp("q_proj"))?;
+    /// adapter.linear_no_bias(64, 8, vb.pp("k_proj"))?;
+    /// let report = adapter.report()?;
+    /// assert_eq!((report.layers.len(), report.frozen_layers), (1, 1));
+    /// assert_eq!(report.trainable, 2 * 32 * 31 / 2 + 8); // two blocks, and a magnitude a row
+    /// println!("{report}");
+    /// # Ok::<(), candle_doft::Error>(())
+    /// ```
     pub fn report(&self) -> Result<Report> {
         self.check_complete()?;
         let extras: usize = self.inner.extras().values().map(|v| v.elem_count()).sum();
@@ -270,6 +292,27 @@ impl Adapter {
     /// # Errors
     ///
     /// [`Error::Gradients`] when a gradient is missing or not finite; [`Adapter::check_complete`]'s.
+    ///
+    /// # Examples
+    ///
+    /// candle's `softmax_last_dim` cuts the graph, that of [`frozen`](crate::frozen) does not:
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_doft::{Adapter, DoftConfig, Error, frozen};
+    /// use candle_nn::Module;
+    ///
+    /// let adapter = Adapter::new(DoftConfig::default(), &Device::Cpu)?;
+    /// let weight = Tensor::randn(0f32, 1., (8, 64), &Device::Cpu)?;
+    /// let layer = adapter.wrap_linear("layer", candle_nn::Linear::new(weight, None))?;
+    /// let y = layer.forward(&Tensor::ones((2, 64), DType::F32, &Device::Cpu)?)?;
+    ///
+    /// let cut = candle_nn::ops::softmax_last_dim(&y)?.sqr()?.sum_all()?.backward()?;
+    /// assert!(matches!(adapter.check_gradients(&cut), Err(Error::Gradients(_))));
+    /// let whole = frozen::softmax_last_dim(&y)?.sqr()?.sum_all()?.backward()?;
+    /// assert!(adapter.check_gradients(&whole)?.missing.is_empty());
+    /// # Ok::<(), candle_doft::Error>(())
+    /// ```
     pub fn check_gradients(&self, grads: &GradStore) -> Result<GradientReport> {
         let report = GradientReport::new(&self.named_vars()?, grads)?;
         match report.is_sound() {

@@ -4,7 +4,7 @@ use crate::config::LayerKind;
 use std::fmt;
 
 /// One layer of a [`Report`].
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct LayerReport {
     /// Path of the layer.
@@ -24,7 +24,7 @@ pub struct LayerReport {
 }
 
 /// What an adapter adapts. `Display` prints a table.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Report {
     /// The adapted layers, by path.

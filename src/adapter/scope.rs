@@ -16,6 +16,8 @@ impl Adapter {
     /// Runs `f` with all layers switched off, for every thread. Scopes may be nested, and run in several
     /// threads.
     ///
+    /// # Examples
+    ///
     /// ```
     /// # use candle_core::{DType, Device, Tensor};
     /// # use candle_nn::{Module, VarBuilder};
@@ -43,6 +45,20 @@ impl Adapter {
     /// # Errors
     ///
     /// Those of building the rotations.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor};
+    /// # use candle_nn::{Module, VarBuilder};
+    /// # let vb = VarBuilder::zeros(DType::F32, &Device::Cpu);
+    /// # let adapter = candle_doft::Adapter::new(Default::default(), &Device::Cpu)?;
+    /// # let layer = adapter.linear(32, 8, vb.pp("layer"))?;
+    /// # let x = Tensor::zeros((1, 32), DType::F32, &Device::Cpu)?;
+    /// let y = adapter.inference(|| layer.forward(&x))??;
+    /// assert!(!y.track_op());
+    /// # Ok::<(), candle_doft::Error>(())
+    /// ```
     pub fn inference<T>(&self, f: impl FnOnce() -> T) -> Result<T> {
         let mut scope = Scope::new(Adaptation::release);
         for layer in self.inner.adapted() {

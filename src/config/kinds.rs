@@ -3,6 +3,13 @@
 use serde::{Deserialize, Serialize};
 
 /// How the magnitude `m` of an output channel is parametrised. `n0` is the norm of the frozen row.
+///
+/// Every kind starts at `m = n0`, where the layer answers what its base answers.
+///
+/// # References
+///
+/// "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353, section 4.1; its `m` is
+/// [`Magnitude::Absolute`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]

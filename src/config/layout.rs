@@ -16,7 +16,19 @@ pub enum Indivisible {
     Error,
 }
 
-/// A configuration that met the width of a layer: sizes that fit, and how to use them.
+/// A configuration that met the width of a layer: sizes that fit, and how to use them. Made by
+/// [`DoftConfig::layout`].
+///
+/// # Examples
+///
+/// ```
+/// use candle_doft::DoftConfig;
+///
+/// let layout = DoftConfig::default().with_block_size(32).layout("layers.0.q_proj", 576)?;
+/// assert_eq!((layout.blocks, layout.rows(), layout.entries()), (18, 18, 496));
+/// assert_eq!(layout.divisor(), 2. * 31f64.sqrt());
+/// # Ok::<(), candle_doft::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct BlockLayout {

@@ -4,6 +4,16 @@ use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 
 /// How a skew-symmetric block becomes a rotation. [`rotation`](crate::rotation) has the formulas.
+///
+/// # Examples
+///
+/// ```
+/// use candle_doft::Map;
+///
+/// assert_eq!("neumann:5".parse::<Map>()?, Map::SERIES); // as command lines name it
+/// assert!(Map::Cayley.is_orthogonal() && !Map::SERIES.is_orthogonal());
+/// # Ok::<(), candle_doft::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]

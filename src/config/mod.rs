@@ -46,6 +46,8 @@ use serde::{Deserialize, Serialize};
 /// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
+#[non_exhaustive]
+#[must_use = "each `with_` answers the changed configuration"]
 pub struct DoftConfig {
     /// Width of a rotation block.
     pub block_size: usize,
@@ -62,7 +64,8 @@ pub struct DoftConfig {
     /// Parametrisation of the magnitude of embeddings, one for each token. A [`Rule`] that sets a
     /// magnitude sets this one, too.
     pub embedding_magnitude: Magnitude,
-    /// Chance that a block becomes the identity, in training.
+    /// Chance that a block becomes the identity, in training: the multiplicative dropout of
+    /// arXiv:2311.06243. Nothing is rescaled.
     pub dropout: f64,
     /// Seed of the dropout masks.
     pub seed: u64,

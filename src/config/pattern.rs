@@ -104,6 +104,16 @@ impl From<String> for Pattern {
 }
 
 /// The layers to adapt, among those built through an adapter.
+///
+/// # Examples
+///
+/// ```
+/// use candle_doft::{DoftConfig, Targets};
+///
+/// let config = DoftConfig::default().with_targets(["q_proj", "layers.[0-7].*.v_proj"]);
+/// assert!(matches!(config.targets, Targets::Patterns(patterns) if patterns.len() == 2));
+/// assert_eq!(Targets::from("all-linear"), Targets::AllLinear);
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
@@ -155,6 +165,8 @@ impl<P: Into<Pattern>, const N: usize> From<[P; N]> for Targets {
 
 /// Settings for the layers that a pattern matches; what is not set stays as in the configuration.
 ///
+/// # Examples
+///
 /// ```
 /// use candle_doft::{DoftConfig, config::Rule};
 ///
@@ -165,6 +177,7 @@ impl<P: Into<Pattern>, const N: usize> From<[P; N]> for Targets {
 /// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
+#[must_use = "each `with_` answers the changed rule"]
 pub struct Rule {
     /// The layers that are meant.
     pub pattern: Pattern,

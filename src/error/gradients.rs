@@ -4,7 +4,8 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Var};
 use std::fmt;
 
-/// Which adapter parameters got no gradient, a zero one, or one that is not finite.
+/// Which adapter parameters got no gradient, a zero one, or one that is not finite. Made by
+/// [`Adapter::check_gradients`](crate::Adapter::check_gradients), which has an example.
 ///
 /// # What it can tell
 ///
@@ -21,7 +22,7 @@ use std::fmt;
 /// Whether a gradient that is there is right, or whether one of two paths to a parameter was cut. A
 /// sum of outputs as a loss is a poor probe: through a softmax or a normalisation its gradient is
 /// zero although nothing is wrong. Use the loss that is trained.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct GradientReport {
     /// Number of parameters looked at.

@@ -9,6 +9,16 @@ pub(crate) use nearest::nearest;
 use std::path::{Path, PathBuf};
 
 /// What went wrong, with the names and numbers needed to mend it.
+///
+/// # Examples
+///
+/// ```
+/// use candle_doft::{DoftConfig, Error};
+///
+/// let error = DoftConfig::default().with_block_size(0).validate().unwrap_err();
+/// assert!(matches!(error, Error::Config { field: "block_size", .. }));
+/// assert_eq!(error.to_string(), "config: `block_size` is 0, expected at least 1");
+/// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {

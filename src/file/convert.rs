@@ -44,17 +44,18 @@ pub enum Target {
 /// use candle_doft::file::{LoadOptions, Target, convert};
 ///
 /// let (options, target) = (LoadOptions::default(), Target::Peft { drop_magnitude: false });
-/// convert(&path, &folder.path().join("peft"), target, &options, &Default::default())?;
+/// convert(&path, folder.path().join("peft"), target, &options, &Default::default())?;
 /// let again = Adapter::load(folder.path().join("peft"), &Device::Cpu)?;
 /// # Ok::<(), candle_doft::Error>(())
 /// ```
 pub fn convert(
-    input: &Path,
-    output: &Path,
+    input: impl AsRef<Path>,
+    output: impl AsRef<Path>,
     target: Target,
     options: &LoadOptions,
     shapes: &BTreeMap<String, Vec<usize>>,
 ) -> Result<Vec<Warning>> {
+    let (input, output) = (input.as_ref(), output.as_ref());
     let (_, mut stored) = read_stored(input, options)?;
     let mut warnings = std::mem::take(&mut stored.warnings);
     if !shapes.is_empty() {

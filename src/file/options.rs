@@ -69,19 +69,30 @@ pub type Rename = Arc<dyn Fn(&str) -> Option<String> + Send + Sync>;
 ///
 /// # Examples
 ///
-/// ```no_run
-/// use candle_core::Device;
+/// ```
+/// use candle_core::{DType, Device, Tensor};
 /// use candle_doft::Adapter;
 /// use candle_doft::file::{Divisor, LoadOptions};
+/// # let folder = tempfile::tempdir().unwrap();
+/// # let path = folder.path().join("adapter.safetensors");
+/// # let theta = Tensor::zeros((2, 496), DType::F32, &Device::Cpu)?;
+/// # let names = ["lora_te_q_proj.oft_R.weight", "lora_unet_q_proj.oft_R.weight"];
+/// # let tensors = names.map(|name| (name.to_string(), theta.clone()));
+/// # candle_core::safetensors::save(&tensors.into_iter().collect(), &path)?;
+/// # let base = candle_nn::Linear::new(Tensor::ones((8, 64), DType::F32, &Device::Cpu)?, None);
 ///
+/// // A file of two models, written in OneTrainer's first weeks.
 /// let options = LoadOptions::default()
 ///     .with_divisor(Divisor::SqrtEntries)
 ///     .with_component("text_encoder");
-/// let adapter = Adapter::load_with("adapter.safetensors", &Device::Cpu, &options)?;
+/// let adapter = Adapter::load_with(&path, &Device::Cpu, &options)?;
+/// assert!(adapter.wrap_linear("q_proj", base)?.is_adapted());
+/// adapter.check_complete()?;
 /// # Ok::<(), candle_doft::Error>(())
 /// ```
 #[derive(Clone, Default)]
 #[non_exhaustive]
+#[must_use = "each `with_` answers the changed options"]
 pub struct LoadOptions {
     /// Replaces the divisor of every layer.
     pub divisor: Option<Divisor>,
@@ -117,6 +128,15 @@ impl LoadOptions {
     }
 
     /// Sets a function from module to path; it answers none to leave a module to the rules.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use candle_doft::file::LoadOptions;
+    ///
+    /// let options = LoadOptions::default()
+    ///     .with_rename(|module| Some(module.replace("blk.", "model.layers.")));
+    /// ```
     pub fn with_rename(
         mut self,
         rename: impl Fn(&str) -> Option<String> + Send + Sync + 'static,

@@ -70,6 +70,10 @@ fn check_input(
 
 /// A two-dimensional convolution of frozen kernel and bias.
 ///
+/// ```text
+/// y[o] = sum_c W[o, c] * x[c] + bias[o],    dx = the transposed convolution of dy with W
+/// ```
+///
 /// The kernel lives inside the operation: only the input gets a gradient. On CPU forward and backward
 /// are this crate's or candle's kernels, whichever is exact and whole: candle's backward fails on some
 /// rectangles (stride 2, padding 1, a 3x3 kernel on 8x7) and runs groups one after the other.
@@ -116,9 +120,8 @@ impl Conv2d {
     }
 }
 
-/// A one-dimensional convolution of frozen kernel and bias.
-///
-/// Only the input gets a gradient, as in [`Conv2d`].
+/// A one-dimensional convolution of frozen kernel and bias, otherwise as [`Conv2d`]: only the input
+/// gets a gradient.
 ///
 /// # Shapes
 ///

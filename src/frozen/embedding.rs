@@ -9,7 +9,7 @@ use candle_core::{DType, Result, Tensor};
 use candle_nn::{Module, VarBuilder};
 use std::sync::Arc;
 
-/// A frozen embedding table.
+/// A frozen embedding table, `y = E[id]`, of which only the rows in use are read.
 ///
 /// # Shapes
 ///

@@ -56,8 +56,12 @@ pub fn softmax_last_dim(x: &Tensor) -> Result<Tensor> {
     }
 }
 
-/// `silu(gate) * up`, with `silu(g) = g / (1 + exp(-g))`: the gated product of SwiGLU
-/// (arXiv:2002.05202, equation 5) in one pass.
+/// The gated product of SwiGLU in one pass: `silu(gate) * up`.
+///
+/// ```text
+/// s = 1 / (1 + exp(-gate)),   y = gate * s * up
+/// dup = dy * gate * s,   dgate = dy * up * s * (1 + gate * (1 - s))
+/// ```
 ///
 /// # Shapes
 ///
@@ -76,6 +80,10 @@ pub fn softmax_last_dim(x: &Tensor) -> Result<Tensor> {
 /// assert_eq!(candle_doft::frozen::silu_mul(&gate, &up)?.to_vec1::<f32>()?, [0., 200.]);
 /// # Ok::<(), candle_core::Error>(())
 /// ```
+///
+/// # References
+///
+/// "GLU Variants Improve Transformer", arXiv:2002.05202, equation 5.
 pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     check_float("silu_mul", gate, FLOATS)?;
     if gate.dims() != up.dims() || gate.dtype() != up.dtype() {
@@ -128,11 +136,34 @@ pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     turned(x, turn("rope", x, cos, sin, false)?)
 }
 
-/// The same for neighbouring pairs `(x_{2i}, x_{2i + 1})`, as in the original Llama files.
+/// [`rope`] of neighbouring pairs `(x_{2i}, x_{2i + 1})`, as in the original Llama files.
+///
+/// # Shapes
+///
+/// Those of [`rope`].
 ///
 /// # Errors
 ///
-/// When the shapes do not fit; see [`rope`].
+/// When the shapes do not fit.
+///
+/// # Examples
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_doft::frozen::rope_i;
+///
+/// // Two pairs at one position: the first stays, the second turns by a quarter.
+/// let x = Tensor::new(&[[[[1f32, 2., 3., 4.]]]], &Device::Cpu)?;
+/// let cos = Tensor::new(&[[1f32, 0.]], &Device::Cpu)?;
+/// let sin = Tensor::new(&[[0f32, 1.]], &Device::Cpu)?;
+/// let y = rope_i(&x, &cos, &sin)?.flatten_all()?.to_vec1::<f32>()?;
+/// assert_eq!(y, [1., 2., -4., 3.]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+///
+/// # References
+///
+/// "RoFormer", arXiv:2104.09864, equation 34.
 pub fn rope_i(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     turned(x, turn("rope_i", x, cos, sin, true)?)
 }
@@ -182,7 +213,13 @@ fn turned(x: &Tensor, rope: Rope) -> Result<Tensor> {
     }
 }
 
-/// Causal attention with grouped queries: `softmax(scale * q k^T + mask) v`.
+/// Causal attention with grouped queries.
+///
+/// ```text
+/// y = P v,   P = softmax(scale * q k^T + mask)
+/// dv = P^T dy,   dS = P * (dP - sum(dP * P)),   dP = dy v^T
+/// dq = scale * dS k,   dk = scale * dS^T q
+/// ```
 ///
 /// Query `i` of `T` sees the keys `0 ..= S - T + i`, so that the last query sees them all, with a
 /// cache of earlier keys or without. Query head `h` uses the keys of head `h / (H / G)`.

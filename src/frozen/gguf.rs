@@ -10,13 +10,21 @@ use std::sync::Arc;
 ///
 /// # Examples
 ///
-/// ```no_run
+/// ```
 /// use candle_core::Device;
 /// use candle_doft::{Adapter, DoftConfig, frozen::QuantizedVarBuilder};
+/// # use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
+/// # let folder = tempfile::tempdir().unwrap();
+/// # let path = folder.path().join("model.gguf");
+/// # let weight = candle_core::Tensor::ones((576, 576), candle_core::DType::F32, &Device::Cpu)?;
+/// # let weight = QTensor::quantize(&weight, GgmlDType::Q4_0)?;
+/// # let mut file = std::fs::File::create(&path).unwrap();
+/// # gguf_file::write(&mut file, &[], &[("blk.0.attn_q.weight", &weight)])?;
 ///
-/// let vb = QuantizedVarBuilder::from_gguf("model.gguf", &Device::Cpu)?;
+/// let vb = QuantizedVarBuilder::from_gguf(&path, &Device::Cpu)?;
 /// let adapter = Adapter::new(DoftConfig::default(), &Device::Cpu)?;
 /// let query = adapter.quantized_linear_no_bias(576, 576, vb.pp("blk.0.attn_q"))?;
+/// assert!(query.is_adapted() && query.base().qtensor().is_some());
 /// # Ok::<(), candle_doft::Error>(())
 /// ```
 #[derive(Clone, Debug)]

@@ -161,8 +161,8 @@ macro_rules! layer_methods {
                 crate::rotation::angles(&self.rotation()?)
             }
 
-            /// The magnitude `m` of each row of the weight in units of norm, whatever its
-            /// parametrisation.
+            /// The magnitude `m` of each row of the weight, shape `(out)`, in units of norm, whatever
+            /// its parametrisation.
             ///
             /// # Errors
             ///

@@ -11,6 +11,17 @@ use std::path::{Path, PathBuf};
 use tempfile::NamedTempFile;
 
 /// What a merge on disk may do, and whom it tells.
+///
+/// # Examples
+///
+/// ```
+/// use candle_doft::merge::CheckpointOptions;
+///
+/// let mut tell = |done: u64, all: u64| eprintln!("{done} of {all} bytes");
+/// let mut options = CheckpointOptions::default();
+/// options.allow_changed_base = true;
+/// options.progress = Some(&mut tell);
+/// ```
 #[derive(Default)]
 #[non_exhaustive]
 pub struct CheckpointOptions<'a> {

@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// One layer of an [`Inspection`].
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct LayerInspection {
     /// Its path, as the file names it.
@@ -43,7 +43,7 @@ pub struct LayerInspection {
 }
 
 /// What an adapter file holds.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Inspection {
     /// Who wrote it.
@@ -81,8 +81,12 @@ pub struct Inspection {
 /// assert_eq!(found.layers[0].max_angle_degrees, 0.); // it was never trained
 /// # Ok::<(), candle_doft::Error>(())
 /// ```
-pub fn inspect(path: &Path, options: &LoadOptions, base: Option<&Path>) -> Result<Inspection> {
-    let (dialect, stored) = file::read_stored(path, options)?;
+pub fn inspect(
+    path: impl AsRef<Path>,
+    options: &LoadOptions,
+    base: Option<&Path>,
+) -> Result<Inspection> {
+    let (dialect, stored) = file::read_stored(path.as_ref(), options)?;
     let extras: usize = stored.extras.values().map(Tensor::elem_count).sum();
     let mut found = Inspection {
         dialect,
@@ -247,13 +251,27 @@ impl Weights {
     }
 }
 
-/// The shapes of a checkpoint's weights by path, from its headers alone.
+/// The shapes of a checkpoint's weights by path, from its headers alone: what
+/// [`convert`](crate::file::convert) asks for.
 ///
 /// # Errors
 ///
 /// [`Error::Io`], and [`Error::File`] for a file that is not whole.
-pub fn weight_shapes(base: &Path) -> Result<BTreeMap<String, Vec<usize>>> {
-    let weights = Weights::open(base)?;
+///
+/// # Examples
+///
+/// ```
+/// # use candle_core::{DType, Device, Tensor, safetensors};
+/// # let folder = tempfile::tempdir().unwrap();
+/// # let base = folder.path().join("base.safetensors");
+/// # let weight = Tensor::ones((8, 64), DType::F32, &Device::Cpu)?;
+/// # safetensors::save(&std::collections::HashMap::from([("head.weight", weight)]), &base)?;
+/// let shapes = candle_doft::merge::weight_shapes(&base)?;
+/// assert_eq!(shapes["head"], [8, 64]);
+/// # Ok::<(), candle_doft::Error>(())
+/// ```
+pub fn weight_shapes(base: impl AsRef<Path>) -> Result<BTreeMap<String, Vec<usize>>> {
+    let weights = Weights::open(base.as_ref())?;
     let shape = |(path, place): (&String, &usize)| {
         let info = weights.sources[*place].info(&format!("{path}.weight"))?;
         Ok((path.clone(), info.shape.clone()))

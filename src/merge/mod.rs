@@ -64,6 +64,7 @@ use std::sync::Arc;
 /// # Ok::<(), candle_doft::Error>(())
 /// ```
 #[derive(Clone, Debug, Default)]
+#[must_use = "each `with_` answers the merge with one adapter more"]
 pub struct Merge {
     parts: Arc<Vec<Part>>,
 }
@@ -78,7 +79,29 @@ impl Merge {
     ///
     /// # Errors
     ///
-    /// Those of [`Adapter::load`], and [`Error::Strength`](crate::Error::Strength) for a strength that it cannot have.
+    /// Those of [`Adapter::load`], and [`Error::Strength`](crate::Error::Strength) for a strength that
+    /// it cannot have.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor};
+    /// # use candle_doft::{Adapter, DoftConfig};
+    /// # let folder = tempfile::tempdir().unwrap();
+    /// # let path = folder.path().join("adapter.safetensors");
+    /// # let weight = Tensor::ones((8, 64), DType::F32, &Device::Cpu)?;
+    /// # let adapter = Adapter::new(DoftConfig::default(), &Device::Cpu)?;
+    /// # adapter.wrap_linear("head", candle_nn::Linear::new(weight.clone(), None))?;
+    /// # adapter.save(&path)?;
+    /// use candle_doft::file::LoadOptions;
+    /// use candle_doft::merge::{Merge, Strength};
+    ///
+    /// let options = LoadOptions::default();
+    /// let merge = Merge::new().with_file(&path, &options, Strength::geodesic(0.5))?;
+    /// let merged = merge.weight("head", &weight, false)?;
+    /// assert_eq!(merged.map(|weight| weight.dims().to_vec()), Some(vec![8, 64]));
+    /// # Ok::<(), candle_doft::Error>(())
+    /// ```
     pub fn with_file(
         self,
         path: impl AsRef<Path>,
@@ -188,6 +211,20 @@ impl Adapter {
     /// # Errors
     ///
     /// Those of [`Adapter::check_complete`] for an adapter that was not loaded.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device};
+    /// # use candle_doft::{Adapter, DoftConfig};
+    /// # use candle_nn::VarBuilder;
+    /// # let vb = VarBuilder::zeros(DType::F32, &Device::Cpu);
+    /// # let adapter = Adapter::new(DoftConfig::default(), &Device::Cpu)?;
+    /// # adapter.linear_no_bias(64, 8, vb.pp("head"))?;
+    /// let vb = adapter.merged(vb)?; // for any model
+    /// let head = candle_nn::linear_no_bias(64, 8, vb.pp("head"))?;
+    /// # Ok::<(), candle_doft::Error>(())
+    /// ```
     pub fn merged<'a>(&self, base: VarBuilder<'a>) -> Result<VarBuilder<'a>> {
         let merge = match self.source() {
             Some(stored) => Merge::new().with_stored(stored.clone(), Strength::default())?,

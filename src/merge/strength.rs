@@ -17,6 +17,15 @@ pub enum StrengthMode {
 }
 
 /// How much of an adapter is merged.
+///
+/// # Examples
+///
+/// ```
+/// use candle_doft::merge::{Strength, StrengthMode};
+///
+/// assert_eq!(Strength::default(), Strength::linear(1.)); // what the file means
+/// assert_eq!(Strength::geodesic(-1.).mode, StrengthMode::Geodesic); // undoes the adapter
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Strength {

@@ -27,7 +27,9 @@ const VERSION: &str = "1";
 /// | `first.<name>`, `second.<name>` | its moments |
 ///
 /// Metadata: `format`, `format_version`, `steps`, and `config` and `state` as JSON.
-#[derive(Debug)]
+///
+/// [`train`](super#examples) shows its use.
+#[derive(Clone, Debug)]
 pub struct Checkpoint {
     file: PathBuf,
     steps: u64,

@@ -6,7 +6,11 @@ use candle_core::{DType, Tensor, Var};
 
 /// The gradients of one optimizer step, one sum for each variable.
 ///
-/// Made by [`AdamW::gradients`](super::AdamW::gradients).
+/// Made by [`AdamW::gradients`](super::AdamW::gradients); [`train`](super#examples) shows its use.
+///
+/// ```text
+/// g = sum_i weight_i dL_i/dp,    clipped: g min(1, max_norm / ||g||)
+/// ```
 #[derive(Debug)]
 pub struct Gradients {
     step: u64,

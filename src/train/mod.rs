@@ -1,6 +1,8 @@
 //! What candle lacks for a real run: gradients summed over micro-batches and clipped together, AdamW
 //! with groups and a state that can be saved, schedules, and checkpoints.
 //!
+//! # Examples
+//!
 //! ```
 //! use candle_core::{DType, Device, Tensor};
 //! use candle_doft::train::{AdamW, Checkpoint, Schedule};

@@ -9,7 +9,30 @@ use candle_nn::ParamsAdamW;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Variables that share a learning rate and a decay.
+///
+/// # Examples
+///
+/// Magnitudes at a tenth of the rotations' rate, once with groups and once with an adapter's own:
+///
+/// ```
+/// # use candle_core::{DType, Device};
+/// # let vb = candle_nn::VarBuilder::zeros(DType::F32, &Device::Cpu);
+/// # let adapter = candle_doft::Adapter::new(Default::default(), &Device::Cpu)?;
+/// # adapter.linear(32, 8, vb.pp("layer"))?;
+/// # let params = candle_nn::ParamsAdamW { weight_decay: 0., ..Default::default() };
+/// use candle_doft::train::{AdamW, Group};
+///
+/// let vars = adapter.named_vars()?.into_iter();
+/// let (magnitudes, rotations) = vars.partition(|(name, _)| name.contains("dora_"));
+/// let groups = vec![Group::new(rotations), Group::new(magnitudes).with_rate(0.1)];
+/// let mut optimizer = AdamW::new(groups, params.clone())?;
+///
+/// let mut optimizer = AdamW::for_adapter(&adapter, params)?;
+/// optimizer.set_group_rate(1, 0.1);
+/// # Ok::<(), candle_doft::Error>(())
+/// ```
 #[derive(Clone, Debug)]
+#[must_use = "each `with_` answers the changed group"]
 pub struct Group {
     vars: Vec<(String, Var)>,
     rate: f64,
@@ -58,6 +81,8 @@ struct Moments {
 ///
 /// A decay pulls parameters towards 0, which for a rotation and a `Log` magnitude is the base; a
 /// `Factor` or `Absolute` magnitude it would shrink, so [`AdamW::for_adapter`] refuses that.
+///
+/// [`train`](super#examples) shows a run, [`Group`] rates of their own.
 ///
 /// # References
 ///

@@ -38,6 +38,10 @@ pub enum Decay {
 /// assert_eq!(schedule.rate(1., 7), 0.5);
 /// assert_eq!(schedule.rate(1., 12), 0.);
 /// ```
+///
+/// # References
+///
+/// The cosine: "SGDR: Stochastic Gradient Descent with Warm Restarts", arXiv:1608.03983, equation 5.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Schedule {
