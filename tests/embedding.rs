@@ -205,7 +205,7 @@ fn wrong_ids_are_named_with_their_layer() -> Result<()> {
     let error = |ids: Tensor| layer.forward(&ids).unwrap_err().to_string();
     assert_eq!(
         error(Tensor::new(&[1f32], &CPU)?),
-        "layer `embed`: the ids has dtype F32, expected u8, u32 or i64"
+        "layer `embed`: the tensor of ids has dtype F32, expected u8, u32 or i64"
     );
     assert_eq!(
         error(Tensor::new(&[3u32, 50], &CPU)?),

@@ -192,8 +192,8 @@ impl Adapter {
     ///
     /// # Errors
     ///
-    /// [`Error::LayerExists`] when the path is taken, [`Error::Device`] when the layer lives
-    /// elsewhere, and those of [`DoftLinear::new`].
+    /// [`Error::LayerExists`] when the path is taken, [`Error::Argument`] when it is empty,
+    /// [`Error::Device`] when the layer lives elsewhere, and those of [`DoftLinear::new`].
     pub fn wrap_linear(&self, path: &str, base: impl Into<frozen::Linear>) -> Result<DoftLinear> {
         self.wrap(path, base.into())
     }
@@ -278,6 +278,15 @@ impl Adapter {
 
     /// Whether the layer is to be adapted, after the checks that hold for every layer.
     fn wants(&self, path: &str, kind: LayerKind, base: &Base) -> Result<bool> {
+        // Its parameters could not be told from those of the next one, nor read from a file.
+        if path.is_empty() {
+            return Err(Error::Argument {
+                function: "Adapter",
+                what: "the path of a layer",
+                found: "empty".into(),
+                expected: "a name: give the `VarBuilder` a prefix, as in `vb.pp(\"fc1\")`".into(),
+            });
+        }
         if self.inner.layers().contains_key(path) {
             return Err(exists(path));
         }

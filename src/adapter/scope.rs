@@ -44,8 +44,10 @@ impl Adapter {
     ///
     /// # Errors
     ///
-    /// Those of building the rotations.
+    /// Those of [`Adapter::check_complete`], for a file whose layers the model never asked for would go
+    /// unnoticed, and of building the rotations.
     pub fn inference<T>(&self, f: impl FnOnce() -> T) -> Result<T> {
+        self.check_complete()?;
         let layers = self.inner.adapted();
         let _guard = Guard(layers.clone(), |layers: &Vec<Arc<Adaptation>>| {
             for layer in layers {

@@ -133,7 +133,7 @@ impl Embedding {
         if !matches!(ids.dtype(), DType::U8 | DType::U32 | DType::I64) {
             return Err(Error::DType {
                 layer: layer.to_string(),
-                what: "the ids",
+                what: "the tensor of ids",
                 found: ids.dtype(),
                 expected: "u8, u32 or i64".into(),
             });
