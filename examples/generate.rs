@@ -6,6 +6,7 @@
 #[path = "support/llm/mod.rs"]
 mod llm;
 #[path = "support/memory.rs"]
+#[allow(dead_code, reason = "others use the rest")]
 mod memory;
 #[path = "support/methods.rs"]
 #[allow(dead_code, reason = "others use the rest")]

@@ -215,6 +215,39 @@ fn a_path_can_be_used_once() -> candle_doft::Result<()> {
 }
 
 #[test]
+fn a_layer_needs_a_path() -> candle_doft::Result<()> {
+    let adapter = adapter(DoftConfig::default());
+    let error = adapter.linear(32, 4, VarBuilder::zeros(DType::F32, &CPU));
+    let text = error.unwrap_err().to_string();
+    assert!(
+        text.contains("path of a layer is empty") && text.contains("vb.pp("),
+        "{text}"
+    );
+    Ok(())
+}
+
+/// Nobody who only runs a loaded adapter asks for its variables.
+#[test]
+fn an_inference_scope_refuses_a_model_that_asked_for_nothing_of_the_file() -> candle_doft::Result<()>
+{
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("adapter.safetensors");
+    let trained = adapter(DoftConfig::default());
+    trained.wrap_linear("fc1", linear(4, 32, false, DType::F32)?)?;
+    trained.save(&file)?;
+
+    let loaded = Adapter::load(&file, &CPU)?;
+    let text = loaded.inference(|| ()).unwrap_err().to_string();
+    assert!(text.starts_with("the adapter has no layers"), "{text}");
+    let other = loaded.wrap_linear("net.fc1", linear(4, 32, false, DType::F32)?)?;
+    assert!(!other.is_adapted());
+    let text = loaded.inference(|| ()).unwrap_err().to_string();
+    let end = "the first is `fc1`; the nearest are `net.fc1`; is this the model it was trained on?";
+    assert!(text.ends_with(end), "{text}");
+    Ok(())
+}
+
+#[test]
 fn variables_come_in_an_order_that_depends_on_names_alone() -> candle_doft::Result<()> {
     let names = |reversed: bool| -> candle_doft::Result<Vec<String>> {
         let adapter = adapter(DoftConfig::default());

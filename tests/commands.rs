@@ -139,3 +139,79 @@ fn errors_are_one_line_and_codes_are_those_of_the_table() {
     assert_eq!(refused.status.code(), Some(1));
     assert!(!output.exists());
 }
+
+#[test]
+fn a_file_of_another_sort_is_called_by_its_name() {
+    let home = tempfile::tempdir().unwrap();
+    let adapter = golden("peft/linear_default");
+    let (file, output) = (home.path().join("file"), home.path().join("output"));
+    for (content, parts) in [
+        ("GGUF and more of it", ["a GGUF file", "safetensors"]),
+        ("PK\x03\x04 and more", ["a zip archive", "safetensors"]),
+        (
+            "version https://git-lfs.github.com/spec/v1",
+            ["Git LFS", "git lfs pull"],
+        ),
+        (
+            "plain text, and more",
+            ["does not begin", "length of a header"],
+        ),
+    ] {
+        std::fs::write(&file, content).unwrap();
+        let Some(inspected) = run("inspect", &["--adapter", path(&file)]) else {
+            return;
+        };
+        let arguments = ["--adapter", path(&adapter), "--base", path(&file)];
+        let arguments = [arguments.as_slice(), &["--output", path(&output)]].concat();
+        for ended in [inspected, run("merge", &arguments).unwrap()] {
+            assert_eq!(ended.status.code(), Some(1));
+            let said = String::from_utf8(ended.stderr).unwrap();
+            assert_eq!(said.lines().count(), 1, "{said}");
+            for part in parts {
+                assert!(said.contains(part), "no `{part}` in {said}");
+            }
+        }
+    }
+}
+
+#[test]
+fn an_output_that_cannot_be_is_named_with_what_would_do() {
+    let home = tempfile::tempdir().unwrap();
+    let adapter = golden("peft/linear_default");
+    let base = adapter.join("base.safetensors");
+    let (folder, file) = (home.path().join("folder"), home.path().join("file"));
+    std::fs::create_dir(&folder).unwrap();
+    std::fs::copy(&base, folder.join("model.safetensors")).unwrap();
+    std::fs::write(&file, "").unwrap();
+    let lost = home.path().join("none").join("merged.safetensors");
+    for (base, output, part) in [
+        (&base, &lost, "none does not exist; make it first"),
+        (&base, &folder, "a folder, expected a file"),
+        (&folder, &file, "a file, expected a folder"),
+    ] {
+        let arguments = ["--adapter", path(&adapter), "--base", path(base)];
+        let arguments = [arguments.as_slice(), &["--output", path(output)]].concat();
+        let Some(ended) = run("merge", &arguments) else {
+            return;
+        };
+        assert_eq!(ended.status.code(), Some(1));
+        let said = String::from_utf8(ended.stderr).unwrap();
+        assert!(said.contains(part) && !said.contains(".doft"), "{said}");
+    }
+    assert!(!lost.exists());
+    assert_eq!(std::fs::read(&file).unwrap(), b"");
+}
+
+#[test]
+fn a_peft_folder_without_its_configuration_is_read_with_a_warning() {
+    let home = tempfile::tempdir().unwrap();
+    let name = "adapter_model.safetensors";
+    let from = golden("peft/linear_default").join(name);
+    std::fs::copy(from, home.path().join(name)).unwrap();
+    let Some(ended) = run("inspect", &["--adapter", path(home.path())]) else {
+        return;
+    };
+    assert!(ended.status.success(), "{ended:?}");
+    let said = String::from_utf8(ended.stdout).unwrap();
+    assert!(said.contains("no adapter_config.json beside it"), "{said}");
+}

@@ -263,7 +263,7 @@ fn what_cannot_be_expressed_is_refused_with_the_reason() {
     let empty = tempfile::tempdir().unwrap();
     let error = Adapter::load(empty.path(), &CPU).unwrap_err().to_string();
     assert!(
-        error.ends_with("a folder without `adapter.safetensors`"),
+        error.ends_with("a folder without `adapter.safetensors` or `adapter_model.safetensors`"),
         "{error}"
     );
     std::fs::write(

@@ -279,7 +279,8 @@ fn a_model_that_does_not_fit_is_told_before_any_layer_changes() -> Result<()> {
     assert_eq!(
         cut(adapter.vars().unwrap_err()),
         "FILE: 2 of 3 layers and extra tensors match nothing in the model, the first is \
-         `blocks.0.v`; the nearest are `blocks.0.q`, `blocks.0.w`"
+         `blocks.0.v`; the nearest are `blocks.0.q`, `blocks.0.w`; is this the model it was trained \
+         on? `allow_partial` goes on without them"
     );
     let error = load()?.extra("head.weight", &Tensor::zeros((4, 4), DType::F32, &CPU)?);
     assert!(error.unwrap_err().to_string().contains("`head.weight`"));

@@ -221,6 +221,8 @@ fn a_checkpoint_of_another_run_is_refused_and_changes_nothing() -> candle_doft::
     run.train(0..2)?;
     Checkpoint::save(&path, &run.optimizer, &(), &())?;
     let loaded = Checkpoint::load(&path)?;
+    let error = Adapter::load(&path, &CPU).unwrap_err().to_string();
+    assert!(error.contains("a checkpoint, to resume a run"), "{error}");
 
     let before = bits(&run.adapter.vars()?[0]);
     let mut other = Run::new(Magnitude::Factor)?;

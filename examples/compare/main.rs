@@ -7,6 +7,7 @@ mod draw;
 #[path = "../support/llm/mod.rs"]
 mod llm;
 #[path = "../support/memory.rs"]
+#[allow(dead_code, reason = "others use the rest")]
 mod memory;
 mod method;
 #[path = "../support/methods.rs"]
@@ -58,6 +59,7 @@ enum TaskName {
 ///
 /// Finished runs are kept in DIR and not made again by a later call.
 #[derive(Parser, Clone, Debug)]
+#[command(name = "compare")]
 struct Flags {
     /// Folder for compare.json, compare.md, the plots and the runs
     #[arg(long, default_value = "target/compare")]

@@ -6,7 +6,7 @@ use crate::llm::sample::{Sampling, answer};
 use crate::llm::tokenizer::Text;
 use crate::llm::train::{StepOptions, Trainer};
 use crate::llm::weights::Weights;
-use crate::setup::{check_targets, identity, method, targets};
+use crate::setup::{check_memory, check_targets, identity, method, targets, warn_of_another_run};
 use crate::support::{files, progress};
 use crate::{Flags, draw, memory, merged, pages};
 use anyhow::{Context, Result, bail, ensure};
@@ -39,7 +39,9 @@ pub(crate) fn run(flags: &Flags) -> Result<()> {
         weights.config.context
     );
     let data = Data::open(flags.data.as_deref(), &text, flags.seq, flags.seed)?;
+    check_memory(flags, &weights.config, &data)?;
     let mut session = Session::new(flags, weights, text, data, device)?;
+    warn_of_another_run(flags, &session.checkpoint());
     let prompt = flags.prompt.clone().or_else(|| session.data.prompt.clone());
     let before = match session.step {
         0 => session.sample(prompt.as_deref())?,
@@ -50,10 +52,10 @@ pub(crate) fn run(flags: &Flags) -> Result<()> {
     }
     session.train()?;
     if session.stopped() {
-        eprintln!(
-            "stopped after step {}; --resume goes on from here",
-            session.step
-        );
+        match session.step {
+            0 => eprintln!("stopped before the first step; nothing was saved"),
+            step => eprintln!("stopped after step {step}; --resume goes on from here"),
+        }
         return Ok(());
     }
     if let Some(after) = session.sample(prompt.as_deref())? {
@@ -219,6 +221,10 @@ impl<'a> Session<'a> {
         // Who stops a run does not want to wait for another look at the held-out text.
         if !self.stopped() {
             self.validate(&mut metrics)?;
+        }
+        // Who stops before the first step may have meant to resume: what is in --out stays.
+        if self.step == 0 {
+            return Ok(());
         }
         self.save()?;
         let title = format!("{:?}, {}", self.flags.method, name(&self.weights.path));

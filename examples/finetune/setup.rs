@@ -1,13 +1,53 @@
 //! From flags to what is trained, and what a resumed run has to agree on.
 
+use crate::llm::config::Config;
 use crate::llm::data::Data;
 use crate::llm::model::Model;
 use crate::llm::weights::Weights;
 use crate::methods::Method;
-use crate::{Flags, MethodName};
+use crate::{Flags, MethodName, memory};
 use anyhow::{Result, ensure};
+use candle_doft::train::Checkpoint;
 use candle_doft::{DoftConfig, Pattern, Targets};
 use serde_json::{Value, json};
+use std::path::Path;
+
+/// Refuses a step that takes more memory than there is: the system would end the program without a word.
+pub(crate) fn check_memory(flags: &Flags, config: &Config, data: &Data) -> Result<()> {
+    let Some(available) = memory::available_bytes() else {
+        return Ok(());
+    };
+    let longest = data.train.iter().map(|s| s.ids.len()).max().unwrap_or(0);
+    let tokens = flags.batch as u64 * longest as u64;
+    let needed =
+        tokens.saturating_mul(config.activation_bytes(flags.checkpoint_activations) as u64);
+    let gigabytes = |bytes: u64| bytes as f64 / 1e9;
+    let or_less = match flags.checkpoint_activations {
+        true => " or a smaller --seq",
+        false => ", a smaller --seq, or --checkpoint-activations",
+    };
+    ensure!(
+        needed <= available,
+        "a step of --batch {} sequences of {longest} tokens takes at least {:.1} GB of memory, and {:.1} GB can be \
+         had; give a smaller --batch (--accumulate makes up for it){or_less}",
+        flags.batch,
+        gigabytes(needed),
+        gigabytes(available)
+    );
+    Ok(())
+}
+
+/// Tells of a run in --out that this one takes the place of.
+pub(crate) fn warn_of_another_run(flags: &Flags, checkpoint: &Path) {
+    if flags.resume || !checkpoint.exists() {
+        return;
+    }
+    let steps = Checkpoint::load(checkpoint).map_or(0, |found| found.steps());
+    eprintln!(
+        "note: {} holds a run of {steps} steps, which this one replaces; --resume goes on with it",
+        flags.out.display()
+    );
+}
 
 /// What a resumed run has to have in common with the one that wrote the checkpoint.
 pub(crate) fn identity(flags: &Flags, weights: &Weights, data: &Data) -> Value {
@@ -29,6 +69,7 @@ pub(crate) fn identity(flags: &Flags, weights: &Weights, data: &Data) -> Value {
         "hidden_size": weights.config.hidden,
         "layers": weights.config.layers,
         "sequences": data.train.len(),
+        "data_checksum": data.checksum(),
     })
 }
 

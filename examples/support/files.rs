@@ -1,6 +1,6 @@
 //! Writing a file as a whole: a reader finds the old one or the new one.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use std::io::Write;
 use std::path::Path;
 use tempfile::NamedTempFile;
@@ -32,5 +32,10 @@ pub fn replace_by(
 
 /// Makes a folder and all above it.
 pub fn make_folder(path: &Path) -> Result<()> {
+    ensure!(
+        !path.is_file(),
+        "{} is a file, expected a folder or a new name",
+        path.display()
+    );
     std::fs::create_dir_all(path).with_context(|| format!("cannot make {}", path.display()))
 }

@@ -1,4 +1,4 @@
-//! How much memory the process has taken at most.
+//! How much memory the process has taken at most, and how much it may still take. Linux tells it.
 
 /// The peak of the resident memory in bytes, where the system tells it (Linux).
 pub fn peak_bytes() -> Option<u64> {
@@ -8,4 +8,20 @@ pub fn peak_bytes() -> Option<u64> {
         .find_map(|line| line.strip_prefix("VmHWM:"))?;
     let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kilobytes << 10)
+}
+
+/// The memory in bytes that can still be had, in the whole system and under the limit of a container.
+pub fn available_bytes() -> Option<u64> {
+    let system = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = system
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    let number = |name: &str| -> Option<u64> {
+        let text = std::fs::read_to_string(format!("/sys/fs/cgroup/{name}")).ok()?;
+        text.trim().parse().ok()
+    };
+    let limit = number("memory.max").zip(number("memory.current"));
+    let under_limit = limit.map_or(u64::MAX, |(most, taken)| most.saturating_sub(taken));
+    Some((kilobytes << 10).min(under_limit))
 }

@@ -170,8 +170,8 @@ impl Adapter {
     }
 
     /// Checks that the model is complete: at least one layer or extra tensor, no pattern that matches
-    /// nothing, and nothing of a loaded file left over. [`Adapter::vars`] and all that follows from it
-    /// check this first.
+    /// nothing, and nothing of a loaded file left over. [`Adapter::vars`] and all that follows from it, and
+    /// [`Adapter::inference`], check this first.
     ///
     /// # Errors
     ///
@@ -179,6 +179,9 @@ impl Adapter {
     pub fn check_complete(&self) -> Result<()> {
         let layers = self.inner.layers();
         let paths = layers.keys().map(String::as_str);
+        if layers.is_empty() && self.inner.extras().is_empty() {
+            return Err(Error::NoLayers);
+        }
         match &self.inner.source {
             None => select::check_patterns(&self.inner.config, paths)?,
             Some(source) => source.check_used(paths)?,
@@ -201,7 +204,8 @@ impl Adapter {
         Ok(vars.map(|(_, name, var)| (name, var)).collect())
     }
 
-    /// The trainable tensors for an optimizer, in the order of [`Adapter::named_vars`].
+    /// The trainable tensors for an optimizer, in the order of [`Adapter::named_vars`]: those of the
+    /// layers built so far, so build the whole model first.
     ///
     /// # Errors
     ///

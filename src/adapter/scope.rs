@@ -44,7 +44,8 @@ impl Adapter {
     ///
     /// # Errors
     ///
-    /// Those of building the rotations.
+    /// Those of [`Adapter::check_complete`], for a file whose layers the model never asked for would go
+    /// unnoticed, and of building the rotations.
     ///
     /// # Examples
     ///
@@ -60,6 +61,7 @@ impl Adapter {
     /// # Ok::<(), candle_doft::Error>(())
     /// ```
     pub fn inference<T>(&self, f: impl FnOnce() -> T) -> Result<T> {
+        self.check_complete()?;
         let mut scope = Scope::new(Adaptation::release);
         for layer in self.inner.adapted() {
             layer.hold()?;

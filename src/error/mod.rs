@@ -149,7 +149,7 @@ pub enum Error {
     },
 
     /// Nothing was adapted.
-    #[error("the adapter has no layers; build the model through it before training or saving")]
+    #[error("the adapter has no layers; build the model through it first")]
     NoLayers,
 
     /// Adapter parameters got no gradient, or one that is not finite.
@@ -192,7 +192,8 @@ pub enum Error {
     /// A part of a loaded file was asked for by no layer.
     #[error(
         "{}: {count} of {total} layers and extra tensors match nothing in the model, \
-         the first is `{first}`{}", .file.display(), listed(.nearest)
+         the first is `{first}`{}; is this the model it was trained on?{}", .file.display(),
+         listed(.nearest), partly(*.count, *.total)
     )]
     FileUnused {
         /// The file.
@@ -357,7 +358,15 @@ fn near(names: &[String]) -> String {
 
 fn listed(names: &[String]) -> String {
     match names {
-        [] => "; allow a partial use to go on without them".to_string(),
+        [] => String::new(),
         names => format!("; {}", near(names)),
+    }
+}
+
+// Where nothing fits at all, nothing is left to go on with.
+fn partly(count: usize, total: usize) -> &'static str {
+    match count < total {
+        true => " `allow_partial` goes on without them",
+        false => "",
     }
 }

@@ -64,7 +64,7 @@ const REFUSED: [(&[&str], &str); 6] = [
             "lora_embedding_A",
             "lora_embedding_B",
         ],
-        "is LoRA or DoRA, not an OFT adapter",
+        "is LoRA or DoRA, not an OFT adapter; merge it with the program that made it",
     ),
     (
         &["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"],
@@ -182,7 +182,7 @@ pub(super) fn unknown_keys(
         return Ok(());
     }
     let reason =
-        format!("{count} unexpected keys, the first are `{first}`; allow them to skip them");
+        format!("{count} unexpected keys, the first are `{first}`; `allow_unknown` skips them");
     refused(tensors.file(), reason)
 }
 

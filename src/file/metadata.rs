@@ -13,6 +13,9 @@ use std::path::Path;
 pub(super) const FORMAT: &str = "doft";
 const VERSION: &str = "1";
 
+/// The format of a checkpoint of a training run, which is no adapter.
+pub(crate) const CHECKPOINT: &str = "doft-checkpoint";
+
 /// What `doft_layers` says of one layer. Settings are there where they differ from the configuration.
 #[derive(Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -31,9 +31,10 @@ mod tensors;
 mod write;
 
 pub use convert::{Target, convert};
+pub(crate) use metadata::CHECKPOINT;
 pub use options::{Divisor, LoadOptions, Rename};
 pub use read::Dialect;
-pub(crate) use tensors::float;
+pub(crate) use tensors::{float, instead};
 pub(crate) use write::{persist, raw_bytes, replace, safetensors as safetensors_bytes, temporary};
 
 use crate::adapter::{Adapter, Stored, Warning};

@@ -45,12 +45,17 @@ pub(super) fn read(path: &Path, options: &LoadOptions) -> Result<(Dialect, Store
     };
     let file = match (folder, &config) {
         (false, _) => path.to_path_buf(),
-        (true, Ok(None)) => inside(path, "adapter.safetensors")?,
-        (true, _) => inside(path, "adapter_model.safetensors")?,
+        (true, Ok(None)) => inside(path, &[OURS, PEFTS])?,
+        (true, _) => inside(path, &[PEFTS])?,
     };
     let bytes = std::fs::read(&file).map_err(Error::io(&file))?;
     let tensors = Tensors::new(&file, &bytes)?;
-    let canonical = tensors.metadata().get("format").map(String::as_str) == Some(metadata::FORMAT);
+    let format = tensors.metadata().get("format").map(String::as_str);
+    if format == Some(metadata::CHECKPOINT) {
+        let reason = "a checkpoint, to resume a run from; the adapter of a run is another file";
+        return refused(&file, reason);
+    }
+    let canonical = format == Some(metadata::FORMAT);
     if canonical && !folder {
         return Ok((Dialect::Doft, canonical::from_tensors(&tensors)?));
     }
@@ -69,12 +74,20 @@ pub(super) fn read(path: &Path, options: &LoadOptions) -> Result<(Dialect, Store
     other(&tensors, config.as_ref(), options)
 }
 
-fn inside(folder: &Path, name: &str) -> Result<PathBuf> {
-    let file = folder.join(name);
-    if file.exists() {
-        return Ok(file);
+/// Names of adapter files in a folder: this crate's and PEFT's.
+const OURS: &str = "adapter.safetensors";
+const PEFTS: &str = "adapter_model.safetensors";
+
+/// The first of `names` that is there.
+fn inside(folder: &Path, names: &[&str]) -> Result<PathBuf> {
+    let mut files = names.iter().map(|name| folder.join(name));
+    match files.find(|file| file.exists()) {
+        Some(file) => Ok(file),
+        None => refused(
+            folder,
+            format!("a folder without `{}`", names.join("` or `")),
+        ),
     }
-    refused(folder, format!("a folder without `{name}`"))
 }
 
 fn other(

@@ -24,6 +24,29 @@ pub(super) fn shown(name: &str) -> String {
     }
 }
 
+/// What a file that should be safetensors is instead, where its first bytes tell.
+pub(crate) fn instead(bytes: &[u8]) -> Option<&'static str> {
+    const KNOWN: [(&[u8], &str); 3] = [
+        (
+            b"GGUF",
+            "it is a GGUF file, and a safetensors file was expected",
+        ),
+        (
+            b"PK\x03\x04",
+            "it is a zip archive, as PyTorch writes; save its tensors as safetensors",
+        ),
+        (
+            b"version https://git-lfs",
+            "it is a pointer of Git LFS; fetch the file itself with `git lfs pull`",
+        ),
+    ];
+    let known = KNOWN.iter().find(|(start, _)| bytes.starts_with(start));
+    // The length of a header, in 8 bytes, is never so long that its upper half counts.
+    let length = bytes.get(4..8).is_none_or(|upper| upper == [0; 4]);
+    let other = (!length).then_some("it does not begin with the length of a header");
+    known.map(|(_, reason)| *reason).or(other)
+}
+
 pub(super) fn refused<T>(file: &Path, reason: impl Into<String>) -> Result<T> {
     Err(Error::file(file, reason))
 }
@@ -79,7 +102,10 @@ impl<'a> Tensors<'a> {
                 views,
                 metadata: metadata.metadata().clone().unwrap_or_default(),
             }),
-            Err(e) => refused(file, format!("not a whole safetensors file: {e}")),
+            Err(e) => {
+                let reason = instead(bytes).map_or_else(|| e.to_string(), str::to_string);
+                refused(file, format!("not a whole safetensors file: {reason}"))
+            }
         }
     }
 

@@ -81,19 +81,31 @@ pub(crate) fn raw_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
 /// new one.
 pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     let mut file = temporary(path)?;
-    file.write_all(bytes).map_err(Error::io(path))?;
+    file.as_file_mut()
+        .write_all(bytes)
+        .map_err(Error::io(path))?;
     file.as_file().sync_all().map_err(Error::io(path))?;
     persist(file, path)
 }
 
 /// A file beside `path`, gone when it is dropped.
 pub(crate) fn temporary(path: &Path) -> Result<NamedTempFile> {
+    let home = folder(path);
+    // The system's own error would name the temporary file.
+    if !home.exists() {
+        let text = format!(
+            "the folder {} does not exist; make it first",
+            home.display()
+        );
+        let error = std::io::Error::new(std::io::ErrorKind::NotFound, text);
+        return Err(Error::io(path)(error));
+    }
     let mut builder = tempfile::Builder::new();
     builder.prefix(".doft").suffix(".tmp");
     // A temporary file is readable by its owner alone; an adapter is as open as any other file.
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    builder.tempfile_in(folder(path)).map_err(Error::io(path))
+    builder.tempfile_in(home).map_err(Error::io(path))
 }
 
 /// Renames a file that is on disk to `path`.

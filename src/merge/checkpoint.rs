@@ -262,7 +262,16 @@ struct Files {
 
 impl Files {
     fn of(base: &Path, output: &Path) -> Result<Self> {
-        if !fs::metadata(base).map_err(Error::io(base))?.is_dir() {
+        let folder = fs::metadata(base).map_err(Error::io(base))?.is_dir();
+        if output.exists() && output.is_dir() != folder {
+            let (found, expected) = match folder {
+                true => ("a file", "a folder"),
+                false => ("a folder", "a file"),
+            };
+            let reason = format!("it is {found}, expected {expected} to write to, as the base is");
+            return Err(Error::file(output, reason));
+        }
+        if !folder {
             return Ok(Self {
                 checkpoints: vec![(base.to_path_buf(), output.to_path_buf())],
                 others: Vec::new(),
@@ -306,7 +315,9 @@ fn copied(from: &Path, to: &Path) -> Result<NamedTempFile> {
 
 fn filled(to: &Path, content: &[u8]) -> Result<NamedTempFile> {
     let mut file = temporary(to)?;
-    file.write_all(content).map_err(Error::io(to))?;
+    file.as_file_mut()
+        .write_all(content)
+        .map_err(Error::io(to))?;
     file.as_file().sync_all().map_err(Error::io(to))?;
     Ok(file)
 }

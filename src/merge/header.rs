@@ -1,7 +1,7 @@
 //! The header of a safetensors file on disk, and its tensors one by one.
 
 use crate::error::{Error, Result};
-use crate::file::float;
+use crate::file::{float, instead};
 use candle_core::{Device, Tensor};
 use safetensors::tensor::{Metadata, TensorInfo};
 use std::fs::File;
@@ -37,9 +37,12 @@ impl Source {
             .rev()
             .fold(0u64, |n, byte| n << 8 | u64::from(*byte));
         if count > LONGEST || count > length - 8 {
-            return Err(refused(format!(
-                "a header of {count} bytes in a file of {length}"
-            )));
+            file.take(32).read_to_end(&mut head).map_err(failed)?;
+            let reason = instead(&head).map_or_else(
+                || format!("a header of {count} bytes in a file of {length}"),
+                str::to_string,
+            );
+            return Err(refused(reason));
         }
         head.resize(8 + count as usize, 0);
         file.read_exact(&mut head[8..]).map_err(failed)?;

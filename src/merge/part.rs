@@ -112,8 +112,8 @@ impl Part {
         };
         if differs(&stored, &found) && !allow_changed_base {
             return self.refuse(&format!(
-                "`{path}` is not the base weight it was trained on, by its row norms; allow a \
-                 changed base to merge it all the same"
+                "`{path}` is not the base weight it was trained on, by its row norms; \
+                 `allow_changed_base` merges it all the same"
             ));
         }
         Ok(())

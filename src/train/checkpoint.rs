@@ -2,7 +2,7 @@
 
 use super::AdamW;
 use crate::error::{Error, Result};
-use crate::file::{float, replace, safetensors_bytes};
+use crate::file::{CHECKPOINT, float, replace, safetensors_bytes};
 use candle_core::{Device, Tensor};
 use safetensors::SafeTensors;
 use serde::Serialize;
@@ -11,7 +11,6 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-const FORMAT: &str = "doft-checkpoint";
 const VERSION: &str = "1";
 
 /// A point of a run to go on from: trained variables, the moments and steps of the optimizer, the
@@ -64,7 +63,7 @@ impl Checkpoint {
             value.map_err(|error| Error::file(path, format!("the {what} is no JSON: {error}")))
         };
         let metadata = BTreeMap::from([
-            ("format".to_string(), FORMAT.to_string()),
+            ("format".to_string(), CHECKPOINT.to_string()),
             ("format_version".into(), VERSION.into()),
             ("steps".into(), optimizer.steps().to_string()),
             (
@@ -90,9 +89,9 @@ impl Checkpoint {
         let empty = std::collections::HashMap::new();
         let metadata = header.metadata().as_ref().unwrap_or(&empty);
         let get = |key: &str| metadata.get(key).map_or("", String::as_str);
-        if (get("format"), get("format_version")) != (FORMAT, VERSION) {
+        if (get("format"), get("format_version")) != (CHECKPOINT, VERSION) {
             let reason = format!(
-                "not a checkpoint: its format is `{}` `{}`, expected `{FORMAT}` `{VERSION}`",
+                "not a checkpoint: its format is `{}` `{}`, expected `{CHECKPOINT}` `{VERSION}`",
                 get("format"),
                 get("format_version")
             );

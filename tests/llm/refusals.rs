@@ -62,7 +62,8 @@ fn a_model_that_is_none() -> Result<()> {
         no_model(&home.at("model.gguf"), &["model.gguf", "fetch it again"]);
     }
     std::fs::write(&gguf, "plain text, and more of it")?;
-    no_model(&home.at("model.gguf"), &["not a whole GGUF file"]);
+    let parts = ["not a GGUF file", "a folder in Hugging Face layout"];
+    no_model(&home.at("model.gguf"), &parts);
     Ok(())
 }
 
@@ -82,6 +83,9 @@ fn text_that_cannot_be_trained_on() -> Result<()> {
     refuse("empty.jsonl", b"", &["empty.jsonl", "0 usable examples"]);
     let typo = b"{\"prompt\": \"a\", \"answer\": \"b\"}\n";
     refuse("typo.jsonl", typo, &["line 1", "`completion`"]);
+    let array = b"[{\"text\": \"a\"}, {\"text\": \"b\"}]\n";
+    refuse("array.json", array, &["line 1", "an object on each line"]);
+    refuse("text.jsonl", b"plain text\n", &["line 1", "`text`"]);
     refuse("latin.txt", b"caf\xe9", &["latin.txt", "UTF-8"]);
     // A prompt that fills the sequence leaves nothing to learn.
     let long = format!(
@@ -129,6 +133,12 @@ fn flags_that_fit_neither_model_nor_run() -> Result<()> {
             &["resume with the same flags"],
         );
     }
+    let other: String = (0..40)
+        .map(|i| format!("{{\"prompt\": \"say {i}\", \"completion\": \"it was {i}\"}}\n"))
+        .collect();
+    std::fs::write(home.path("other.jsonl"), other)?;
+    let other = ["--resume", "--data", &home.at("other.jsonl")];
+    refuse(&other, 1, &["data_checksum", "resume with the same flags"]);
     // What was there is still there.
     home.finetune(&["--out", &out, "--resume"]);
 
@@ -138,6 +148,37 @@ fn flags_that_fit_neither_model_nor_run() -> Result<()> {
     let adapter = ["x", "--adapter", &home.at("none.safetensors")];
     let ended = home.run("generate", &[ask.as_slice(), &adapter].concat());
     refused(ended, 1, &["none.safetensors"]);
+    Ok(())
+}
+
+#[test]
+fn a_step_that_does_not_fit_into_memory() -> Result<()> {
+    let Some(home) = Home::new()? else {
+        return Ok(());
+    };
+    if !cfg!(target_os = "linux") {
+        println!("SKIPPED: the memory that is left is read on Linux");
+        return Ok(());
+    }
+    let (out, many) = (home.at("out"), "1000000000");
+    let refuse = |more: &[&str], parts: &[&str]| {
+        let flags = [&["--out", out.as_str(), "--batch", many], more].concat();
+        let ended = home.try_finetune(&flags);
+        refused(ended, 1, &[&["--batch 1000000000", "GB"], parts].concat());
+    };
+    refuse(&[], &["--checkpoint-activations"]);
+    refuse(&["--checkpoint-activations"], &["a smaller --seq"]);
+    Ok(())
+}
+
+#[test]
+fn a_folder_to_write_to_that_is_a_file() -> Result<()> {
+    let Some(home) = Home::new()? else {
+        return Ok(());
+    };
+    let flags = ["--out", &home.at("data.jsonl")];
+    let parts = ["data.jsonl is a file", "expected a folder"];
+    refused(home.try_finetune(&flags), 1, &parts);
     Ok(())
 }
 

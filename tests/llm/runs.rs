@@ -51,6 +51,21 @@ fn a_finished_run_resumed_changes_nothing() -> Result<()> {
 }
 
 #[test]
+fn a_run_that_is_replaced_is_named_before() -> Result<()> {
+    let Some(home) = Home::new()? else {
+        return Ok(());
+    };
+    let out = home.at("out");
+    let first = home.try_finetune(&["--out", &out, "--stop-after", "2"]);
+    assert!(!first.err.contains("note:"), "{}", first.err);
+    let again = home.try_finetune(&["--out", &out, "--stop-after", "1"]);
+    assert_eq!(again.code, Some(0), "{}", again.err);
+    let note = "holds a run of 2 steps, which this one replaces; --resume goes on with it";
+    assert!(again.err.contains(note), "{}", again.err);
+    Ok(())
+}
+
+#[test]
 fn a_merged_model_and_an_unmerged_one_answer_alike() -> Result<()> {
     let Some(home) = Home::new()? else {
         return Ok(());

@@ -70,6 +70,9 @@ fn text_becomes_sequences_and_unusable_text_an_error() -> Result<()> {
         .collect();
     let data = Data::open(Some(&write("pairs.jsonl", &lines)), &text, 64, 0)?;
     assert_eq!((data.train.len(), data.validation.len()), (18, 2));
+    // JSON lines are what they are under any name.
+    let unnamed = Data::open(Some(&write("pairs.txt", &lines)), &text, 64, 0)?;
+    assert_eq!(unnamed.checksum(), data.checksum());
     let sequence = &data.train[0];
     let learned: Vec<u32> = sequence
         .ids

@@ -113,7 +113,8 @@ fn what_does_not_fit_stops_before_anything_is_written() -> candle_doft::Result<(
     assert_eq!(
         error(less, &trained),
         "the adapter: 1 of 2 layers and extra tensors match nothing in the model, the first is `b`; \
-         the nearest are `a.weight`, `conv.weight`, `norm.weight`"
+         the nearest are `a.weight`, `conv.weight`, `norm.weight`; is this the model it was trained on? \
+         `allow_partial` goes on without them"
     );
     let mut other = base(DType::F32)?;
     other.insert(
@@ -122,8 +123,8 @@ fn what_does_not_fit_stops_before_anything_is_written() -> candle_doft::Result<(
     );
     assert_eq!(
         error(other.clone(), &trained),
-        "the adapter: `a` is not the base weight it was trained on, by its row norms; allow a \
-         changed base to merge it all the same"
+        "the adapter: `a` is not the base weight it was trained on, by its row norms; \
+         `allow_changed_base` merges it all the same"
     );
     let mut wrong = base(DType::F32)?;
     wrong.insert("a.weight".into(), seeded((12, 40), 7).to_dtype(DType::F32)?);
@@ -248,7 +249,9 @@ fn a_partial_merge_is_a_choice_and_says_what_it_left_out() -> candle_doft::Resul
     vb.get((12, 32), "a.weight")?;
     let error = strict.check_used().unwrap_err().to_string();
     assert!(
-        error.ends_with("the first is `b`; allow a partial use to go on without them"),
+        error.ends_with(
+            "the first is `b`; is this the model it was trained on? `allow_partial` goes on without them"
+        ),
         "{error}"
     );
     Ok(())

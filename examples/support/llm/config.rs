@@ -211,6 +211,19 @@ impl Config {
         Ok(self)
     }
 
+    /// Bytes of activations in f32 that a training step keeps at least for each token: what the norms,
+    /// products and the attention of each block read. `again` is with all but the input of a block made
+    /// again in the backward pass.
+    pub fn activation_bytes(&self, again: bool) -> usize {
+        let (wide, narrow) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        let block = 4 * self.hidden + 2 * wide + 2 * narrow + 3 * self.intermediate;
+        let kept = match again {
+            true => self.layers * self.hidden + block,
+            false => self.layers * block,
+        };
+        kept * size_of::<f32>()
+    }
+
     fn plain_frequencies(&self) -> impl Iterator<Item = f64> {
         let half = self.head_dim / 2;
         (0..half).map(move |i| self.theta.powf(-(i as f64) / half as f64))

@@ -40,8 +40,21 @@ enum Line {
     Text { text: String },
 }
 
+impl Line {
+    fn read(line: &str) -> Result<Self> {
+        const EXPECTED: &str =
+            "expected an object on each line, of `text` or of `prompt` and `completion`";
+        match serde_json::from_str(line) {
+            // Of JSON that is none of the two it says nothing that helps.
+            Err(error) if error.is_data() => bail!(EXPECTED),
+            read => read.context(EXPECTED),
+        }
+    }
+}
+
 impl Data {
-    /// Reads a file, plain text or JSON lines, or the default.
+    /// Reads a file, plain text or JSON lines, or the default. JSON lines are told by the file's name or
+    /// by the first of them.
     pub fn open(file: Option<&Path>, text: &Text, length: usize, seed: u64) -> Result<Self> {
         let (name, content) = match file {
             None => {
@@ -57,13 +70,27 @@ impl Data {
                 (name, content)
             }
         };
-        let lines = file.is_none()
-            || file.is_some_and(|f| f.extension().is_some_and(|e| e == "jsonl" || e == "json"));
+        let named =
+            file.is_some_and(|f| f.extension().is_some_and(|e| e == "jsonl" || e == "json"));
+        let first = content.lines().find(|line| !line.trim().is_empty());
+        let lines = named || first.is_some_and(|line| serde_json::from_str::<Line>(line).is_ok());
         let data = match lines {
             true => Self::from_lines(&content, text, length, seed),
             false => Self::from_text(&content, text, length),
         };
         data.with_context(|| name)
+    }
+
+    /// Tells one set of sequences from another.
+    pub fn checksum(&self) -> u32 {
+        let mut sum = flate2::Crc::new();
+        for sequence in self.train.iter().chain(&self.validation) {
+            for (id, learned) in sequence.ids.iter().zip(&sequence.learned) {
+                sum.update(&id.to_le_bytes());
+                sum.update(&[u8::from(*learned)]);
+            }
+        }
+        sum.sum()
     }
 
     fn from_lines(content: &str, text: &Text, length: usize, seed: u64) -> Result<Self> {
@@ -72,12 +99,7 @@ impl Data {
             if line.trim().is_empty() {
                 continue;
             }
-            let line: Line = serde_json::from_str(line).with_context(|| {
-                format!(
-                    "line {}: expected `text`, or `prompt` and `completion`",
-                    number + 1
-                )
-            })?;
+            let line = Line::read(line).with_context(|| format!("line {}", number + 1))?;
             sequences.push(match line {
                 Line::Pair { prompt, completion } => {
                     (pair(&prompt, &completion, text, length)?, Some(prompt))

@@ -82,6 +82,14 @@ impl Weights {
 
     fn from_gguf(file: &Path, device: &Device) -> Result<Self> {
         let mut reader = std::fs::File::open(file)?;
+        let mut magic = [0; 4];
+        let long = reader.read_exact(&mut magic).is_ok();
+        ensure!(
+            !long || &magic == b"GGUF",
+            "not a GGUF file; --model takes one, or a folder in Hugging Face layout: config.json, \
+             tokenizer.json and safetensors files"
+        );
+        reader.rewind()?;
         let content =
             Content::read(&mut reader).context("not a whole GGUF file; fetch it again")?;
         let tied = !content.tensor_infos.contains_key("output.weight");
