@@ -9,7 +9,7 @@ use candle_doft::{Adapter, DoftConfig, DoftConv1d, DoftConv2d, Magnitude, Patter
 use candle_nn::{Conv1d, Conv1dConfig, Conv2d, Conv2dConfig, Module, VarBuilder, VarMap};
 use support::golden::golden;
 use support::slopes::check_slopes;
-use support::tensors::{CPU, bits, disturb, relative, seeded, values};
+use support::tensors::{CPU, bits, disturb, disturb_all, named, relative, seeded, values};
 use support::tolerance::{self, GOLDEN_GRADIENTS, GOLDEN_VALUES};
 
 const KINDS: [Magnitude; 4] = [
@@ -61,9 +61,8 @@ fn wrapped(base: Conv2d, config: &DoftConfig) -> Result<(DoftConv2d, VarMap)> {
     Ok((DoftConv2d::new(base, config, vb)?, varmap))
 }
 
-fn named(varmap: &VarMap, x: &Var) -> Vec<(String, Var)> {
-    let data = varmap.data().lock().unwrap();
-    let mut vars: Vec<_> = data.iter().map(|(n, v)| (n.clone(), v.clone())).collect();
+fn with_x(varmap: &VarMap, x: &Var) -> Vec<(String, Var)> {
+    let mut vars = named(varmap);
     vars.push(("x".into(), x.clone()));
     vars
 }
@@ -85,7 +84,7 @@ fn a_fresh_layer_answers_what_candle_answers() -> Result<()> {
                 if config.groups == 1 {
                     assert_eq!(bits(&ours), bits(&theirs), "{config:?} {kernel:?}");
                 } else {
-                    assert!(relative(&ours, &theirs) < tolerance::merged(dtype) / 10.);
+                    assert!(relative(&ours, &theirs) < tolerance::merged(dtype) / 5.);
                 }
             }
         }
@@ -142,7 +141,7 @@ fn gradients_are_slopes() -> Result<()> {
             let what = format!("{config:?}, b = {block}");
             // A transposed view, so that strides reach the op.
             let view = || x.transpose(2, 3)?.contiguous()?.transpose(2, 3);
-            check_slopes(&what, &named(&varmap, &x), || layer.forward(&view()?))?;
+            check_slopes(&what, &with_x(&varmap, &x), || layer.forward(&view()?))?;
         }
     }
     Ok(())
@@ -161,12 +160,12 @@ fn one_dimension_is_two_with_a_kernel_of_height_one() -> Result<()> {
         let (ours, theirs) = (layer.forward(&x)?, base.forward(&x)?);
         match config.groups {
             1 => assert_eq!(bits(&ours), bits(&theirs)),
-            _ => assert!(relative(&ours, &theirs) < 1e-13),
+            _ => assert!(relative(&ours, &theirs) < 1e-14),
         }
         disturb(&varmap, 0.3)?;
         let merged = layer.merge()?.forward(&x)?;
         assert!(relative(&merged, &layer.forward(&x)?) < tolerance::merged(DType::F64));
-        check_slopes("1d", &named(&varmap, &x), || layer.forward(&x))?;
+        check_slopes("1d", &with_x(&varmap, &x), || layer.forward(&x))?;
     }
     Ok(())
 }
@@ -193,7 +192,7 @@ fn half_kernels_merge_within_their_rounding() -> Result<()> {
             assert!(off < tolerance::merged(dtype), "{dtype:?}: {off:e}");
             let x = Var::from_tensor(&x)?;
             let grads = layer.forward(&x)?.sqr()?.mean_all()?.backward()?;
-            for (name, var) in named(&varmap, &x) {
+            for (name, var) in with_x(&varmap, &x) {
                 let grad = values(grads.get(&var).expect(&name));
                 assert!(grad.iter().all(|g| g.is_finite()), "{name}");
                 assert!(grad.iter().any(|g| *g != 0.), "{name}");
@@ -345,10 +344,7 @@ fn trained_kernels_survive_saving_loading_and_merging() -> candle_doft::Result<(
     let adapter = Adapter::new(config, &CPU)?;
     let first = adapter.wrap_conv2d("down", two.clone())?;
     let second = adapter.wrap_conv1d("audio", one.clone())?;
-    for (seed, var) in adapter.vars()?.into_iter().enumerate() {
-        let noise = seeded(var.dims(), seed as u64).to_dtype(DType::F32)?;
-        var.set(&var.add(&(noise * 0.2)?)?)?;
-    }
+    disturb_all(adapter.vars()?, 0.2)?;
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("adapter.safetensors");
     adapter.save(&file)?;
@@ -370,9 +366,9 @@ fn trained_kernels_survive_saving_loading_and_merging() -> candle_doft::Result<(
     let vb = VarBuilder::from_tensors(tensors.into_iter().collect(), DType::F32, &CPU);
     let merged = adapter.merged(vb)?;
     let kernel = merged.get((12, 3, 3, 3), "down.weight")?;
-    assert!(relative(&kernel, &first.effective_weight()?) < 1e-6);
+    assert_eq!(bits(&kernel), bits(&first.effective_weight()?));
     let kernel = merged.get((12, 6, 3), "audio.weight")?;
-    assert!(relative(&kernel, &second.effective_weight()?) < 1e-6);
+    assert_eq!(bits(&kernel), bits(&second.effective_weight()?));
 
     let error = adapter.wrap_conv2d("down", two).unwrap_err().to_string();
     assert!(error.contains("`down` is wrapped already"), "{error}");

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 pub mod golden;
+pub mod programs;
 pub mod slopes;
 pub mod tensors;
 pub mod tolerance;
