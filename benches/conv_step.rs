@@ -1,15 +1,11 @@
 //! A step of convolutions of several shapes, candle's and this crate's.
 
-#[path = "../examples/support/llm/mod.rs"]
-mod llm;
-#[path = "../examples/support/methods.rs"]
-#[allow(dead_code, reason = "the examples use the rest")]
-mod methods;
-#[allow(dead_code, reason = "each bench uses a part")]
+mod steps;
+#[path = "../examples/support/mod.rs"]
 mod support;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use support::conv;
+use steps::conv;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;

@@ -1,11 +1,7 @@
 //! One training step of one linear layer: forward, then backward to the input and to the adapter.
 
-#[path = "../examples/support/llm/mod.rs"]
-mod llm;
-#[path = "../examples/support/methods.rs"]
-#[allow(dead_code, reason = "the examples use the rest")]
-mod methods;
-#[allow(dead_code, reason = "each bench uses a part")]
+mod steps;
+#[path = "../examples/support/mod.rs"]
 mod support;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
@@ -28,7 +24,7 @@ const METHODS: [&str; 10] = [
     "candle_oft",
 ];
 
-const SHAPES: [support::Shape; 6] = [
+const SHAPES: [steps::Shape; 6] = [
     (512, 1024, 1024),
     (512, 576, 1536),
     (2048, 1024, 1024),
@@ -41,9 +37,9 @@ fn linear_step(c: &mut Criterion) {
     let mut group = c.benchmark_group("linear_step");
     group.sample_size(20);
     for shape in SHAPES {
-        let steps = support::steps(&METHODS, shape, 32).expect("layers that agree");
+        let steps = steps::steps(&METHODS, shape, 32).expect("layers that agree");
         for step in &steps {
-            let id = BenchmarkId::new(&step.method, support::name(shape));
+            let id = BenchmarkId::new(&step.method, steps::name(shape));
             group.bench_function(id, |b| b.iter(|| black_box(step.run()).expect("a step")));
         }
     }

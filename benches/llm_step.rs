@@ -1,16 +1,11 @@
 //! A training step of a language model of SmolLM2-135M's shape.
 
-#[path = "../examples/support/llm/mod.rs"]
-mod llm;
-#[path = "../examples/support/methods.rs"]
-#[allow(dead_code, reason = "the examples use the rest")]
-mod methods;
-#[path = "../examples/support/pages.rs"]
-mod pages;
-#[allow(dead_code, reason = "each bench uses a part")]
+mod steps;
+#[path = "../examples/support/mod.rs"]
 mod support;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
+use support::pages;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -19,9 +14,9 @@ fn llm_step(c: &mut Criterion) {
     pages::keep(pages::FOR_GOOD);
     let mut group = c.benchmark_group("llm_step");
     group.sample_size(10);
-    let weights = support::llm::weights(support::llm::LAYERS).expect("weights");
+    let weights = steps::llm::weights(steps::llm::LAYERS).expect("weights");
     for method in ["gemm", "none", "doft", "oft", "lora", "dora"] {
-        let step = support::llm::run(method, &weights).expect("a model");
+        let step = steps::llm::run(method, &weights).expect("a model");
         let id = BenchmarkId::new(method, "4x128");
         group.bench_function(id, |b| b.iter(|| step().expect("a step")));
     }

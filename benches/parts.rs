@@ -1,16 +1,12 @@
 //! Rotations, merges and decoded tokens, each alone. The id of a map ends in its distance from
 //! orthogonal.
 
-#[path = "../examples/support/llm/mod.rs"]
-mod llm;
-#[path = "../examples/support/methods.rs"]
-#[allow(dead_code, reason = "the examples use the rest")]
-mod methods;
-#[allow(dead_code, reason = "each bench uses a part")]
+mod steps;
+#[path = "../examples/support/mod.rs"]
 mod support;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use support::parts;
+use steps::parts;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -47,7 +43,7 @@ fn decode(c: &mut Criterion) {
     let shape = (1, 1024, 1024);
     for way in parts::DECODE {
         let run = parts::decode(way, shape).expect("layers that agree");
-        let id = BenchmarkId::new(way, support::name(shape));
+        let id = BenchmarkId::new(way, steps::name(shape));
         group.bench_function(id, |b| b.iter(|| run().expect("a token")));
     }
     group.finish();

@@ -1,15 +1,11 @@
 //! A step through quantized and half weights beside the dense one, and the loss over a head.
 
-#[path = "../examples/support/llm/mod.rs"]
-mod llm;
-#[path = "../examples/support/methods.rs"]
-#[allow(dead_code, reason = "the examples use the rest")]
-mod methods;
-#[allow(dead_code, reason = "each bench uses a part")]
+mod steps;
+#[path = "../examples/support/mod.rs"]
 mod support;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use support::quantized;
+use steps::quantized;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -23,7 +19,7 @@ fn quantized_step(c: &mut Criterion) {
         .chain(types)
     {
         let step = quantized::run(method).expect("a layer that agrees");
-        let id = BenchmarkId::new(method, support::name(quantized::SHAPE));
+        let id = BenchmarkId::new(method, steps::name(quantized::SHAPE));
         group.bench_function(id, |b| b.iter(|| step().expect("a step")));
     }
     group.finish();

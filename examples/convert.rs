@@ -6,8 +6,7 @@
 mod support;
 
 use anyhow::Result;
-use candle_doft::Map;
-use candle_doft::file::{Divisor, LoadOptions, Target, convert};
+use candle_doft::file::{Target, convert};
 use candle_doft::merge::weight_shapes;
 use clap::{Parser, ValueEnum};
 use std::collections::BTreeMap;
@@ -31,12 +30,8 @@ struct Flags {
     /// The base checkpoint, to tell kernels from matrices and to find its names
     #[arg(long)]
     base: Option<PathBuf>,
-    /// The map of every layer, against what the file says: cayley, exponential, neumann:T, neumann:T:2
-    #[arg(long)]
-    map: Option<Map>,
-    /// The divisor of every layer, against what the file says: none, 2sqrt, sqrt, sqrtn
-    #[arg(long)]
-    divisor: Option<Divisor>,
+    #[command(flatten)]
+    read_as: support::cli::ReadAs,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -51,9 +46,7 @@ fn main() -> std::process::ExitCode {
 }
 
 fn run(flags: &Flags) -> Result<()> {
-    let mut options = LoadOptions::default();
-    options.map = flags.map;
-    options.divisor = flags.divisor;
+    let options = flags.read_as.options();
     let shapes = match &flags.base {
         Some(base) => weight_shapes(base)?,
         None => BTreeMap::new(),

@@ -3,14 +3,6 @@
 //!     cargo run --release --example generate -- --model model.gguf --adapter adapter.safetensors \
 //!         --prompt "Define Happiness."
 
-#[path = "support/llm/mod.rs"]
-mod llm;
-#[path = "support/memory.rs"]
-#[allow(dead_code, reason = "others use the rest")]
-mod memory;
-#[path = "support/methods.rs"]
-#[allow(dead_code, reason = "others use the rest")]
-mod methods;
 #[path = "support/mod.rs"]
 mod support;
 
@@ -20,15 +12,16 @@ use candle_doft::Adapter;
 use candle_doft::file::LoadOptions;
 use candle_doft::merge::{Merge, Strength};
 use clap::Parser;
-use llm::model::Model;
-use llm::open;
-use llm::sample::{Sampling, answer};
-use llm::tokenizer::Text;
-use llm::weights::Weights;
-use methods::{Method, Tuner};
 use std::io::Write;
 use std::path::PathBuf;
 use std::time::Instant;
+use support::llm::model::Model;
+use support::llm::open;
+use support::llm::sample::{Sampling, answer};
+use support::llm::tokenizer::Text;
+use support::llm::weights::Weights;
+use support::memory;
+use support::methods::{Method, Tuner};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -74,23 +67,21 @@ fn run(flags: &Flags) -> Result<()> {
     let device = Device::Cpu;
     let mut weights = Weights::open(&open::locate(&flags.model)?, flags.dequantize, &device)?;
     let text = Text::open(&weights)?;
-    let (adapter, tuner) = match &flags.adapter {
-        None => (None, Tuner::new(Method::Frozen, 0, &device)?),
+    let tuner = match &flags.adapter {
+        None => Tuner::new(Method::Frozen, 0, &device)?,
         Some(file) if flags.merge || flags.strength != 1. => {
             let strength = Strength::linear(flags.strength);
             let merge = Merge::new().with_file(file, &LoadOptions::default(), strength)?;
             weights = weights.merged(&merge)?;
-            (None, Tuner::new(Method::Frozen, 0, &device)?)
+            Tuner::new(Method::Frozen, 0, &device)?
         }
         Some(file) => {
-            let adapter = Adapter::load(file, &device)?;
             let method = Method::Doft(Box::default());
-            let tuner = Tuner::with_adapter(method, adapter.clone());
-            (Some(adapter), tuner)
+            Tuner::with_adapter(method, Adapter::load(file, &device)?)
         }
     };
     let model = Model::new(&weights, &tuner, &device)?;
-    if let Some(adapter) = &adapter {
+    if let Some(adapter) = tuner.adapter() {
         adapter.check_complete()?;
         for warning in adapter.warnings() {
             eprintln!("note: {warning}");
@@ -101,37 +92,50 @@ fn run(flags: &Flags) -> Result<()> {
         seed: flags.seed,
         max_tokens: flags.max_tokens,
     };
-    let mut shown = String::new();
-    let mut out = std::io::stdout();
-    let mut first = None;
-    let mut count = 0;
-    let each = |ids: &[u32]| -> Result<()> {
-        first.get_or_insert_with(Instant::now);
-        count = ids.len();
-        let text = text.decode(ids)?;
+    let mut printed = Printed::default();
+    let each = |ids: &[u32]| printed.add(ids.len(), text.decode(ids)?);
+    let answered = tuner.inference(|| answer(&model, &text, &flags.prompt, sampling, each))??;
+    printed.finish(&answered);
+    Ok(())
+}
+
+/// What stands on standard output so far.
+#[derive(Default)]
+struct Printed {
+    text: String,
+    tokens: usize,
+    /// When the first token came.
+    first: Option<Instant>,
+}
+
+impl Printed {
+    fn add(&mut self, tokens: usize, text: String) -> Result<()> {
+        self.first.get_or_insert_with(Instant::now);
+        self.tokens = tokens;
         // A character may take several tokens; until it is whole it shows as a replacement.
-        if let Some(new) = text.strip_prefix(shown.as_str())
+        if let Some(new) = text.strip_prefix(self.text.as_str())
             && !new.ends_with('\u{fffd}')
         {
+            let mut out = std::io::stdout();
             write!(out, "{new}")
                 .and_then(|()| out.flush())
                 .context("standard output")?;
-            shown = text;
+            self.text = text;
         }
         Ok(())
-    };
-    let generate = || answer(&model, &text, &flags.prompt, sampling, each);
-    let answered = match &adapter {
-        Some(adapter) => adapter.inference(generate)??,
-        None => generate()?,
-    };
-    let rest = answered.strip_prefix(shown.as_str()).unwrap_or_default();
-    println!("{rest}");
-    if let (Some(first), 2..) = (first, count) {
-        let seconds = first.elapsed().as_secs_f64();
-        let peak =
-            memory::peak_bytes().map_or(String::new(), |bytes| format!(", {bytes} bytes at most"));
-        eprintln!("{:.1} tokens/s{peak}", (count - 1) as f64 / seconds);
     }
-    Ok(())
+
+    /// The rest of the answer, and on standard error how fast it came.
+    fn finish(&self, answer: &str) {
+        println!(
+            "{}",
+            answer.strip_prefix(self.text.as_str()).unwrap_or_default()
+        );
+        if let (Some(first), 2..) = (self.first, self.tokens) {
+            let speed = (self.tokens - 1) as f64 / first.elapsed().as_secs_f64();
+            let peak = memory::peak_bytes();
+            let peak = peak.map_or(String::new(), |bytes| format!(", {bytes} bytes at most"));
+            eprintln!("{speed:.1} tokens/s{peak}");
+        }
+    }
 }

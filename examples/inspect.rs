@@ -6,8 +6,6 @@
 mod support;
 
 use anyhow::Result;
-use candle_doft::Map;
-use candle_doft::file::{Divisor, LoadOptions};
 use candle_doft::merge::{Inspection, LayerInspection, inspect};
 use clap::Parser;
 use serde_json::{Value, json};
@@ -25,12 +23,8 @@ struct Flags {
     /// Print JSON
     #[arg(long)]
     json: bool,
-    /// The map of every layer, against what the file says: cayley, exponential, neumann:T, neumann:T:2
-    #[arg(long)]
-    map: Option<Map>,
-    /// The divisor of every layer, against what the file says: none, 2sqrt, sqrt, sqrtn
-    #[arg(long)]
-    divisor: Option<Divisor>,
+    #[command(flatten)]
+    read_as: support::cli::ReadAs,
 }
 
 fn main() -> std::process::ExitCode {
@@ -39,9 +33,7 @@ fn main() -> std::process::ExitCode {
 }
 
 fn run(flags: &Flags) -> Result<()> {
-    let mut options = LoadOptions::default();
-    options.map = flags.map;
-    options.divisor = flags.divisor;
+    let options = flags.read_as.options();
     let found = inspect(&flags.adapter, &options, flags.base.as_deref())?;
     match flags.json {
         true => println!("{}", serde_json::to_string_pretty(&as_json(&found)?)?),

@@ -7,8 +7,6 @@
 mod support;
 
 use anyhow::Result;
-use candle_doft::Map;
-use candle_doft::file::{Divisor, LoadOptions};
 use candle_doft::merge::{CheckpointOptions, Merge, Strength};
 use clap::{Parser, ValueEnum};
 use std::path::PathBuf;
@@ -40,12 +38,8 @@ struct Flags {
     /// Let modules of an adapter match no weight
     #[arg(long)]
     allow_partial: bool,
-    /// The map of every layer, against what a file says: cayley, exponential, neumann:T, neumann:T:2
-    #[arg(long)]
-    map: Option<Map>,
-    /// The divisor of every layer, against what a file says: none, 2sqrt, sqrt, sqrtn
-    #[arg(long)]
-    divisor: Option<Divisor>,
+    #[command(flatten)]
+    read_as: support::cli::ReadAs,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -60,9 +54,10 @@ fn main() -> std::process::ExitCode {
 }
 
 fn run(flags: &Flags) -> Result<()> {
-    let mut options = LoadOptions::default().with_allow_partial(flags.allow_partial);
-    options.map = flags.map;
-    options.divisor = flags.divisor;
+    let options = flags
+        .read_as
+        .options()
+        .with_allow_partial(flags.allow_partial);
     let strength = match flags.strength_mode {
         Mode::Linear => Strength::linear(flags.strength),
         Mode::Geodesic => Strength::geodesic(flags.strength),

@@ -77,7 +77,9 @@ fn divisors_are_those_of_the_table() {
 fn patterns_mean_names_globs_and_regular_expressions() {
     let regex = || Pattern::Regex(r"layers\.\d+\.(q|k)_proj".into());
     for (pattern, path, expected) in [
+        // A name is a path or the end of one, at a dot; `*` stops at a dot and `**` does not.
         (Pattern::from("q_proj"), "layers.0.q_proj", true),
+        (Pattern::from("proj"), "layers.0.q_proj", false),
         (Pattern::from("q_proj"), "layers.0.freq_proj", false),
         (Pattern::from("attn.q_proj"), "layers.0.attn.q_proj", true),
         (Pattern::from("layers.*.q_proj"), "layers.0.q_proj", true),
@@ -86,6 +88,8 @@ fn patterns_mean_names_globs_and_regular_expressions() {
             "layers.0.attn.q_proj",
             false,
         ),
+        (Pattern::from("*.q_proj"), "layers.0.q_proj", false),
+        (Pattern::from("**.q_proj"), "layers.0.q_proj", true),
         (Pattern::from("**.q_proj"), "layers.0.attn.q_proj", true),
         (
             Pattern::from("layers.[01].{q,k}_proj"),

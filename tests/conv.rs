@@ -9,7 +9,7 @@ use candle_doft::{Adapter, DoftConfig, DoftConv1d, DoftConv2d, Magnitude, Patter
 use candle_nn::{Conv1d, Conv1dConfig, Conv2d, Conv2dConfig, Module, VarBuilder, VarMap};
 use support::golden::golden;
 use support::slopes::{check_slopes, named};
-use support::tensors::{CPU, bits, disturb, relative, seeded, values};
+use support::tensors::{CPU, bits, disturb, disturb_all, relative, seeded, values};
 use support::tolerance::{self, GOLDEN_GRADIENTS, GOLDEN_VALUES};
 
 const KINDS: [Magnitude; 4] = [
@@ -78,7 +78,7 @@ fn a_fresh_layer_answers_what_candle_answers() -> Result<()> {
                 if config.groups == 1 {
                     assert_eq!(bits(&ours), bits(&theirs), "{config:?} {kernel:?}");
                 } else {
-                    assert!(relative(&ours, &theirs) < tolerance::merged(dtype) / 10.);
+                    assert!(relative(&ours, &theirs) < tolerance::merged(dtype) / 5.);
                 }
             }
         }
@@ -156,7 +156,7 @@ fn one_dimension_is_two_with_a_kernel_of_height_one() -> Result<()> {
         let (ours, theirs) = (layer.forward(&x)?, base.forward(&x)?);
         match config.groups {
             1 => assert_eq!(bits(&ours), bits(&theirs)),
-            _ => assert!(relative(&ours, &theirs) < 1e-13),
+            _ => assert!(relative(&ours, &theirs) < 1e-14),
         }
         disturb(&varmap, 0.3)?;
         let merged = layer.merge()?.forward(&x)?;
@@ -359,10 +359,7 @@ fn trained_kernels_survive_saving_loading_and_merging() -> candle_doft::Result<(
     let adapter = Adapter::new(config, &CPU)?;
     let first = adapter.wrap_conv2d("down", two.clone())?;
     let second = adapter.wrap_conv1d("audio", one.clone())?;
-    for (seed, var) in adapter.vars()?.into_iter().enumerate() {
-        let noise = seeded(var.dims(), seed as u64).to_dtype(DType::F32)?;
-        var.set(&var.add(&(noise * 0.2)?)?)?;
-    }
+    disturb_all(adapter.vars()?, 0.2)?;
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("adapter.safetensors");
     adapter.save(&file)?;
@@ -384,9 +381,9 @@ fn trained_kernels_survive_saving_loading_and_merging() -> candle_doft::Result<(
     let vb = VarBuilder::from_tensors(tensors.into_iter().collect(), DType::F32, &CPU);
     let merged = adapter.merged(vb)?;
     let kernel = merged.get((12, 3, 3, 3), "down.weight")?;
-    assert!(relative(&kernel, &first.effective_weight()?) < 1e-6);
+    assert_eq!(bits(&kernel), bits(&first.effective_weight()?));
     let kernel = merged.get((12, 6, 3), "audio.weight")?;
-    assert!(relative(&kernel, &second.effective_weight()?) < 1e-6);
+    assert_eq!(bits(&kernel), bits(&second.effective_weight()?));
 
     let error = adapter.wrap_conv2d("down", two).unwrap_err().to_string();
     assert!(error.contains("`down` is wrapped already"), "{error}");

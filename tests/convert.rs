@@ -27,7 +27,7 @@ fn assert_same(what: &str, adapter: &Path, other: &Path, base: &Path) -> candle_
     let (before, after) = (merged(adapter, base)?, merged(other, base)?);
     for (name, weight) in before {
         let off = relative(&after[&name], &weight);
-        assert!(off < 1e-6, "{what}: {name} is off by {off:e}");
+        assert!(off < 3e-7, "{what}: {name} is off by {off:e}");
     }
     Ok(())
 }

@@ -159,8 +159,8 @@ fn half_precision_exports_are_their_rounding_away() -> candle_doft::Result<()> {
     let folder = golden("onetrainer/doft_g3_linear");
     let expected = &load(&folder.join("io.safetensors"))?["w_eff"];
     for (flavour, bound) in [
-        ("adapter.bf16.safetensors", 1e-2),
-        ("adapter.f16.safetensors", 1e-3),
+        ("adapter.bf16.safetensors", 2e-3),
+        ("adapter.f16.safetensors", 2.5e-4),
     ] {
         let adapter = Adapter::load(folder.join(flavour), &CPU)?;
         let layers = wrapped(&adapter, &folder.join("base.safetensors"))?;

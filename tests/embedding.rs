@@ -10,7 +10,7 @@ use candle_nn::{Embedding, Module, VarBuilder, VarMap};
 use std::sync::Arc;
 use support::golden::golden;
 use support::slopes::{check_slopes, named};
-use support::tensors::{CPU, bits, disturb, relative, seeded, values};
+use support::tensors::{CPU, bits, disturb, disturb_all, relative, seeded, values};
 use support::tolerance::{self, GOLDEN_WEIGHTS};
 
 fn table(dtype: DType) -> Result<Tensor> {
@@ -157,10 +157,7 @@ fn a_rule_turns_the_magnitude_on_and_a_file_remembers_it() -> candle_doft::Resul
         names,
         ["embed.oft_embedding_R.weight", "embed.dora_multiplier"]
     );
-    for (seed, var) in adapter.vars()?.into_iter().enumerate() {
-        let noise = seeded(var.dims(), seed as u64).to_dtype(DType::F32)?;
-        var.set(&var.add(&(noise * 0.1)?)?)?;
-    }
+    disturb_all(adapter.vars()?, 0.1)?;
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("adapter.safetensors");
     adapter.save(&file)?;

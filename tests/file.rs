@@ -9,7 +9,7 @@ use candle_doft::{Adapter, DoftConfig, DoftLinear, Magnitude, Map, Result, rng::
 use candle_nn::{Linear, Module};
 use std::path::{Path, PathBuf};
 use support::MAPS;
-use support::tensors::{CPU, bits, linear, relative, seeded};
+use support::tensors::{CPU, bits, disturb_all, linear, relative, seeded};
 
 /// A model of two adapted layers, a frozen one and an extra tensor, away from its start.
 struct Model {
@@ -44,10 +44,7 @@ fn config() -> DoftConfig {
 
 fn trained(config: DoftConfig, dtype: DType) -> Result<Model> {
     let model = build(Adapter::new(config, &CPU)?, dtype)?;
-    for (seed, (_, var)) in model.adapter.named_vars()?.into_iter().enumerate() {
-        let noise = (seeded(var.dims(), seed as u64) * 0.3)?.to_dtype(var.dtype())?;
-        var.set(&var.add(&noise)?)?;
-    }
+    disturb_all(model.adapter.vars()?, 0.3)?;
     Ok(model)
 }
 
@@ -148,12 +145,12 @@ fn what_is_saved_comes_back_for_every_setting() -> Result<()> {
                 assert_eq!(before.dtype(), after.dtype(), "{what}");
                 match exact || !name.contains("dora") {
                     true => assert_eq!(bits(&before), bits(&after), "{what}: {name}"),
-                    false => assert!(relative(&after, &before) < 1e-6, "{what}: {name}"),
+                    false => assert!(relative(&after, &before) < 3e-7, "{what}: {name}"),
                 }
             }
             for (before, after) in [(&model.q, &loaded.q), (&model.v, &loaded.v)] {
                 assert_eq!(before.layout(), after.layout(), "{what}");
-                assert!(relative(&after.effective_weight()?, &before.effective_weight()?) < 1e-6);
+                assert!(relative(&after.effective_weight()?, &before.effective_weight()?) < 3e-7);
             }
             assert_eq!(bits(&model.head), bits(&loaded.head));
             if exact {

@@ -11,7 +11,7 @@ use candle_doft::file::{LoadOptions, Target, convert};
 use candle_doft::merge::{CheckpointOptions, Merge, Strength, weight_shapes};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use support::programs::python;
 use support::tensors::{CPU, relative, seeded};
 use support::tolerance::GOLDEN_WEIGHTS;
 
@@ -54,15 +54,6 @@ fn pair(home: &Path, exact: bool) -> Result<(PathBuf, PathBuf)> {
     Ok((base_file, file))
 }
 
-fn python() -> Option<String> {
-    let python = std::env::var("CANDLE_DOFT_PYTHON").unwrap_or_else(|_| "python3".into());
-    let found = Command::new(&python)
-        .args(["-c", "import torch, peft"])
-        .output()
-        .ok()?;
-    found.status.success().then_some(python)
-}
-
 fn check(case: &str, base: &Path, adapter: &Path) -> candle_doft::Result<()> {
     let home = tempfile::tempdir().unwrap();
     let (folder, merged) = (
@@ -88,11 +79,11 @@ fn check(case: &str, base: &Path, adapter: &Path) -> candle_doft::Result<()> {
         }
     };
     let golden = here("golden/written").join(format!("{case}.safetensors"));
-    match python() {
+    match python("torch, peft") {
         None => println!("SKIPPED: {case} was not read by PEFT itself, for there is none"),
-        Some(python) => {
+        Some(mut python) => {
             let output = home.path().join("theirs.safetensors");
-            let run = Command::new(python)
+            let run = python
                 .arg(here("peft/merge.py"))
                 .args([base, &folder, &output])
                 .output()

@@ -58,7 +58,7 @@ fn every_type_gives_the_outputs_and_gradients_of_the_weight_it_expands_to() -> R
             let base = frozen::Linear::quantized(tensor, Some(bias.clone()))?;
             let (ours, vars) = wrapped(base, &config)?;
             let (theirs, twins) = wrapped(Linear::new(dense, Some(bias.clone())).into(), &config)?;
-            assert!(relative(&ours.magnitude()?, &theirs.magnitude()?) < 1e-6);
+            assert_eq!(bits(&ours.magnitude()?), bits(&theirs.magnitude()?));
             for rows in [1, 5, 70] {
                 let x = Var::from_tensor(&seeded((rows, width), 3).to_dtype(DType::F32)?)?;
                 let upstream = seeded((rows, out), 4).to_dtype(DType::F32)?;
@@ -71,7 +71,7 @@ fn every_type_gives_the_outputs_and_gradients_of_the_weight_it_expands_to() -> R
                 let without = |y: &Tensor| y.broadcast_sub(&bias);
                 // What the bias leaves of f32 in y, relative to the product.
                 let off = relative(&without(&a)?, &without(&b)?);
-                assert!(off < 1e-2, "{what}: y without bias is off by {off:e}");
+                assert!(off < 2e-3, "{what}: y without bias is off by {off:e}");
                 near("y", &a, &b);
                 let a = (a * &upstream)?.sum_all()?.backward()?;
                 let b = (b * &upstream)?.sum_all()?.backward()?;
@@ -187,7 +187,7 @@ fn fast_decode_is_candle_s_product_and_only_on_request() -> Result<()> {
     assert_eq!(bits(&layer.forward(&x)?), bits(&slow.forward(&x)?));
     let (quick, exact) = (layer.inference()?.forward(&x)?, slow.forward(&x)?);
     assert_ne!(bits(&quick), bits(&exact));
-    assert!(relative(&quick, &exact) < 0.02);
+    assert!(relative(&quick, &exact) < 0.01);
     Ok(())
 }
 

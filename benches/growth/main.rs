@@ -4,24 +4,19 @@
 //!     cargo bench --bench growth [-- --quick]
 
 mod draw;
-#[path = "../../examples/support/llm/mod.rs"]
-mod llm;
-#[path = "../../examples/support/methods.rs"]
-#[allow(dead_code, reason = "the examples use the rest")]
-mod methods;
-#[path = "../../examples/support/pages.rs"]
-mod pages;
-#[path = "../support/mod.rs"]
-#[allow(dead_code, reason = "each bench uses a part")]
+#[path = "../steps/mod.rs"]
+mod steps;
+#[path = "../../examples/support/mod.rs"]
 mod support;
 
 use candle_core::Result;
 use serde::Serialize;
 use std::collections::BTreeMap;
+use steps::interleave::{Budget, rounds, timed};
+use steps::{Shape, Timed};
 use support::context::context;
-use support::interleave::{Budget, rounds, timed};
-use support::stats::{Interval, VALUES, interval, median};
-use support::{Shape, Timed};
+use support::pages;
+use support::stats::{MedianInterval, VALUES, median, median_interval};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -66,7 +61,7 @@ struct Point {
     /// Median of each method.
     seconds: BTreeMap<&'static str, f64>,
     /// Of the rounds, `numerator/denominator`.
-    ratios: BTreeMap<String, Interval>,
+    ratios: BTreeMap<String, MedianInterval>,
 }
 
 #[derive(Serialize)]
@@ -152,7 +147,7 @@ fn main() -> anyhow::Result<()> {
 }
 
 fn time(place: &Place, budget: Budget) -> Result<Point> {
-    let steps = support::stacks(&METHODS, place.shape, place.block_size, place.layers)?;
+    let steps = steps::stacks(&METHODS, place.shape, place.block_size, place.layers)?;
     let sides: Vec<Timed> = steps
         .into_iter()
         .map(|step| timed(Box::new(move || step.run())))
@@ -163,7 +158,7 @@ fn time(place: &Place, budget: Budget) -> Result<Point> {
     let pairs = [(1, 0), (2, 0), (2, 1)];
     Ok(Point {
         value: place.value,
-        shape: support::name(place.shape),
+        shape: steps::name(place.shape),
         block_size: place.block_size,
         layers: place.layers,
         seconds: seconds
@@ -174,7 +169,7 @@ fn time(place: &Place, budget: Budget) -> Result<Point> {
                 let name = format!("{}/{}", METHODS[above], METHODS[below]);
                 (
                     name,
-                    interval(&column(&|round| round[above] / round[below])),
+                    median_interval(&column(&|round| round[above] / round[below])),
                 )
             })
             .into(),

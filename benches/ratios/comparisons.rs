@@ -1,7 +1,7 @@
 //! What is compared with what.
 
-use crate::support::interleave::timed;
-use crate::support::{self, Run, Shape, Timed, calls, conv, llm, parts, quantized};
+use crate::steps::interleave::timed;
+use crate::steps::{self, Run, Shape, Timed, calls, conv, llm, parts, quantized};
 use candle_core::Result;
 
 /// Methods on one linear layer: numerator, denominator.
@@ -92,19 +92,19 @@ pub fn all(quick: bool) -> Vec<Comparison> {
     all
 }
 
-fn step(method: &str, shape: Shape, block_size: usize) -> Result<support::Step> {
-    Ok(support::steps(&[method], shape, block_size)?.remove(0))
+fn step(method: &str, shape: Shape, block_size: usize) -> Result<steps::Step> {
+    Ok(steps::steps(&[method], shape, block_size)?.remove(0))
 }
 
 fn linear_steps() -> Vec<Comparison> {
     let linear = |pair, shape, block_size| {
         let name = match block_size {
-            32 => support::name(shape),
-            b => format!("{}, b = {b}", support::name(shape)),
+            32 => steps::name(shape),
+            b => format!("{}, b = {b}", steps::name(shape)),
         };
         Comparison::new("linear_step", name, pair, move || {
             // Both at once: they share the weight.
-            let mut steps = support::steps(&[pair.0, pair.1], shape, block_size)?.into_iter();
+            let mut steps = steps::steps(&[pair.0, pair.1], shape, block_size)?.into_iter();
             let mut next = || steps.next().map(|step| Box::new(move || step.run()) as Run);
             match (next(), next()) {
                 (Some(above), Some(below)) => Ok(Sides::new(above, below)),
@@ -129,7 +129,7 @@ fn linear_calls() -> [Comparison; 3] {
     let shape = SHAPES[0];
     ["frozen", "doft", "doft_and_map"].map(|name| {
         let pair = (name, "gemm");
-        Comparison::new("linear_calls", support::name(shape), pair, move || {
+        Comparison::new("linear_calls", steps::name(shape), pair, move || {
             let method = if name == "frozen" { name } else { "doft" };
             let products = step("gemm", shape, 32)?;
             let mut surplus = vec![calls::bookkeeping(step("gemm", shape, 32)?)?];
@@ -149,7 +149,7 @@ fn linear_calls() -> [Comparison; 3] {
 fn small_parts() -> Vec<Comparison> {
     let token = (1, 1024, 1024);
     let decode = |pair| {
-        Comparison::alike("decode", support::name(token), pair, move |way| {
+        Comparison::alike("decode", steps::name(token), pair, move |way| {
             parts::decode(way, token)
         })
     };
@@ -170,7 +170,7 @@ fn quantized_steps() -> Vec<Comparison> {
     let types = quantized::TYPES.iter().map(|(name, _)| (*name, "dense"));
     let others = [("bf16", "dense"), ("qmatmul", "forward")];
     let pairs = types.chain(others);
-    let shape = support::name(quantized::SHAPE);
+    let shape = steps::name(quantized::SHAPE);
     let mut all: Vec<_> = pairs
         .map(|pair| Comparison::alike("quantized_step", &shape, pair, quantized::run))
         .collect();

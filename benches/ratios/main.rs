@@ -7,23 +7,18 @@
 //! stays.
 
 mod comparisons;
-#[path = "../../examples/support/llm/mod.rs"]
-mod llm;
 mod memory;
-#[path = "../../examples/support/methods.rs"]
-#[allow(dead_code, reason = "the examples use the rest")]
-mod methods;
-#[path = "../../examples/support/pages.rs"]
-mod pages;
-#[path = "../support/mod.rs"]
-#[allow(dead_code, reason = "each bench uses a part")]
+#[path = "../steps/mod.rs"]
+mod steps;
+#[path = "../../examples/support/mod.rs"]
 mod support;
 
 use comparisons::{Comparison, Sides};
 use serde_json::{Value, json};
+use steps::interleave::{Budget, rounds};
 use support::context::context;
-use support::interleave::{Budget, rounds};
-use support::stats::{VALUES, interval, median};
+use support::pages;
+use support::stats::{VALUES, median, median_interval};
 
 #[global_allocator]
 static ALLOCATOR: memory::Counting = memory::ALLOCATOR;
@@ -61,7 +56,7 @@ fn main() -> anyhow::Result<()> {
     let mut entries = Vec::new();
     let mut tell = |mut entry: Value| {
         print(&entry);
-        entry["context"] = context.clone();
+        entry["context"] = json!(context);
         entries.push(entry);
     };
     if wanted(memory::WHAT) {
@@ -96,7 +91,7 @@ fn time(comparison: &Comparison, budget: Budget) -> anyhow::Result<Value> {
     let surplus = |round: &Vec<f64>| round[2..].iter().sum::<f64>();
     let above = |round: &Vec<f64>| round[0] - surplus(round);
     let each = |of: &dyn Fn(&Vec<f64>) -> f64| rounds.iter().map(of).collect::<Vec<_>>();
-    let ratio = interval(&each(&|round| above(round) / round[1]));
+    let ratio = median_interval(&each(&|round| above(round) / round[1]));
     let mut entry = json!({
         "what": comparison.what,
         "shape": comparison.shape,

@@ -1,7 +1,8 @@
 //! The memory that a step takes at most, each method alone in a process of its own.
 
-use crate::support::stats::{interval, median};
-use crate::support::{self, Shape, calls};
+use crate::steps::{self, Shape, calls};
+use crate::support::memory::{peak_bytes, status};
+use crate::support::stats::{median, median_interval};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::alloc::{GlobalAlloc, Layout};
@@ -119,7 +120,7 @@ pub fn probe(arguments: &[String]) -> anyhow::Result<Found> {
         anyhow::bail!("{FLAG} takes a method and what comes behind it")
     };
     COUNTS.store(true, Relaxed);
-    let step = support::untouched(method, SHAPE, 32)?;
+    let step = steps::untouched(method, SHAPE, 32)?;
     let live = LIVE.load(Relaxed);
     PEAK.store(live, Relaxed);
     let resident = status("VmRSS:");
@@ -137,21 +138,13 @@ pub fn probe(arguments: &[String]) -> anyhow::Result<Found> {
     }
     let allocated = first.max(PEAK.load(Relaxed)) - live;
     let warm = PEAK.load(Relaxed) - left;
-    let peak = status("VmHWM:").filter(|_| reset);
+    let peak = peak_bytes().filter(|_| reset);
     let grown = peak.zip(resident);
     Ok(Found {
         allocated: allocated as u64,
         warm: warm as u64,
         resident: grown.map(|(peak, before)| peak.saturating_sub(before)),
     })
-}
-
-/// A line of the process's status, in bytes.
-fn status(name: &str) -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix(name))?;
-    let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kilobytes << 10)
 }
 
 /// Processes of each method, in turns.
@@ -177,14 +170,14 @@ fn entry(method: &str, loss: Loss, found: &BTreeMap<&str, Vec<Found>>) -> Value 
     let (above, below) = (&found[method], &found[BASELINE]);
     let pairs = || above.iter().zip(below);
     let allocated = pairs().map(|(a, b)| a.allocated as f64 / b.allocated as f64);
-    let ratio = interval(&allocated.collect::<Vec<_>>());
+    let ratio = median_interval(&allocated.collect::<Vec<_>>());
     let middle = |found: &[Found], of: fn(&Found) -> Option<u64>| {
         let values: Option<Vec<f64>> = found.iter().map(|f| of(f).map(|v| v as f64)).collect();
         values.map(|values| median(&values) as u64)
     };
     json!({
         "what": WHAT,
-        "shape": format!("{}{}", support::name(SHAPE), loss.suffix()),
+        "shape": format!("{}{}", steps::name(SHAPE), loss.suffix()),
         "numerator": method,
         "denominator": BASELINE,
         "median": ratio.median,

@@ -3,10 +3,12 @@
 //!     cargo bench --bench table
 
 mod bounds;
-#[path = "../support/context.rs"]
-mod context;
 mod markdown;
 mod results;
+#[path = "../../examples/support/mod.rs"]
+mod support;
+
+use support::context::{self, Context};
 
 fn main() -> anyhow::Result<()> {
     let ratios: Option<Vec<results::Entry>> = results::read("target/ratios.json")?;
@@ -25,9 +27,10 @@ fn main() -> anyhow::Result<()> {
     }
     if let Some(last) = criterion.iter().map(|estimate| estimate.at).max() {
         // Criterion keeps times alone; the rest is what it would find here.
-        let mut here = context::context(false);
-        here["date"] = context::date(last).into();
-        let here = serde_json::from_value(here)?;
+        let here = Context {
+            date: context::date(last),
+            ..context::context(false)
+        };
         print!("{}", markdown::criterion(&criterion, &here));
     }
     Ok(())

@@ -1,20 +1,10 @@
 //! Tables of results.
 
 use crate::bounds::Bound;
-use crate::results::{Context, Entry, Estimate, Growth, Interval, Point};
-use std::fmt::Display;
-
-/// A table; cells that are missing stay empty.
-fn table(head: &[String], rows: &[Vec<String>]) -> String {
-    let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));
-    let rule = format!("|{}\n", "---|".repeat(head.len()));
-    let rows = rows.iter().map(|row| line(row));
-    format!("{}{rule}{}\n", line(head), rows.collect::<String>())
-}
-
-fn names<T: Display>(cells: impl IntoIterator<Item = T>) -> Vec<String> {
-    cells.into_iter().map(|cell| cell.to_string()).collect()
-}
+use crate::results::{Entry, Estimate, Growth, Point};
+use crate::support::context::Context;
+use crate::support::markdown::table;
+use crate::support::stats::MedianInterval;
 
 /// Values in the order in which they come, each once.
 fn once<T: PartialEq>(values: impl IntoIterator<Item = T>) -> Vec<T> {
@@ -115,16 +105,11 @@ pub fn bounds(bounds: &[Bound], entries: &[Entry]) -> String {
             _ => format!("{}: {}", entry.shape, exact(entry)),
         };
         let measured = found.iter().map(cell).collect::<Vec<_>>().join("; ");
-        names([
-            bound.what,
-            bound.at_most,
-            &measured,
-            &bound.verdict(entries),
-        ])
+        let verdict = bound.verdict(entries);
+        vec![bound.what.into(), bound.at_most.into(), measured, verdict]
     };
-    let head = names(["what", "at most", "measured", "met"]);
-    let rows: Vec<_> = bounds.iter().map(row).collect();
-    format!("{}{}", places(entries), table(&head, &rows))
+    let head = ["what", "at most", "measured", "met"];
+    places(entries) + &table(head, bounds.iter().map(row))
 }
 
 /// Every ratio: pairs against shapes where several shapes have several pairs, the rest in a list.
@@ -164,9 +149,9 @@ fn grid(entries: &[&Entry], shapes: &[&str]) -> String {
         }));
         cells
     };
-    let rows: Vec<_> = once(entries.iter().map(pair)).iter().map(row).collect();
+    let pairs = once(entries.iter().map(pair));
     let head = std::iter::once("").chain(shapes.iter().copied());
-    table(&names(head), &rows)
+    table(head, pairs.iter().map(row))
 }
 
 fn list(entries: &[&Entry]) -> String {
@@ -180,8 +165,7 @@ fn list(entries: &[&Entry]) -> String {
         let pair = format!("{} over {}", entry.numerator, entry.denominator);
         vec![pair, entry.shape.clone(), of(entry), side(entry)]
     };
-    let rows: Vec<_> = entries.iter().map(row).collect();
-    table(&names(["", "shape", "ratio", "medians"]), &rows)
+    table(["", "shape", "ratio", "medians"], entries.iter().map(row))
 }
 
 /// Times of a step as each size grows.
@@ -199,14 +183,13 @@ pub fn growth(growth: &Growth) -> String {
             let seconds = |method| point.seconds.get(method);
             let times = methods.map(|m| seconds(m).map_or(String::new(), |s| milliseconds(*s)));
             let interval = |pair| point.ratios.get(pair);
-            let cell = |r: &Interval| ratio(r.median, r.low, r.high);
+            let cell = |r: &MedianInterval| ratio(r.median, r.low, r.high);
             let ratios = pairs.map(|pair| interval(pair).map_or(String::new(), cell));
             let value = std::iter::once(point.value.to_string());
             value.chain(times).chain(ratios).collect::<Vec<_>>()
         };
-        let rows: Vec<_> = sweep.points.iter().map(row).collect();
         text.push_str(&format!("By {} ({}):\n\n", sweep.name, sweep.fixed));
-        text.push_str(&table(&head.collect::<Vec<_>>(), &rows));
+        text.push_str(&table(head, sweep.points.iter().map(row)));
     }
     text
 }
@@ -230,10 +213,9 @@ pub fn criterion(estimates: &[Estimate], here: &Context) -> String {
             cells
         };
         let methods = once(mine.iter().map(|e| e.method.as_str()));
-        let rows: Vec<_> = methods.iter().map(row).collect();
         let head = std::iter::once("").chain(values.iter().copied());
         text.push_str(&format!("`{group}`, ms:\n\n"));
-        text.push_str(&table(&names(head), &rows));
+        text.push_str(&table(head, methods.iter().map(row)));
     }
     text
 }

@@ -1,21 +1,11 @@
 //! The files that the other benches leave.
 
+use crate::support::context::Context;
+use crate::support::stats::MedianInterval;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
-
-/// Where and when it was measured.
-#[derive(Clone, Debug, Deserialize, PartialEq)]
-pub struct Context {
-    pub cpu: String,
-    pub cores: usize,
-    pub rustc: String,
-    pub candle: String,
-    pub allocator: String,
-    pub date: String,
-    pub quick: bool,
-}
 
 /// One ratio of `ratios.json`.
 #[derive(Clone, Debug, Deserialize)]
@@ -32,13 +22,6 @@ pub struct Entry {
     pub numerator_bytes: Option<u64>,
     pub denominator_bytes: Option<u64>,
     pub context: Context,
-}
-
-#[derive(Clone, Copy, Debug, Deserialize)]
-pub struct Interval {
-    pub median: f64,
-    pub low: f64,
-    pub high: f64,
 }
 
 /// `growth.json`.
@@ -59,7 +42,7 @@ pub struct Sweep {
 pub struct Point {
     pub value: usize,
     pub seconds: BTreeMap<String, f64>,
-    pub ratios: BTreeMap<String, Interval>,
+    pub ratios: BTreeMap<String, MedianInterval>,
 }
 
 /// A time of criterion's.

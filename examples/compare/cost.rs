@@ -1,13 +1,13 @@
 //! Time and memory of a step, each method alone in a process of its own, in turns.
 
-use crate::memory;
 use crate::method::{Entry, Name};
-use crate::network::Net;
 use crate::record::Job;
 use crate::run::Adapted;
-use crate::stats::{Interval, interval, mean, median};
+use crate::support::memory;
+use crate::support::network::{BATCH, Net};
 use crate::support::progress;
-use crate::task::{BATCH, DigitsTask};
+use crate::support::stats::{Interval, interval, mean, median};
+use crate::task::DigitsTask;
 use anyhow::{Context, Result, ensure};
 use candle_core::{Device, Tensor};
 use candle_doft::rng::SplitMix64;

@@ -4,22 +4,10 @@
 
 mod cost;
 mod draw;
-#[path = "../support/llm/mod.rs"]
-mod llm;
-#[path = "../support/memory.rs"]
-#[allow(dead_code, reason = "others use the rest")]
-mod memory;
 mod method;
-#[path = "../support/methods.rs"]
-#[allow(dead_code, reason = "others use the rest")]
-mod methods;
-#[path = "../support/network.rs"]
-#[allow(dead_code, reason = "others use the rest")]
-mod network;
 mod pool;
 mod record;
 mod run;
-mod stats;
 mod studies;
 mod summary;
 #[path = "../support/mod.rs"]
@@ -30,8 +18,8 @@ mod task;
 mod text;
 
 use anyhow::{Context, Result, bail, ensure};
-use clap::{CommandFactory, Parser};
-use method::{Entry, Name, Wanted, entry};
+use clap::Parser;
+use method::{Entry, MAIN, Name, Wanted, entry};
 use record::{Run, Store};
 use serde_json::json;
 use std::path::PathBuf;
@@ -103,8 +91,7 @@ fn main() -> std::process::ExitCode {
     let flags = Flags::parse();
     if flags.task.contains(&TaskName::Text) && flags.model.is_none() {
         let what = "--task text needs a language model; name it with --model";
-        let kind = clap::error::ErrorKind::MissingRequiredArgument;
-        Flags::command().error(kind, what).exit();
+        return support::cli::wrong_arguments(what);
     }
     support::cli::run(|| match one_thread()? {
         true => run(&flags),
@@ -201,14 +188,7 @@ fn entries(flags: &Flags, task: &DigitsTask) -> Vec<Entry> {
             .flat_map(Wanted::entries)
             .filter(|entry| entry.fits(narrowest) && !unswept(entry.method))
             .collect(),
-        (true, true) => vec![
-            entry(Name::Lora, 8),
-            entry(Name::Dora, 8),
-            entry(Name::Oft, 32),
-            entry(Name::Doft, 32),
-            entry(Name::DoftUnscaled, 32),
-            entry(Name::Full, 0),
-        ],
+        (true, true) => MAIN.into(),
     };
     entries.sort();
     entries.dedup();
@@ -266,12 +246,8 @@ fn on_text(flags: &Flags) -> Result<(Vec<Run>, TaskSummary)> {
     };
     let mut entries: Vec<Entry> = match flags.methods.is_empty() {
         false => flags.methods.iter().flat_map(Wanted::entries).collect(),
-        true => vec![
-            entry(Name::Lora, 8),
-            entry(Name::Dora, 8),
-            entry(Name::Oft, 32),
-            entry(Name::Doft, 32),
-        ],
+        // What a language model has memory and time for.
+        true => MAIN[..4].into(),
     };
     entries.sort();
     entries.dedup();

@@ -1,6 +1,6 @@
 //! The methods side by side, each at a size: a rank or a block size.
 
-use crate::methods::Method;
+use crate::support::methods::Method;
 use candle_doft::{DoftConfig, Map};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
@@ -43,6 +43,16 @@ pub struct Entry {
 pub const fn entry(method: Name, size: usize) -> Entry {
     Entry { method, size }
 }
+
+/// The methods that are shown side by side: each once, at about as many parameters.
+pub const MAIN: [Entry; 6] = [
+    entry(Name::Lora, 8),
+    entry(Name::Dora, 8),
+    entry(Name::Oft, 32),
+    entry(Name::Doft, 32),
+    entry(Name::DoftUnscaled, 32),
+    entry(Name::Full, 0),
+];
 
 impl Name {
     /// The sizes that are compared: about 2,000 and about 10,000 parameters of the digits' networks,

@@ -1,9 +1,10 @@
 //! One run on digits: the frozen network, a method, a rate, and what came of it.
 
-use crate::methods::{Tuned, Tuner};
-use crate::network::Net;
 use crate::record::{Job, Look, Quality, Run};
-use crate::task::{BATCH, DigitsTask, Order, Prepared, Task};
+use crate::support::digits::Batches;
+use crate::support::methods::{Tuned, Tuner};
+use crate::support::network::{BATCH, Net};
+use crate::task::{DigitsTask, Prepared, Task};
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_doft::train::{AdamW, Group, Schedule};
@@ -57,14 +58,6 @@ impl Adapted {
             Err(error) => Err(error.into()),
         }
     }
-
-    /// Runs `f` with rotations as constants, so that no graph is built.
-    fn inference<T>(&self, f: impl FnOnce() -> Result<T>) -> Result<T> {
-        match self.tuner.adapter() {
-            Some(adapter) => adapter.inference(f)?,
-            None => f(),
-        }
-    }
 }
 
 /// Looks often at the start, where the curves part, and every 10 steps later.
@@ -78,14 +71,14 @@ pub fn adapt(task: &DigitsTask, job: &Job) -> Result<Run> {
     let steps = task.length.steps;
     let schedule = Schedule::cosine(task.length.warmup, steps as u64);
     // All methods of a seed see the same batches.
-    let mut order = Order::new(&prepared.train, job.seed.wrapping_add(1));
+    let mut batches = Batches::new(&prepared.train, BATCH, job.seed.wrapping_add(1));
     let mut curve = vec![(0, prepared.frozen.validation, prepared.frozen.test)];
     let mut trace = Vec::new();
     let mut losses = Vec::new();
     let mut seconds = 0.;
     for step in 0..steps {
         let start = Instant::now();
-        let (images, labels) = order.batch(&prepared.train, BATCH)?;
+        let (images, labels) = batches.next_batch()?;
         let rate = schedule.rate(job.lr, step as u64);
         let Some(loss) = adapted.step(&images, &labels, rate)? else {
             break;
@@ -93,16 +86,17 @@ pub fn adapt(task: &DigitsTask, job: &Job) -> Result<Run> {
         losses.push(loss);
         seconds += start.elapsed().as_secs_f64();
         if due(step + 1, steps) {
-            let seen = adapted.inference(|| {
+            let seen = adapted.tuner.inference(|| {
                 prepared.validation_and_test(&|images| adapted.net.forward(images))
-            })?;
+            })??;
             curve.push((step + 1, seen.0, seen.1));
             if job.traced {
                 trace.extend(look(&adapted.net, step + 1)?);
             }
         }
     }
-    let quality = adapted.inference(|| prepared.quality(&|images| adapted.net.forward(images)))?;
+    let quality = || prepared.quality(&|images| adapted.net.forward(images));
+    let quality = adapted.tuner.inference(quality)??;
     let reached = |at: fn(&(usize, f64, f64)) -> f64| {
         let hit = curve.iter().find(|point| at(point) >= task.target());
         hit.map(|point| point.0)

@@ -3,9 +3,11 @@
 use crate::method::{Entry, Name, entry};
 use crate::record::{Job, Look, Run};
 use crate::run::Adapted;
-use crate::stats::{Interval, geometric, interval};
+use crate::support::digits::Batches;
+use crate::support::network::BATCH;
+use crate::support::stats::{Interval, geometric, interval};
 use crate::sweep::{Bench, Swept, first_largest};
-use crate::task::{BATCH, DigitsTask, Order};
+use crate::task::DigitsTask;
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use serde::Serialize;
@@ -127,12 +129,12 @@ pub fn first_steps(bench: &Bench, task: &DigitsTask, quick: bool) -> Result<Vec<
 fn first_step(task: &DigitsTask, job: &Job) -> Result<(f64, f64)> {
     let prepared = task.prepared(job.seed)?;
     let mut adapted = Adapted::new(&prepared.base, job)?;
-    let mut order = Order::new(&prepared.train, job.seed.wrapping_add(1));
-    let (images, labels) = order.batch(&prepared.train, BATCH)?;
+    let mut batches = Batches::new(&prepared.train, BATCH, job.seed.wrapping_add(1));
+    let (images, labels) = batches.next_batch()?;
     adapted.step(&images, &labels, job.lr)?;
     let (mut turns, mut changes) = (Vec::new(), Vec::new());
     for ((_, base), (_, layer)) in prepared.base.layers().zip(adapted.net.layers()) {
-        let crate::methods::Tuned::Doft(layer) = layer else {
+        let crate::support::methods::Tuned::Doft(layer) = layer else {
             continue;
         };
         let r = layer.rotation()?.to_dtype(DType::F64)?;
@@ -143,7 +145,10 @@ fn first_step(task: &DigitsTask, job: &Job) -> Result<(f64, f64)> {
         let change = (layer.magnitude()?.div(&n0)? - 1.)?.abs()?;
         changes.extend(change.to_dtype(DType::F64)?.to_vec1::<f64>()?);
     }
-    Ok((crate::stats::mean(&turns), crate::stats::mean(&changes)))
+    Ok((
+        crate::support::stats::mean(&turns),
+        crate::support::stats::mean(&changes),
+    ))
 }
 
 /// Accuracy with another rate for the magnitudes than for the rotations.

@@ -3,8 +3,8 @@
 use crate::cost::Cost;
 use crate::method::{Entry, Name, entry};
 use crate::record::Run;
-use crate::stats::{Interval, geometric, interval, mean, median};
 use crate::studies::{BlockSize, FirstStep, MagnitudeRate, Orthogonality};
+use crate::support::stats::{Interval, geometric, interval, mean, median};
 use crate::sweep::{Bench, Swept};
 use serde::Serialize;
 

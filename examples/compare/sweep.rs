@@ -3,8 +3,8 @@
 use crate::method::Entry;
 use crate::pool;
 use crate::record::{Job, Run, Store};
-use crate::stats::mean;
 use crate::support::progress;
+use crate::support::stats::mean;
 use crate::task::Task;
 use anyhow::Result;
 

@@ -1,7 +1,8 @@
 //! The numbers of `compare.json` as tables, in Markdown.
 
-use crate::stats::Interval;
 use crate::summary::TaskSummary;
+use crate::support::markdown;
+use crate::support::stats::Interval;
 
 /// A mean and its interval with so many digits, scaled.
 fn number(interval: &Option<Interval>, scale: f64, digits: usize) -> String {
@@ -16,15 +17,12 @@ fn number(interval: &Option<Interval>, scale: f64, digits: usize) -> String {
     }
 }
 
-fn rows(head: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
-    let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));
-    let head: Vec<String> = head.iter().map(|cell| cell.to_string()).collect();
-    let mut text = line(&head);
-    text += &line(&vec!["---".to_string(); head.len()]);
-    for row in rows {
-        text += &line(&row);
+/// A table; nothing where nothing was found.
+fn rows<T>(head: &[&str], found: &[T], row: impl Fn(&T) -> Vec<String>) -> String {
+    match found {
+        [] => String::new(),
+        found => markdown::table(head, found.iter().map(row)),
     }
-    text + "\n"
 }
 
 pub fn table(summary: &TaskSummary) -> String {
@@ -61,26 +59,23 @@ fn methods(summary: &TaskSummary, scale: f64, unit: &str, digits: usize) -> Stri
         &original,
         "weight change",
     ];
-    rows(
-        &head,
-        summary.methods.iter().map(|m| {
-            let edge = if m.best_lr_at_edge { " (edge)" } else { "" };
-            let fastest = m.fastest_lr.map_or(String::new(), |lr| format!(" ({lr})"));
-            vec![
-                m.entry.label(),
-                m.trainable_parameters.to_string(),
-                format!("{}{edge}", m.best_lr),
-                number(&m.test, scale, digits),
-                number(&m.steps_to_target, 1., 0),
-                format!("{:.0} %", 100. * m.reached_target),
-                number(&m.fastest_steps_to_target, 1., 0) + &fastest,
-                number(&m.lr_width_decades, 1., 2),
-                format!("{:.0} % of {}", 100. * m.diverged, m.diverged_of),
-                number(&m.original_task, scale, digits),
-                number(&m.weight_change, 1., 2),
-            ]
-        }),
-    )
+    rows(&head, &summary.methods, |m| {
+        let edge = if m.best_lr_at_edge { " (edge)" } else { "" };
+        let fastest = m.fastest_lr.map_or(String::new(), |lr| format!(" ({lr})"));
+        vec![
+            m.entry.label(),
+            m.trainable_parameters.to_string(),
+            format!("{}{edge}", m.best_lr),
+            number(&m.test, scale, digits),
+            number(&m.steps_to_target, 1., 0),
+            format!("{:.0} %", 100. * m.reached_target),
+            number(&m.fastest_steps_to_target, 1., 0) + &fastest,
+            number(&m.lr_width_decades, 1., 2),
+            format!("{:.0} % of {}", 100. * m.diverged, m.diverged_of),
+            number(&m.original_task, scale, digits),
+            number(&m.weight_change, 1., 2),
+        ]
+    })
 }
 
 fn pairs(summary: &TaskSummary, scale: f64, unit: &str, digits: usize) -> String {
@@ -92,44 +87,35 @@ fn pairs(summary: &TaskSummary, scale: f64, unit: &str, digits: usize) -> String
         "steps ratio at the fastest rates",
         "decades of rates, difference",
     ];
-    rows(
-        &head,
-        summary.pairs.iter().map(|p| {
-            vec![
-                p.what.clone(),
-                number(&p.test_difference, scale, digits),
-                number(&p.steps_ratio, 1., 2),
-                number(&p.fastest_steps_ratio, 1., 2),
-                number(&p.lr_width_difference, 1., 2),
-            ]
-        }),
-    )
+    rows(&head, &summary.pairs, |p| {
+        vec![
+            p.what.clone(),
+            number(&p.test_difference, scale, digits),
+            number(&p.steps_ratio, 1., 2),
+            number(&p.fastest_steps_ratio, 1., 2),
+            number(&p.lr_width_difference, 1., 2),
+        ]
+    })
 }
 
 fn costs(summary: &TaskSummary) -> String {
-    if summary.costs.is_empty() {
-        return String::new();
-    }
     let head = ["method", "ms per step", "over LoRA", "peak MB"];
-    rows(
-        &head,
-        summary.costs.iter().map(|c| {
-            let peak = c
-                .peak_bytes
-                .map_or("-".into(), |b| format!("{:.1}", b as f64 / 1e6));
-            vec![
-                c.entry.label(),
-                number(&c.seconds_per_step, 1e3, 2),
-                number(&c.over_lora, 1., 2),
-                peak,
-            ]
-        }),
-    )
+    rows(&head, &summary.costs, |c| {
+        let peak = c
+            .peak_bytes
+            .map_or("-".into(), |b| format!("{:.1}", b as f64 / 1e6));
+        vec![
+            c.entry.label(),
+            number(&c.seconds_per_step, 1e3, 2),
+            number(&c.over_lora, 1., 2),
+            peak,
+        ]
+    })
 }
 
 fn studies(summary: &TaskSummary, scale: f64, digits: usize) -> String {
     let score = |interval: &_| number(interval, scale, digits);
-    let block_sizes = rows_of(
+    let block_sizes = rows(
         &[
             "block size",
             "parameters",
@@ -150,7 +136,7 @@ fn studies(summary: &TaskSummary, scale: f64, digits: usize) -> String {
             ]
         },
     );
-    let first_steps = rows_of(
+    let first_steps = rows(
         &["first step over the rate", "rotation of a row", "magnitude"],
         &summary.first_steps,
         |f| {
@@ -161,7 +147,7 @@ fn studies(summary: &TaskSummary, scale: f64, digits: usize) -> String {
             ]
         },
     );
-    let magnitude_rates = rows_of(
+    let magnitude_rates = rows(
         &[
             "rate of rotations",
             "rate of magnitudes over it",
@@ -197,7 +183,7 @@ fn orthogonality(summary: &TaskSummary, scale: f64, digits: usize) -> String {
         "norm drift, mean",
         "largest",
     ];
-    rows_of(&head, &summary.orthogonality, |o| {
+    rows(&head, &summary.orthogonality, |o| {
         let most = |f: fn(&crate::record::Look) -> f64| {
             let most = o.trace.iter().map(f).fold(0., f64::max);
             format!("{most:.1e}")
@@ -213,12 +199,4 @@ fn orthogonality(summary: &TaskSummary, scale: f64, digits: usize) -> String {
             most(|look| look.norm_drift_max),
         ]
     })
-}
-
-/// A table of what a study found; nothing where it was not made.
-fn rows_of<T>(head: &[&str], found: &[T], row: impl Fn(&T) -> Vec<String>) -> String {
-    match found {
-        [] => String::new(),
-        found => rows(head, found.iter().map(row)),
-    }
 }

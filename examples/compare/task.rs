@@ -1,12 +1,12 @@
 //! What is adapted to what: digits turned, and pairs of digits turned, mirrored, noisy and covered.
 
-use crate::network::{Net, accuracy};
 use crate::record::{Job, Quality, Run};
-use crate::support::digits::{Digits, SIDE, Split};
+use crate::support::digits::{Digits, Examples, SIDE, Split};
+use crate::support::network::{BATCH, Net, accuracy};
 use anyhow::Result;
 use candle_core::{Device, Tensor};
 use candle_doft::rng::SplitMix64;
-use candle_nn::{AdamW, Linear, Optimizer, ParamsAdamW, loss};
+use candle_nn::Linear;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -35,60 +35,6 @@ pub trait Task: Sync {
     fn target(&self) -> f64;
 
     fn batch(&self) -> usize;
-}
-
-/// The images of a task, row by row, and their classes.
-pub struct Examples {
-    pub images: Tensor,
-    pub labels: Tensor,
-    count: usize,
-}
-
-impl Examples {
-    fn new(pixels: Vec<f32>, labels: Vec<u32>) -> Result<Self> {
-        let count = labels.len();
-        Ok(Self {
-            images: Tensor::from_vec(pixels, (count, ()), &Device::Cpu)?,
-            labels: Tensor::from_vec(labels, count, &Device::Cpu)?,
-            count,
-        })
-    }
-
-    fn of(digits: &Digits) -> Result<Self> {
-        let pixels = digits.images.iter().flatten().copied().collect();
-        Self::new(pixels, digits.labels.clone())
-    }
-}
-
-/// Batches without end: each pass takes every example once, in a new order.
-pub struct Order {
-    rng: SplitMix64,
-    count: usize,
-    rest: Vec<u32>,
-}
-
-impl Order {
-    pub fn new(examples: &Examples, seed: u64) -> Self {
-        Self {
-            rng: SplitMix64::new(seed),
-            count: examples.count,
-            rest: Vec::new(),
-        }
-    }
-
-    /// Images and labels of the next batch; what a pass leaves over is dropped.
-    pub fn batch(&mut self, examples: &Examples, size: usize) -> Result<(Tensor, Tensor)> {
-        if self.rest.len() < size {
-            self.rest = (0..self.count as u32).collect();
-            self.rng.shuffle(&mut self.rest);
-        }
-        let chosen = self.rest.split_off(self.rest.len() - size);
-        let chosen = Tensor::new(chosen, &Device::Cpu)?;
-        Ok((
-            examples.images.index_select(&chosen, 0)?,
-            examples.labels.index_select(&chosen, 0)?,
-        ))
-    }
 }
 
 /// The two tasks on digits.
@@ -126,12 +72,6 @@ pub struct DigitsTask {
     pub length: Length,
     prepared: Mutex<BTreeMap<u64, Slot>>,
 }
-
-/// Examples of a step.
-pub const BATCH: usize = 64;
-
-/// The rate with which a network learns upright digits.
-const BASE_RATE: f64 = 3e-3;
 
 /// Noise on pairs, and the side of the square that is covered of each digit.
 const NOISE: f64 = 0.15;
@@ -180,7 +120,8 @@ impl DigitsTask {
             Kind::Pairs => pairs(&split, seed)?,
         };
         let [train, validation, test] = data;
-        let base = self.train_base(&upright, seed)?;
+        let steps = self.length.base_steps;
+        let base = Net::trained(self.widths(), &upright, seed, steps, || {})?;
         let mut prepared = Prepared {
             base,
             train,
@@ -195,22 +136,6 @@ impl DigitsTask {
         };
         prepared.frozen = prepared.quality(&|images| prepared.base.forward(images))?;
         Ok(prepared)
-    }
-
-    fn train_base(&self, upright: &Examples, seed: u64) -> Result<Net<Linear>> {
-        let (net, vars) = Net::new(self.widths(), seed, &Device::Cpu)?;
-        let params = ParamsAdamW {
-            lr: BASE_RATE,
-            ..Default::default()
-        };
-        let mut optimizer = AdamW::new(vars, params)?;
-        let mut order = Order::new(upright, seed);
-        for _ in 0..self.length.base_steps {
-            let (images, labels) = order.batch(upright, BATCH)?;
-            let loss = loss::cross_entropy(&net.forward(&images)?, &labels)?;
-            optimizer.backward_step(&loss)?;
-        }
-        Ok(net.frozen())
     }
 }
 
@@ -282,12 +207,12 @@ impl Prepared {
 type Parts = (Examples, Examples, [Examples; 3]);
 
 fn turned(split: &Split) -> Result<Parts> {
-    let shifted = [&split.train, &split.validation, &split.test];
-    let [train, validation, test] = shifted.map(|digits| Examples::of(&digits.turned()));
+    let of = |digits: &Digits| digits.examples(&Device::Cpu);
+    let to = split.turned();
     Ok((
-        Examples::of(&split.train)?,
-        Examples::of(&split.test)?,
-        [train?, validation?, test?],
+        of(&split.train)?,
+        of(&split.test)?,
+        [of(&to.train)?, of(&to.validation)?, of(&to.test)?],
     ))
 }
 
@@ -346,5 +271,5 @@ fn pair_up(digits: &Digits, count: usize, seed: u64, shifted: bool) -> Result<Ex
         pixels.extend(image);
         labels.push(digits.labels[two[0]] * 10 + digits.labels[two[1]]);
     }
-    Examples::new(pixels, labels)
+    Ok(Examples::new(pixels, labels, &Device::Cpu)?)
 }

@@ -1,11 +1,11 @@
 //! The task on a language model: *The Devil's Dictionary*, through the code of `finetune`.
 
-use crate::llm::data::{Batch, Data, Order, Sequence};
-use crate::llm::open;
-use crate::llm::tokenizer::Text;
-use crate::llm::train::{StepOptions, Trainer};
-use crate::llm::weights::Weights;
 use crate::record::{Job, Quality, Run};
+use crate::support::llm::data::{Batch, Data, Order, Sequence};
+use crate::support::llm::open;
+use crate::support::llm::tokenizer::Text;
+use crate::support::llm::train::{StepOptions, Trainer};
+use crate::support::llm::weights::Weights;
 use crate::task::Task;
 use anyhow::{Result, ensure};
 use candle_core::Device;
@@ -80,7 +80,7 @@ impl TextTask {
             steps,
             held_out,
         };
-        let nothing = crate::methods::Method::Frozen;
+        let nothing = crate::support::methods::Method::Frozen;
         let frozen = Trainer::new(&task.weights, nothing, 0, &[], &Device::Cpu)?;
         task.frozen = task.quality(&frozen)?;
         Ok(task)

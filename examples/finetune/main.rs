@@ -3,16 +3,7 @@
 //!     cargo run --release --example finetune -- --model SmolLM2-135M-Instruct.Q4_1.gguf --out target/devil
 
 mod draw;
-#[path = "../support/llm/mod.rs"]
-mod llm;
-#[path = "../support/memory.rs"]
-mod memory;
 mod merged;
-#[path = "../support/methods.rs"]
-#[allow(dead_code, reason = "others use the rest")]
-mod methods;
-#[path = "../support/pages.rs"]
-mod pages;
 mod run;
 mod setup;
 #[path = "../support/mod.rs"]

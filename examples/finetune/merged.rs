@@ -1,9 +1,9 @@
 //! A model with its adapter merged, as a Hugging Face folder and as a GGUF file.
 
-use crate::llm::config::{Architecture, Config};
-use crate::llm::model::Model;
-use crate::llm::tokenizer::Text;
-use crate::llm::weights::{Weights, gguf_name, reordered, to_gguf};
+use crate::support::llm::config::{Architecture, Config};
+use crate::support::llm::model::Model;
+use crate::support::llm::tokenizer::Text;
+use crate::support::llm::weights::{Weights, gguf_name, reordered, to_gguf};
 use crate::support::{files, progress};
 use anyhow::{Context, Result, ensure};
 use candle_core::quantized::gguf_file::{self, Value};

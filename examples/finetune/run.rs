@@ -1,14 +1,14 @@
 //! The run: model, data, steps, and what is left behind.
 
-use crate::llm::data::{Batch, Data, Order, Sequence};
-use crate::llm::open;
-use crate::llm::sample::{Sampling, answer};
-use crate::llm::tokenizer::Text;
-use crate::llm::train::{StepOptions, Trainer};
-use crate::llm::weights::Weights;
 use crate::setup::{check_memory, check_targets, identity, method, targets, warn_of_another_run};
-use crate::support::{files, progress};
-use crate::{Flags, draw, memory, merged, pages};
+use crate::support::llm::data::{Batch, Data, Order, Sequence};
+use crate::support::llm::open;
+use crate::support::llm::sample::{Sampling, answer};
+use crate::support::llm::tokenizer::Text;
+use crate::support::llm::train::{StepOptions, Trainer};
+use crate::support::llm::weights::Weights;
+use crate::support::{files, memory, pages, progress};
+use crate::{Flags, draw, merged};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::Device;
 use candle_doft::train::{Checkpoint, Schedule};
@@ -228,8 +228,8 @@ impl<'a> Session<'a> {
         }
         self.save()?;
         let title = format!("{:?}, {}", self.flags.method, name(&self.weights.path));
-        let picture = self.flags.out.join("loss.svg");
-        draw::draw(&picture, &self.losses, &self.held_out, &title)
+        let picture = draw::picture(&self.losses, &self.held_out, title)?;
+        files::replace(&self.flags.out.join("loss.svg"), picture.as_bytes())
     }
 
     fn stopped(&self) -> bool {
@@ -237,7 +237,7 @@ impl<'a> Session<'a> {
     }
 
     fn announce(&self) -> Result<()> {
-        let trainable = self.trainer.tuner.trainable_or_zero()?;
+        let trainable = self.trainer.tuner.trainable()?;
         eprintln!(
             "{} layers, weights of {} MB; {trainable} parameters train; {} sequences, {} held out",
             self.weights.config.layers,
@@ -348,7 +348,7 @@ impl<'a> Session<'a> {
             seed: self.flags.seed,
             max_tokens: self.flags.sample_tokens,
         };
-        let answered = self.trainer.inference(|| {
+        let answered = self.trainer.tuner.inference(|| {
             answer(
                 &self.trainer.model,
                 &self.text,

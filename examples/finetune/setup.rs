@@ -1,11 +1,12 @@
 //! From flags to what is trained, and what a resumed run has to agree on.
 
-use crate::llm::config::Config;
-use crate::llm::data::Data;
-use crate::llm::model::Model;
-use crate::llm::weights::Weights;
-use crate::methods::Method;
-use crate::{Flags, MethodName, memory};
+use crate::support::llm::config::Config;
+use crate::support::llm::data::Data;
+use crate::support::llm::model::Model;
+use crate::support::llm::weights::Weights;
+use crate::support::memory;
+use crate::support::methods::Method;
+use crate::{Flags, MethodName};
 use anyhow::{Result, ensure};
 use candle_doft::train::Checkpoint;
 use candle_doft::{DoftConfig, Pattern, Targets};

@@ -1,6 +1,9 @@
-//! Exit codes and devices: 0 done, 1 an error of data or files, 2 wrong arguments (clap's own).
+//! What command lines have in common: devices, numbers, flags to read an adapter by, and exit codes: 0 done,
+//! 1 an error of data or files, 2 wrong arguments (clap's own).
 
 use candle_core::Device;
+use candle_doft::Map;
+use candle_doft::file::{Divisor, LoadOptions};
 use std::process::ExitCode;
 
 /// Where to compute.
@@ -18,6 +21,26 @@ impl DeviceName {
             Self::Cuda => Device::new_cuda(0),
             Self::Metal => Device::new_metal(0),
         }
+    }
+}
+
+/// What an adapter file is read by, whatever it says itself.
+#[derive(clap::Args, Clone, Debug)]
+pub struct ReadAs {
+    /// The map of every layer, against what a file says: cayley, exponential, neumann:T, neumann:T:2
+    #[arg(long)]
+    map: Option<Map>,
+    /// The divisor of every layer, against what a file says: none, 2sqrt, sqrt, sqrtn
+    #[arg(long)]
+    divisor: Option<Divisor>,
+}
+
+impl ReadAs {
+    pub fn options(&self) -> LoadOptions {
+        let mut options = LoadOptions::default();
+        options.map = self.map;
+        options.divisor = self.divisor;
+        options
     }
 }
 

@@ -32,6 +32,17 @@ pub struct Split {
     pub test: Digits,
 }
 
+impl Split {
+    /// Every part, turned by a quarter anticlockwise.
+    pub fn turned(&self) -> Self {
+        Self {
+            train: self.train.turned(),
+            validation: self.validation.turned(),
+            test: self.test.turned(),
+        }
+    }
+}
+
 impl Digits {
     /// All of them, in the order of the file.
     pub fn load() -> Result<Self> {
@@ -103,47 +114,66 @@ impl Digits {
         }
     }
 
-    pub fn pick(&self, places: &[usize]) -> Self {
+    fn pick(&self, places: &[usize]) -> Self {
         Self {
             images: places.iter().map(|i| self.images[*i]).collect(),
             labels: places.iter().map(|i| self.labels[*i]).collect(),
         }
     }
 
-    /// Images `(count, 64)` and labels `(count)`.
-    pub fn tensors(&self, device: &Device) -> candle_core::Result<(Tensor, Tensor)> {
-        let pixels: Vec<f32> = self.images.iter().flatten().copied().collect();
-        let images = Tensor::from_vec(pixels, (self.len(), PIXELS), device)?;
-        Ok((images, Tensor::new(self.labels.as_slice(), device)?))
+    pub fn examples(&self, device: &Device) -> candle_core::Result<Examples> {
+        let pixels = self.images.iter().flatten().copied().collect();
+        Examples::new(pixels, self.labels.clone(), device)
     }
 }
 
-/// Batches without end: each pass takes every image once, in a new order.
+/// Images `(count, pixels)`, values from 0 to 1, and labels `(count)`.
+#[derive(Clone, Debug)]
+pub struct Examples {
+    pub images: Tensor,
+    pub labels: Tensor,
+}
+
+impl Examples {
+    pub fn new(pixels: Vec<f32>, labels: Vec<u32>, device: &Device) -> candle_core::Result<Self> {
+        let count = labels.len();
+        Ok(Self {
+            images: Tensor::from_vec(pixels, (count, ()), device)?,
+            labels: Tensor::from_vec(labels, count, device)?,
+        })
+    }
+}
+
+/// Batches without end: each pass takes every example once, in a new order.
 pub struct Batches<'a> {
-    digits: &'a Digits,
+    examples: &'a Examples,
     size: usize,
     rng: SplitMix64,
-    order: Vec<usize>,
+    rest: Vec<u32>,
 }
 
 impl<'a> Batches<'a> {
-    pub fn new(digits: &'a Digits, size: usize, seed: u64) -> Self {
+    pub fn new(examples: &'a Examples, size: usize, seed: u64) -> Self {
         Self {
-            digits,
-            size: size.min(digits.len()),
+            examples,
+            size: size.min(examples.labels.elem_count()),
             rng: SplitMix64::new(seed),
-            order: Vec::new(),
+            rest: Vec::new(),
         }
     }
 
-    /// The next batch; what a pass leaves over is dropped.
-    pub fn next_batch(&mut self) -> Digits {
-        if self.order.len() < self.size {
-            self.order = (0..self.digits.len()).collect();
-            self.rng.shuffle(&mut self.order);
+    /// Images and labels of the next batch; what a pass leaves over is dropped.
+    pub fn next_batch(&mut self) -> candle_core::Result<(Tensor, Tensor)> {
+        let Examples { images, labels } = self.examples;
+        if self.rest.len() < self.size {
+            self.rest = (0..labels.elem_count() as u32).collect();
+            self.rng.shuffle(&mut self.rest);
         }
-        let rest = self.order.len() - self.size;
-        let places = self.order.split_off(rest);
-        self.digits.pick(&places)
+        let chosen = self.rest.split_off(self.rest.len() - self.size);
+        let chosen = Tensor::new(chosen, images.device())?;
+        Ok((
+            images.index_select(&chosen, 0)?,
+            labels.index_select(&chosen, 0)?,
+        ))
     }
 }

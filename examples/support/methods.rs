@@ -84,6 +84,14 @@ impl Tuner {
         self.adapter.as_ref()
     }
 
+    /// Runs `f` with rotations as constants, so that no graph is built.
+    pub fn inference<T>(&self, f: impl FnOnce() -> T) -> candle_doft::Result<T> {
+        match &self.adapter {
+            Some(adapter) => adapter.inference(f),
+            None => Ok(f()),
+        }
+    }
+
     /// The trainable tensors by name, in the order of their names.
     pub fn named_vars(&self) -> candle_doft::Result<Vec<(String, Var)>> {
         match &self.adapter {
@@ -99,14 +107,6 @@ impl Tuner {
     /// Number of trainable parameters.
     pub fn trainable(&self) -> candle_doft::Result<usize> {
         Ok(self.named_vars()?.iter().map(|(_, v)| v.elem_count()).sum())
-    }
-
-    /// The same; 0 where nothing trains.
-    pub fn trainable_or_zero(&self) -> candle_doft::Result<usize> {
-        match self.method {
-            Method::Frozen => Ok(0),
-            _ => self.trainable(),
-        }
     }
 
     /// Wraps the layer at `path`, candle's or a frozen one, dense or quantized.

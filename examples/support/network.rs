@@ -1,12 +1,19 @@
 //! A small network of three linear layers, with whatever layers it is given.
 
+use super::digits::{Batches, Examples};
 use anyhow::Result;
 use candle_core::{D, DType, Device, Tensor, Var};
 use candle_doft::rng::SplitMix64;
-use candle_nn::{Linear, Module};
+use candle_nn::{AdamW, Linear, Module, Optimizer, ParamsAdamW, loss};
 
 /// The names of its layers.
 const NAMES: [&str; 3] = ["input", "hidden", "output"];
+
+/// Examples of a step.
+pub const BATCH: usize = 64;
+
+/// The rate with which a network learns before it is frozen.
+const BASE_RATE: f64 = 3e-3;
 
 /// Linear layers with a rectifier between them.
 pub struct Net<L> {
@@ -66,6 +73,30 @@ impl Net<Linear> {
             vars.extend([weight, bias]);
         }
         Ok((Self { layers }, vars))
+    }
+
+    /// A network that learned from examples for some steps, and is frozen. `each` is called after a step.
+    pub fn trained(
+        widths: [usize; 4],
+        examples: &Examples,
+        seed: u64,
+        steps: usize,
+        each: impl Fn(),
+    ) -> Result<Self> {
+        let (net, vars) = Self::new(widths, seed, examples.images.device())?;
+        let params = ParamsAdamW {
+            lr: BASE_RATE,
+            ..Default::default()
+        };
+        let mut optimizer = AdamW::new(vars, params)?;
+        let mut batches = Batches::new(examples, BATCH, seed);
+        for _ in 0..steps {
+            let (images, labels) = batches.next_batch()?;
+            let loss = loss::cross_entropy(&net.forward(&images)?, &labels)?;
+            optimizer.backward_step(&loss)?;
+            each();
+        }
+        Ok(net.frozen())
     }
 
     /// The same network, without variables.

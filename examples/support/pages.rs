@@ -6,7 +6,6 @@ use libmimalloc_sys::{mi_option_set, mi_option_t};
 const PURGE_DELAY: mi_option_t = 15;
 
 /// Never to be handed back.
-#[allow(dead_code, reason = "the benches keep pages so")]
 pub const FOR_GOOD: i32 = -1;
 
 /// Keeps pages that lie free for so many milliseconds, large areas for ten times as long.

@@ -3,11 +3,8 @@
 
 #[path = "../support/mod.rs"]
 mod common;
-#[path = "../../examples/support/llm/mod.rs"]
-mod llm;
-#[path = "../../examples/support/methods.rs"]
-#[allow(dead_code, reason = "others use the rest")]
-mod methods;
+#[path = "../../examples/support/mod.rs"]
+mod support;
 
 mod hub;
 mod memory;

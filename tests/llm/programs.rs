@@ -1,9 +1,10 @@
 //! The examples as programs, on a small model in a folder of its own.
 
+use crate::common::programs::example;
 use crate::small::{configurations, write_folder};
 use anyhow::Result;
 use serde_json::Value;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Output};
 
 /// How a program ended.
@@ -26,7 +27,6 @@ impl From<Output> for Ended {
 /// A folder that holds `model` and `data.jsonl`, and the programs that run there.
 pub struct Home {
     folder: tempfile::TempDir,
-    programs: PathBuf,
 }
 
 impl Home {
@@ -36,15 +36,14 @@ impl Home {
     }
 
     pub fn with_model(config: &Value) -> Result<Option<Self>> {
-        let test = std::env::current_exe()?;
-        let built = test.parent().and_then(Path::parent);
-        let programs = built.unwrap_or(Path::new(".")).join("examples");
-        if !programs.join("finetune").exists() || !programs.join("generate").exists() {
-            println!("SKIPPED: the examples are not built");
+        if ["finetune", "generate"]
+            .iter()
+            .any(|name| example(name).is_none())
+        {
             return Ok(None);
         }
         let folder = tempfile::tempdir()?;
-        let home = Self { folder, programs };
+        let home = Self { folder };
         write_folder(&home.path("model"), config);
         let lines: String = (0..40)
             .map(|i| format!("{{\"prompt\": \"say {i}\", \"completion\": \"it is {i}\"}}\n"))
@@ -63,7 +62,7 @@ impl Home {
 
     /// A program that knows nothing of the hub of whoever runs the tests.
     pub fn command(&self, program: &str) -> Command {
-        let mut command = Command::new(self.programs.join(program));
+        let mut command = example(program).expect("it was there");
         command
             .env("HF_HOME", self.path("hub_home"))
             .env("HF_ENDPOINT", "http://127.0.0.1:9");

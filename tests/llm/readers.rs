@@ -1,10 +1,11 @@
 //! Merged models, as other programs read them: `transformers`, where Python has it
 //! (`CANDLE_DOFT_PYTHON`, else `python3`).
 
+use crate::common::programs;
 use crate::common::tensors::{CPU, relative};
-use crate::llm::weights::Weights;
 use crate::programs::Home;
 use crate::small::{configurations, frozen, logits, write_gguf};
+use crate::support::llm::weights::Weights;
 use anyhow::{Context, Result};
 use candle_core::Tensor;
 use candle_core::quantized::GgmlDType;
@@ -38,24 +39,17 @@ impl Case {
     }
 }
 
-fn python() -> Option<String> {
-    let python = std::env::var("CANDLE_DOFT_PYTHON").unwrap_or_else(|_| "python3".into());
-    let found = Command::new(&python)
-        .args([
-            "-c",
-            "import torch, transformers, accelerate, safetensors, gguf",
-        ])
-        .output()
-        .ok()?;
-    found.status.success().then_some(python)
+/// Python with what `readers.py` needs.
+fn python() -> Option<Command> {
+    programs::python("torch, transformers, accelerate, safetensors, gguf")
 }
 
-fn check(python: &str, home: &Home, cases: &[Case]) -> Result<()> {
+fn check(mut python: Command, home: &Home, cases: &[Case]) -> Result<()> {
     let (list, output) = (home.path("cases.json"), home.path("logits.safetensors"));
     let json: Vec<Value> = cases.iter().map(Case::json).collect();
     std::fs::write(&list, serde_json::to_vec(&json)?)?;
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/llm/readers.py");
-    let run = Command::new(python)
+    let run = python
         .arg(script)
         .args([&list, &output])
         .env("HF_HUB_OFFLINE", "1")
@@ -134,7 +128,7 @@ fn small_merged_models_have_the_logits_of_transformers() -> Result<()> {
         ids: ids.clone(),
     };
     let cases: Vec<Case> = cases.into_iter().map(case).collect();
-    check(&python, &home, &cases)
+    check(python, &home, &cases)
 }
 
 #[test]
@@ -161,5 +155,5 @@ fn the_real_model_merged_has_the_logits_of_transformers() -> Result<()> {
         ids: ids.clone(),
     };
     let cases: Vec<Case> = cases.into_iter().map(case).collect();
-    check(&python, &home, &cases)
+    check(python, &home, &cases)
 }

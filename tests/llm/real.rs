@@ -1,10 +1,10 @@
 //! The real SmolLM2, where its file is at hand (`CANDLE_DOFT_SMOLLM2`).
 
 use crate::common::tensors::CPU;
-use crate::llm::sample::{Sampling, answer};
-use crate::llm::tokenizer::Text;
-use crate::llm::weights::Weights;
 use crate::small::frozen;
+use crate::support::llm::sample::{Sampling, answer};
+use crate::support::llm::tokenizer::Text;
+use crate::support::llm::weights::Weights;
 use anyhow::Result;
 use candle_core::Tensor;
 use std::path::Path;

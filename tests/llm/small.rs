@@ -1,11 +1,11 @@
 //! Small random models of each architecture, as tensors, as a folder and as a GGUF file.
 
-use crate::common::tensors::{CPU, seeded};
-use crate::llm;
-use crate::llm::model::Model;
-use crate::llm::tokenizer::Text;
-use crate::llm::weights::{Weights, gguf_name, hugging_face_name, reordered, to_gguf};
-use crate::methods::{Method, Tuner};
+use crate::common::tensors::{CPU, disturb_all, seeded};
+use crate::support::llm;
+use crate::support::llm::model::Model;
+use crate::support::llm::tokenizer::Text;
+use crate::support::llm::weights::{Weights, gguf_name, hugging_face_name, reordered, to_gguf};
+use crate::support::methods::{Method, Tuner};
 use anyhow::Result;
 use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
@@ -249,11 +249,8 @@ pub fn doft(weights: &Weights) -> Result<(Model, Tuner)> {
 }
 
 pub fn disturb(tuner: &Tuner) -> Result<()> {
-    for (seed, (_, var)) in tuner.named_vars()?.into_iter().enumerate() {
-        let noise = seeded(var.dims(), 500 + seed as u64).to_dtype(var.dtype())?;
-        var.set(&var.add(&(noise * 0.2)?)?)?;
-    }
-    Ok(())
+    let vars = tuner.named_vars()?.into_iter();
+    Ok(disturb_all(vars.map(|(_, var)| var), 0.2)?)
 }
 
 pub fn ids() -> Result<Tensor> {

@@ -1,11 +1,11 @@
 //! What is read: rows of GGUF files, tokenizers, and text that becomes sequences.
 
 use crate::common::tensors::{CPU, seeded};
-use crate::llm::config::{Config, Scaling};
-use crate::llm::data::{Batch, Data, Order};
-use crate::llm::tokenizer::Text;
-use crate::llm::weights::{Weights, reordered, to_gguf, to_hugging_face};
 use crate::small::{configurations, model_folder, write_gguf};
+use crate::support::llm::config::{Config, Scaling};
+use crate::support::llm::data::{Batch, Data, Order};
+use crate::support::llm::tokenizer::Text;
+use crate::support::llm::weights::{Weights, reordered, to_gguf, to_hugging_face};
 use anyhow::Result;
 use candle_core::DType;
 use candle_core::quantized::gguf_file::Value;

@@ -15,7 +15,7 @@ use candle_doft::{Adapter, DoftConfig};
 use candle_nn::Linear;
 use std::collections::HashMap;
 use std::path::Path;
-use support::tensors::{CPU, seeded};
+use support::tensors::{CPU, disturb_all, seeded};
 
 fn one(file: &Path, options: &LoadOptions, strength: Strength) -> candle_doft::Result<Merge> {
     Merge::new().with_file(file, options, strength)
@@ -48,9 +48,6 @@ fn adapter(config: DoftConfig, scale: f64) -> candle_doft::Result<Adapter> {
         let weight = base(DType::F32)?[&format!("{name}.weight")].clone();
         adapter.wrap_linear(name, Linear::new(weight, None))?;
     }
-    for (seed, var) in adapter.vars()?.iter().enumerate() {
-        let noise = (seeded(var.dims(), seed as u64) * scale)?.to_dtype(var.dtype())?;
-        var.set(&var.add(&noise)?)?;
-    }
+    disturb_all(adapter.vars()?, scale)?;
     Ok(adapter)
 }

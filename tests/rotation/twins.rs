@@ -26,11 +26,11 @@ fn meets_its_twin(
         let steep = slope.iter().fold(1f64, |m, v| m.max(v.abs()));
         let name = format!("{name}, {blocks} of {b}, scale {scale}");
         // Rounding of theta alone turns by `scale` roundings of the dtype.
-        let f32_value = 1e-5 * scale.max(1.);
+        let f32_value = 1e-6 * scale.max(1.);
         // Differences lose 1e-5^2 of the third derivative and the twin's rounding over 1e-5.
         for (dtype, value_tolerance, slope_tolerance) in [
-            (DType::F64, 1e-11, 2e-7),
-            (DType::F32, f32_value, 1e-4 * scale.max(1.)),
+            (DType::F64, 5e-13, 5e-8),
+            (DType::F32, f32_value, 1e-5 * scale.max(1.)),
         ] {
             let var = Var::from_tensor(&tensor(&theta, (blocks, n)).to_dtype(dtype)?)?;
             let r = map(&skew(&var, b)?)?;

@@ -5,6 +5,7 @@
 
 pub mod golden;
 pub mod naive;
+pub mod programs;
 pub mod slopes;
 pub mod tensors;
 pub mod tolerance;

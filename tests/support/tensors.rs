@@ -1,6 +1,6 @@
 //! Seeded tensors and layers, and how far apart two tensors are.
 
-use candle_core::{DType, Device, Result, Shape, Tensor};
+use candle_core::{DType, Device, Result, Shape, Tensor, Var};
 use candle_doft::{DoftConfig, DoftLinear, rng::SplitMix64};
 use candle_nn::{Linear, VarBuilder, VarMap};
 
@@ -28,13 +28,22 @@ pub fn wrapped(base: &Linear, config: &DoftConfig) -> Result<(DoftLinear, VarMap
     Ok((DoftLinear::new(base.clone(), config, vb)?, varmap))
 }
 
+/// What a map holds, in the order of the names.
+pub fn named(varmap: &VarMap) -> Vec<(String, Var)> {
+    let data = varmap.data().lock().unwrap();
+    let mut all: Vec<_> = data.iter().map(|(n, v)| (n.clone(), v.clone())).collect();
+    all.sort_by(|a, b| a.0.cmp(&b.0));
+    all
+}
+
 /// Moves every parameter away from the start by normal noise, as training would.
 pub fn disturb(varmap: &VarMap, scale: f64) -> Result<()> {
-    let data = varmap.data().lock().unwrap();
-    let mut names: Vec<&String> = data.keys().collect();
-    names.sort();
-    for (seed, name) in names.into_iter().enumerate() {
-        let var = &data[name];
+    disturb_all(named(varmap).into_iter().map(|(_, var)| var), scale)
+}
+
+/// The same of variables in an order of their own.
+pub fn disturb_all(vars: impl IntoIterator<Item = Var>, scale: f64) -> Result<()> {
+    for (seed, var) in vars.into_iter().enumerate() {
         let noise = seeded(var.dims(), 10 + seed as u64).to_dtype(var.dtype())?;
         var.set(&var.add(&(noise * scale)?)?)?;
     }

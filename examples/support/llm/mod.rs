@@ -3,8 +3,6 @@
 //! [`model`] is the file to copy from: a model written on `frozen` and an adapter. The rest reads
 //! configurations, weights, tokenizers and text.
 
-#![allow(dead_code, reason = "each user takes a part")]
-
 pub mod config;
 pub mod data;
 pub mod model;

@@ -10,10 +10,10 @@
 //!
 //! Paths and rows are Hugging Face's, whatever file the weights came from.
 
+use super::super::methods::{Tuned, Tuner};
 use super::config::{Architecture, Config};
 use super::recompute::recomputed;
 use super::weights::Weights;
-use crate::methods::{Tuned, Tuner};
 use anyhow::Result;
 use candle_core::{Device, Tensor, Var};
 use candle_doft::frozen::{self, RmsNorm};
@@ -240,10 +240,6 @@ impl Model {
             device: device.clone(),
             config,
         })
-    }
-
-    pub fn device(&self) -> &Device {
-        &self.device
     }
 
     /// The embedded tokens, `(B, T, hidden)`.

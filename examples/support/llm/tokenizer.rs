@@ -162,10 +162,6 @@ impl Text {
         settings
     }
 
-    pub fn vocabulary(&self) -> usize {
-        self.tokenizer.get_vocab_size(true)
-    }
-
     /// A prompt as the model expects it, up to where its answer begins: through its chat template where
     /// it has one, else the prompt and a line break.
     pub fn prompt(&self, prompt: &str) -> Result<Vec<u32>> {

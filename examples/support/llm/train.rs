@@ -1,9 +1,9 @@
 //! A model under a method: its loss, its steps, and how well it reads held-out text.
 
+use super::super::methods::{Method, Tuner};
 use super::data::{Batch, Sequence};
 use super::model::Model;
 use super::weights::Weights;
-use crate::methods::{Method, Tuner};
 use anyhow::{Result, ensure};
 use candle_core::{Device, Tensor, Var};
 use candle_doft::Pattern;
@@ -125,7 +125,7 @@ impl Trainer {
 
     /// The mean loss of a token of some sequences, `batch` of them at a time.
     pub fn held_out(&self, sequences: &[Sequence], batch: usize) -> Result<f64> {
-        self.inference(|| {
+        self.tuner.inference(|| {
             let (mut total, mut tokens) = (0., 0);
             let sequences: Vec<&Sequence> = sequences.iter().collect();
             for chunk in sequences.chunks(batch) {
@@ -136,13 +136,5 @@ impl Trainer {
             }
             Ok(total / tokens as f64)
         })?
-    }
-
-    /// Runs `f` with rotations as constants, so that no graph is built.
-    pub fn inference<T>(&self, f: impl FnOnce() -> T) -> Result<T> {
-        match self.tuner.adapter() {
-            Some(adapter) => Ok(adapter.inference(f)?),
-            None => Ok(f()),
-        }
     }
 }

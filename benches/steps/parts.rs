@@ -1,5 +1,6 @@
 //! What a layer is made of, each alone: the map from parameters to rotations, a merge, one decoded token.
 
+use super::plain::series;
 use super::{Run, seeded};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_doft::{DoftConfig, DoftLinear, Map, rotation};
@@ -33,7 +34,7 @@ pub fn map(name: &str, b: usize) -> Result<(Run, f64)> {
     let n = b * (b - 1) / 2;
     let scale = 0.5 / (2. * ((b - 1) as f64).sqrt());
     let theta = Var::from_tensor(&(seeded((WIDTH / b, n), 1)? * scale)?)?;
-    let upstream = seeded((WIDTH / b, b * b), 2)?.reshape((WIDTH / b, b, b))?;
+    let upstream = seeded((WIDTH / b, b, b), 2)?;
     let map = match name.as_str() {
         "series" => Map::CayleyNeumann {
             terms: 5,
@@ -67,13 +68,6 @@ fn eye(q: &Tensor) -> Result<Tensor> {
     Tensor::eye(q.dim(1)?, q.dtype(), q.device())?.broadcast_as(q.shape())
 }
 
-/// Five terms, in Horner's form.
-fn series(q: &Tensor) -> Result<Tensor> {
-    let q2 = q.matmul(q)?;
-    let a = ((q * 2.)? + &q2)?.add(&eye(q)?)?;
-    &a + q2.matmul(&a)?
-}
-
 /// `2 (I - Q)^-1 - I` by ten steps of Newton and Schulz, each of two products.
 fn newton(q: &Tensor) -> Result<Tensor> {
     let m = (eye(q)? - q)?;
@@ -92,7 +86,7 @@ fn layer(width: usize, out: usize) -> Result<(Linear, DoftLinear)> {
     let layer = DoftLinear::new(base.clone(), &DoftConfig::default(), vb)?;
     let vars = varmap.all_vars();
     for var in &vars {
-        let values = seeded((var.elem_count(), 1), 3)?.reshape(var.shape())?;
+        let values = seeded(var.shape().clone(), 3)?;
         var.set(&(values * 0.1)?)?;
     }
     Ok((base, layer))

@@ -7,7 +7,7 @@
 //! op, the map to R; [`bookkeeping`] and [`map`] time the same ones alone, to be taken off.
 
 use super::{Layer, Layers, Step, Timed, forward, seeded};
-use crate::methods::Tuned;
+use crate::support::methods::Tuned;
 use candle_core::{
     CpuStorage, CustomOp1, CustomOp2, DType, Device, Layout, Result, Shape, Tensor, Var,
 };
@@ -138,8 +138,7 @@ pub fn map(step: Step) -> Result<Timed> {
     let Some(Layer::Crate(Tuned::Doft(layer))) = layer else {
         candle_core::bail!("`{}` has no rotation", step.method)
     };
-    let shape = layer.rotation()?.dims3()?;
-    let dr = seeded((shape.0, shape.1 * shape.2), 5)?.reshape(shape)?;
+    let dr = seeded(layer.rotation()?.shape().clone(), 5)?;
     let nothing = Tensor::zeros((), DType::F32, &Device::Cpu)?;
     Ok(Box::new(move || {
         let start = Instant::now();

@@ -1,23 +1,22 @@
-//! What the benches say with numbers: their intervals, dates, and whether a bound is kept.
+//! What the benches say with numbers: dates, tables, and whether a bound is kept.
 
-#[path = "../benches/table/bounds.rs"]
-mod bounds;
-#[path = "../benches/support/context.rs"]
-#[allow(dead_code, reason = "the benches use the rest")]
-mod context;
-#[path = "../benches/table/markdown.rs"]
-mod markdown;
-#[path = "../benches/table/results.rs"]
-#[allow(dead_code, reason = "the bench reads files")]
-mod results;
-#[path = "../benches/support/stats.rs"]
-#[allow(dead_code, reason = "the benches use the rest")]
-mod stats;
+use crate::bounds::BOUNDS;
+use crate::markdown;
+use crate::results::{Entry, Estimate};
+use crate::support::context::civil;
+use serde_json::{Value, json};
 
-use bounds::BOUNDS;
-use candle_doft::rng::SplitMix64;
-use results::Entry;
-use serde_json::json;
+fn context(quick: bool) -> Value {
+    json!({
+        "cpu": "a processor",
+        "cores": 2,
+        "rustc": "1.95.0",
+        "candle": "0.11.1",
+        "allocator": "mimalloc",
+        "date": "2026-11-25",
+        "quick": quick,
+    })
+}
 
 fn entry(what: &str, shape: &str, pair: (&str, &str), median: f64) -> Entry {
     let entry = json!({
@@ -30,15 +29,7 @@ fn entry(what: &str, shape: &str, pair: (&str, &str), median: f64) -> Entry {
         "high": median + 0.01,
         "numerator_seconds": 0.0123,
         "denominator_seconds": 0.01,
-        "context": {
-            "cpu": "a processor",
-            "cores": 2,
-            "rustc": "1.95.0",
-            "candle": "0.11.1",
-            "allocator": "mimalloc",
-            "date": "2026-11-25",
-            "quick": false,
-        },
+        "context": context(false),
     });
     serde_json::from_value(entry).expect("an entry")
 }
@@ -49,37 +40,11 @@ fn verdict(start: &str, entries: &[Entry]) -> String {
 }
 
 #[test]
-fn intervals_hold_the_median_as_often_as_they_say() {
-    let mut rng = SplitMix64::new(7);
-    for n in [stats::VALUES, 25, 200] {
-        let (mut held, trials) = (0, 4000);
-        for _ in 0..trials {
-            // Exponential: lopsided, as times are.
-            let values: Vec<f64> = (0..n).map(|_| -(1. - rng.uniform()).ln()).collect();
-            let found = stats::interval(&values);
-            assert!(found.low <= found.median && found.median <= found.high);
-            let median = 2f64.ln();
-            held += usize::from(found.low <= median && median <= found.high);
-        }
-        let share = f64::from(held as u32) / f64::from(trials);
-        // Order statistics are whole numbers, so an interval may hold more, never four standard errors less.
-        assert!(share > 0.95 - 0.014, "{share} at {n}");
-        assert!(n < 25 || share < 0.985, "{share} at {n}");
-    }
-}
-
-#[test]
-fn medians_lie_in_the_middle() {
-    assert_eq!(stats::median(&[3., 1., 2.]), 2.);
-    assert_eq!(stats::median(&[4., 1., 2., 3.]), 2.5);
-}
-
-#[test]
 fn dates_are_those_of_the_calendar() {
-    assert_eq!(context::civil(0), (1970, 1, 1));
-    assert_eq!(context::civil(11_016), (2000, 2, 29));
-    assert_eq!(context::civil(20_453), (2025, 12, 31));
-    assert_eq!(context::civil(47_541), (2100, 3, 1));
+    assert_eq!(civil(0), (1970, 1, 1));
+    assert_eq!(civil(11_016), (2000, 2, 29));
+    assert_eq!(civil(20_453), (2025, 12, 31));
+    assert_eq!(civil(47_541), (2100, 3, 1));
 }
 
 #[test]
@@ -142,18 +107,10 @@ fn the_table_says_what_was_asked_found_and_where() {
 
 #[test]
 fn growth_and_criterion_have_the_floor_beside_the_rest() {
-    let context = entry("", "", ("", ""), 1.).context;
+    let here = serde_json::from_value(context(false)).expect("a context");
     let ratio = |median| json!({ "median": median, "low": median, "high": median });
     let growth = json!({
-        "context": {
-            "cpu": "a processor",
-            "cores": 2,
-            "rustc": "1.95.0",
-            "candle": "0.11.1",
-            "allocator": "mimalloc",
-            "date": "2026-11-25",
-            "quick": true,
-        },
+        "context": context(true),
         "sweeps": [{
             "name": "tokens",
             "fixed": "b = 32",
@@ -176,7 +133,7 @@ fn growth_and_criterion_have_the_floor_beside_the_rest() {
     ] {
         assert!(text.contains(line), "{text}");
     }
-    let estimate = |method: &str, value: &str| results::Estimate {
+    let estimate = |method: &str, value: &str| Estimate {
         group: "linear_step".into(),
         method: method.into(),
         value: value.into(),
@@ -188,7 +145,7 @@ fn growth_and_criterion_have_the_floor_beside_the_rest() {
         estimate("doft", "8x4x4"),
         estimate("doft", "1x4x4"),
     ];
-    let text = markdown::criterion(&estimates, &context);
+    let text = markdown::criterion(&estimates, &here);
     for line in [
         "|  | 8x4x4 | 1x4x4 |",
         "| gemm | 10.0 |  |",

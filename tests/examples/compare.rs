@@ -1,55 +1,6 @@
-//! What `compare` says with numbers: its statistics, and the shape of `compare.json` where one is named
-//! by `CANDLE_DOFT_COMPARE`.
+//! The shape of `compare.json`, where one is named by `CANDLE_DOFT_COMPARE`.
 
-#[path = "../examples/compare/stats.rs"]
-#[allow(dead_code, reason = "the example uses the rest")]
-mod stats;
-
-use candle_doft::rng::SplitMix64;
 use serde_json::Value;
-use stats::{geometric, interval, median, student};
-
-#[test]
-fn quantiles_of_student_are_those_of_tables() {
-    let table = [
-        (1, 12.7062),
-        (4, 2.7764),
-        (10, 2.2281),
-        (11, 2.2010),
-        (19, 2.0930),
-        (30, 2.0423),
-        (120, 1.9799),
-    ];
-    for (degrees, expected) in table {
-        let found: f64 = student(degrees);
-        assert!((found - expected).abs() <= 2e-4, "{degrees}: {found}");
-    }
-}
-
-#[test]
-fn intervals_hold_the_mean_as_often_as_they_say() {
-    let mut rng = SplitMix64::new(5);
-    let (mut held, trials) = (0, 4000);
-    for _ in 0..trials {
-        let sample: Vec<f64> = (0..5).map(|_| 3. + rng.normal()).collect();
-        let found = interval(&sample).unwrap();
-        held += usize::from(found.low <= 3. && 3. <= found.high);
-    }
-    // 95 %, give or take four standard errors.
-    let share = held as f64 / f64::from(trials);
-    assert!((share - 0.95).abs() < 0.014, "{share}");
-}
-
-#[test]
-fn an_interval_needs_two_finite_values() {
-    assert_eq!(interval(&[1.]), None);
-    assert_eq!(interval(&[1., f64::NAN]), None);
-    assert_eq!(geometric(&[1., 0.]), None);
-    let mean = geometric(&[1., 4.]).unwrap().mean;
-    assert!((mean - 2.).abs() <= 4. * f64::EPSILON, "{mean}");
-    assert_eq!(median(&[3., 1., 2.]), 2.);
-    assert_eq!(median(&[3., 1.]), 2.);
-}
 
 fn number(run: &Value, key: &str) -> f64 {
     let value = run[key].as_f64();

@@ -1,22 +1,32 @@
 //! Where and with what numbers were measured: they mean nothing without it.
 
-use serde_json::{Value, json};
+use serde::{Deserialize, Serialize};
 use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Processor, cores, versions, allocator and date, and whether the run was a quick one, whose numbers
-/// are rough.
-pub fn context(quick: bool) -> Value {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    json!({
-        "cpu": cpu().unwrap_or_else(|| "an unknown processor".into()),
-        "cores": cores,
-        "rustc": rustc().unwrap_or_else(|| "unknown".into()),
-        "candle": candle().unwrap_or("unknown"),
-        "allocator": "mimalloc",
-        "date": date(SystemTime::now()),
-        "quick": quick,
-    })
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Context {
+    pub cpu: String,
+    pub cores: usize,
+    pub rustc: String,
+    pub candle: String,
+    pub allocator: String,
+    pub date: String,
+    /// Rough numbers, of a short run.
+    pub quick: bool,
+}
+
+/// This machine, these versions, and today.
+pub fn context(quick: bool) -> Context {
+    Context {
+        cpu: cpu().unwrap_or_else(|| "an unknown processor".into()),
+        cores: std::thread::available_parallelism().map_or(1, usize::from),
+        rustc: rustc().unwrap_or_else(|| "unknown".into()),
+        candle: candle().unwrap_or("unknown").into(),
+        allocator: "mimalloc".into(),
+        date: date(SystemTime::now()),
+        quick,
+    }
 }
 
 fn cpu() -> Option<String> {

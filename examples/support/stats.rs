@@ -1,4 +1,4 @@
-//! Means with 95 % intervals.
+//! Means and medians with their 95 % intervals.
 
 use serde::{Deserialize, Serialize};
 
@@ -44,13 +44,39 @@ pub fn mean(values: &[f64]) -> f64 {
     values.iter().sum::<f64>() / values.len() as f64
 }
 
+/// NaN of no values.
 pub fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     match sorted.len() {
         0 => f64::NAN,
-        n if n % 2 == 1 => sorted[n / 2],
-        n => (sorted[n / 2 - 1] + sorted[n / 2]) / 2.,
+        n => (sorted[(n - 1) / 2] + sorted[n / 2]) / 2.,
+    }
+}
+
+/// A median and the ends of its 95 % interval.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MedianInterval {
+    pub median: f64,
+    pub low: f64,
+    pub high: f64,
+}
+
+/// Fewer values than this give no interval of 95 %, but one from the least to the largest.
+pub const VALUES: usize = 6;
+
+/// The median and the order statistics that hold it with 95 % (a sign test turned round).
+pub fn median_interval(values: &[f64]) -> MedianInterval {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let n = sorted.len();
+    let half = 0.98 * (n as f64).sqrt();
+    let low = (n as f64 / 2. - half).floor().max(0.) as usize;
+    let high = ((n as f64 / 2. + half).ceil() as usize).min(n - 1);
+    MedianInterval {
+        median: median(values),
+        low: sorted[low],
+        high: sorted[high],
     }
 }
 

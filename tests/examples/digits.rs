@@ -1,10 +1,7 @@
 //! The data that the examples ship and how they cut it.
 
-#[path = "../examples/support/digits.rs"]
-#[allow(dead_code, reason = "the examples use the rest")]
-mod digits;
-
-use digits::{Batches, CLASSES, Digits};
+use crate::common::tensors::CPU;
+use crate::support::digits::{Batches, CLASSES, Digits};
 use std::collections::BTreeSet;
 
 #[test]
@@ -52,10 +49,21 @@ fn the_split_is_disjoint_complete_and_seeded() {
 fn a_pass_takes_no_image_twice() {
     let mut digits = Digits::load().unwrap();
     digits.labels = (0..1797).collect();
-    let mut batches = Batches::new(&digits, 100, 1);
+    let examples = digits.examples(&CPU).unwrap();
+    let mut batches = Batches::new(&examples, 100, 1);
     let mut seen = BTreeSet::new();
     for _ in 0..17 {
-        for label in batches.next_batch().labels {
+        let (images, labels) = batches.next_batch().unwrap();
+        for (image, label) in images
+            .to_vec2::<f32>()
+            .unwrap()
+            .iter()
+            .zip(labels.to_vec1::<u32>().unwrap())
+        {
+            assert_eq!(
+                image, &digits.images[label as usize],
+                "an image without its label"
+            );
             assert!(seen.insert(label));
         }
     }

@@ -1,23 +1,16 @@
 //! The examples as programs: what they print, how they end. `cargo test` builds them.
 
-mod support;
-
+use crate::common::golden::{cases, golden};
+use crate::common::programs::example;
+use crate::common::tensors::{CPU, relative};
+use crate::common::tolerance::GOLDEN_WEIGHTS;
 use candle_core::safetensors;
 use std::path::Path;
-use std::process::{Command, Output};
-use support::golden::{cases, golden};
-use support::tensors::{CPU, relative};
-use support::tolerance::GOLDEN_WEIGHTS;
+use std::process::Output;
 
 /// Runs an example, where it was built.
-fn run(example: &str, arguments: &[&str]) -> Option<Output> {
-    let test = std::env::current_exe().unwrap();
-    let program = test.parent()?.parent()?.join("examples").join(example);
-    if !program.exists() {
-        println!("SKIPPED: the example {example} is not built; `cargo test` builds it");
-        return None;
-    }
-    Some(Command::new(program).args(arguments).output().unwrap())
+fn run(name: &str, arguments: &[&str]) -> Option<Output> {
+    Some(example(name)?.args(arguments).output().unwrap())
 }
 
 fn path(path: &Path) -> &str {

@@ -1,8 +1,7 @@
 //! One step of one convolution: forward, then backward to the input and to the adapter.
 
-use super::Run;
-use candle_core::{DType, Device, Result, Shape, Tensor, Var};
-use candle_doft::rng::SplitMix64;
+use super::{Run, seeded};
+use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_doft::{DoftConfig, DoftConv2d, frozen};
 use candle_nn::{Conv2d, Conv2dConfig, Module, VarBuilder, VarMap};
 
@@ -45,15 +44,6 @@ pub const SETTINGS: [Setting; 6] = [
     setting("4x128x128x16x16k3g4", (4, 128, 128, 16), (3, 4, 32)),
     setting("4x128x128x16x16k3g128", (4, 128, 128, 16), (3, 128, 9)),
 ];
-
-fn seeded(shape: impl Into<Shape>, seed: u64) -> Result<Tensor> {
-    let shape = shape.into();
-    let mut rng = SplitMix64::new(seed);
-    let values: Vec<f32> = (0..shape.elem_count())
-        .map(|_| rng.normal() as f32)
-        .collect();
-    Tensor::from_vec(values, shape, &Device::Cpu)
-}
 
 type Layer = Box<dyn Fn(&Tensor) -> Result<Tensor>>;
 

@@ -109,7 +109,7 @@ impl Plain {
 }
 
 /// `I + 2Q + 2Q^2 + 2Q^3 + Q^4`, for candle has no solve.
-fn series(q: &Tensor) -> Result<Tensor> {
+pub fn series(q: &Tensor) -> Result<Tensor> {
     let b = q.dim(D::Minus1)?;
     let eye = Tensor::eye(b, q.dtype(), q.device())?.unsqueeze(0)?;
     let q2 = q.matmul(q)?;

@@ -2,10 +2,10 @@
 //! tokens, all linear layers of each block adapted.
 
 use super::Run;
-use crate::llm::config::{Architecture, Config};
-use crate::llm::model::Model;
-use crate::llm::weights::Weights;
-use crate::methods::{Method, Tuner};
+use crate::support::llm::config::{Architecture, Config};
+use crate::support::llm::model::Model;
+use crate::support::llm::weights::Weights;
+use crate::support::methods::{Method, Tuner};
 use candle_core::{Device, Result, Shape, Tensor, Var};
 use candle_doft::DoftConfig;
 use candle_doft::rng::SplitMix64;
@@ -102,10 +102,7 @@ pub fn run(method: &str, weights: &Weights) -> anyhow::Result<Run> {
     let frozen = matches!(method, Method::Frozen);
     let tuner = Tuner::new(method, 0, &Device::Cpu)?;
     let model = Model::new(weights, &tuner, &Device::Cpu)?;
-    let vars = match frozen {
-        true => Vec::new(),
-        false => tuner.named_vars()?,
-    };
+    let vars = tuner.named_vars()?;
     Ok(Box::new(move || {
         let mut embedded = model.embed(&ids)?;
         let tokens = Var::from_tensor(&embedded)?;

@@ -1,17 +1,17 @@
 //! What the benches time: one training step of one linear layer under each method, and of other kinds
 //! of layer.
 
+#![allow(dead_code, reason = "each bench uses a part")]
+
 pub mod calls;
-pub mod context;
 pub mod conv;
 pub mod interleave;
 pub mod llm;
 pub mod parts;
 mod plain;
 pub mod quantized;
-pub mod stats;
 
-use crate::methods::{Method, Tuned, Tuner};
+use crate::support::methods::{Method, Tuned, Tuner};
 use candle_core::{Device, Module, Result, Tensor, Var};
 use candle_doft::DoftConfig;
 use candle_doft::rng::SplitMix64;
@@ -36,9 +36,10 @@ pub fn name((tokens, width, out): Shape) -> String {
 }
 
 /// Normal values in f32 from a seed.
-pub fn seeded(shape: (usize, usize), seed: u64) -> Result<Tensor> {
+pub fn seeded(shape: impl Into<candle_core::Shape>, seed: u64) -> Result<Tensor> {
+    let shape = shape.into();
     let mut rng = SplitMix64::new(seed);
-    let values: Vec<f32> = (0..shape.0 * shape.1)
+    let values: Vec<f32> = (0..shape.elem_count())
         .map(|_| rng.normal() as f32)
         .collect();
     Tensor::from_vec(values, shape, &Device::Cpu)
@@ -212,14 +213,6 @@ fn layer(method: &str, weight: &Tensor, block_size: usize) -> Result<(Layer, Vec
     };
     let tuner = Tuner::new(method, 0, &Device::Cpu)?;
     let layer = tuner.wrap_linear("layer", Linear::new(weight.clone(), None))?;
-    // Asking a frozen model for its variables is an error of the adapter alone.
-    let vars = match &layer {
-        Tuned::Frozen(_) => Vec::new(),
-        _ => tuner
-            .named_vars()?
-            .into_iter()
-            .map(|(_, var)| var)
-            .collect(),
-    };
-    Ok((Layer::Crate(layer), vars))
+    let vars = tuner.named_vars()?.into_iter().map(|(_, var)| var);
+    Ok((Layer::Crate(layer), vars.collect()))
 }
