@@ -3,6 +3,9 @@
 /// How many names an error lists.
 const SHOWN: usize = 3;
 
+/// Characters of a name that are compared. A file may hold one of any length, and the time grows with it.
+const COMPARED: usize = 500;
+
 /// Up to three of `candidates`, nearest to `wanted` first, ties in their order.
 ///
 /// Paths are long and patterns short, so a candidate counts by its best end: as many dotted segments
@@ -11,6 +14,8 @@ pub(crate) fn nearest<'a>(
     wanted: &str,
     candidates: impl IntoIterator<Item = &'a str>,
 ) -> Vec<String> {
+    let end = wanted.char_indices().nth(COMPARED);
+    let wanted = &wanted[..end.map_or(wanted.len(), |(end, _)| end)];
     let segments = wanted.split('.').count();
     let mut scored: Vec<(usize, &str)> = candidates
         .into_iter()
@@ -57,5 +62,13 @@ mod tests {
         assert_eq!(nearest("haed", paths)[0], "head");
         assert_eq!(distance("kitten", "sitting"), 3);
         assert!(nearest("x", []).is_empty());
+    }
+
+    #[test]
+    fn a_name_of_megabytes_takes_no_time() {
+        let (name, start) = ("ü.".repeat(4_000_000), std::time::Instant::now());
+        let found = nearest(&name, std::iter::repeat_n("layers.0.q_proj", 50));
+        assert_eq!(found, ["layers.0.q_proj"; 3]);
+        assert!(start.elapsed().as_secs() < 5);
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{FLOATS, check_float};
 use crate::error::Error;
-use crate::ops::attention::{Attention, one_dtype};
+use crate::ops::attention::Attention;
 use crate::ops::pointwise::{Rope, SiluMul, Softmax};
 use crate::ops::real::has_kernel;
 use crate::ops::rotary::RotaryAttention;
@@ -328,7 +328,7 @@ pub fn rotary_causal_attention(
 
 fn check_attention(name: &'static str, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
     check_float(name, q, FLOATS)?;
-    if !one_dtype(q, k, v) {
+    if k.dtype() != q.dtype() || v.dtype() != q.dtype() {
         let found = format!("{:?}, {:?} and {:?}", q.dtype(), k.dtype(), v.dtype());
         return refuse(name, "the dtype of q, k and v", found, "one float dtype");
     }

@@ -9,12 +9,12 @@
 //! ("FlashAttention-2", arXiv:2307.08691, algorithms 1 and 2; the blocks here are of rows alone, for a
 //! cache holds a strip of scores). Query `i` of `T` sees the keys up to `S - T + i`.
 
+use super::composed::composed_in;
 use super::gemm::{Mat, MatMut, multiply};
-use super::pointwise::wide;
 use super::real::{Real, by_dtype, elements, narrowed, slice, tensor_as, with_elements};
 use super::rows::{exponentials, largest, sum_of};
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Storage, Tensor};
+use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Storage, Tensor};
 use rayon::prelude::*;
 use std::borrow::Cow;
 use std::sync::{Arc, OnceLock};
@@ -123,7 +123,7 @@ impl Attention {
     /// The same out of candle's operations, scores and all; `(B, T, H, d)`.
     pub(crate) fn composed(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<Tensor> {
         let s = Sizes::new(q.dims(), k.dims());
-        let dtype = wide(q.dtype());
+        let dtype = composed_in(q.dtype());
         let repeat = |t: &Tensor| -> Result<Tensor> {
             t.to_dtype(dtype)?
                 .unsqueeze(2)?
@@ -249,15 +249,15 @@ impl Attention {
         (y, dy, sums): (&[T], &[T], &[f64]),
         (dq, dk, dv): (&mut [T], &mut [T], &mut [T]),
     ) {
-        let kinds = s.heads / s.group;
-        let (batch, kind) = (pair / kinds, pair % kinds);
-        let (k, v) = (k.get(batch, kind), v.get(batch, kind));
+        let kv_heads = s.heads / s.group;
+        let (batch, kv_head) = (pair / kv_heads, pair % kv_heads);
+        let (k, v) = (k.get(batch, kv_head), v.get(batch, kv_head));
         let row = s.heads * s.width;
         let scale = T::from_f64(self.scale);
         let mut p = vec![T::zero(); ROWS * s.keys];
         let mut ds = vec![T::zero(); ROWS * s.keys];
         for g in 0..s.group {
-            let head = kind * s.group + g;
+            let head = kv_head * s.group + g;
             let queries = q.get(batch, head);
             for (start, rows, seen) in s.blocks() {
                 let all = (0, s.width);
@@ -327,13 +327,4 @@ impl CustomOp3 for Attention {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         by_dtype!(q, backward((q, k, v), y, dy), self)
     }
-}
-
-/// Whether three tensors have one float dtype.
-pub(crate) fn one_dtype(q: &Tensor, k: &Tensor, v: &Tensor) -> bool {
-    let float = matches!(
-        q.dtype(),
-        DType::F16 | DType::BF16 | DType::F32 | DType::F64
-    );
-    float && q.dtype() == k.dtype() && q.dtype() == v.dtype()
 }

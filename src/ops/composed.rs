@@ -7,6 +7,14 @@ use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, DType, Layout, MetalStorage, Result, Shape, Storage, Tensor,
 };
 
+/// The dtype that a twin computes in: f32 for half types.
+pub(super) fn composed_in(dtype: DType) -> DType {
+    match dtype {
+        DType::F16 | DType::BF16 => DType::F32,
+        dtype => dtype,
+    }
+}
+
 /// `x . W^T + bias`, with a gradient to `x` alone.
 pub(crate) fn frozen(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tensor> {
     finish(product(x, weight)?, None, bias)
@@ -59,7 +67,7 @@ fn finish(y: Tensor, ratio: Option<&Tensor>, bias: Option<&Tensor>) -> Result<Te
 }
 
 /// `x . blockdiag(r)`, computed in the dtype of `r` and rounded to that of `x`.
-pub(crate) fn rotate(x: &Tensor, r: &Tensor) -> Result<Tensor> {
+fn rotate(x: &Tensor, r: &Tensor) -> Result<Tensor> {
     if x.dtype() != r.dtype() {
         return rotate(&x.to_dtype(r.dtype())?, r)?.to_dtype(x.dtype());
     }
@@ -85,6 +93,12 @@ pub(crate) fn rotate(x: &Tensor, r: &Tensor) -> Result<Tensor> {
         .transpose(0, 1)?
         .contiguous()?
         .reshape(x.shape())
+}
+
+/// Rows of a table, rotated, each times a ratio of its own.
+pub(crate) fn embedding(rows: &Tensor, r: &Tensor, ratio: Option<&Tensor>) -> Result<Tensor> {
+    let ratio = ratio.map(|ratio| ratio.unsqueeze(1)).transpose()?;
+    finish(rotate(rows, r)?, ratio.as_ref(), None)
 }
 
 fn product(x: &Tensor, weight: &Weight) -> Result<Tensor> {

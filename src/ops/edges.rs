@@ -3,13 +3,13 @@
 
 use super::norm::Norm;
 use super::tests::{seeded, twins, var};
-use super::{Weight, conv, embedding, linear, loss, pointwise};
+use super::{Weight, composed, conv, embedding, linear, loss};
 use candle_core::{DType, Device, Result, Tensor, Var};
 
 /// The same leaves seen through `view` and through its copy: values and gradients.
 fn sees_its_copy(what: &str, leaf: &Var, view: impl Fn(&Tensor) -> Result<Tensor>) -> Result<()> {
     let weight = Weight::dense(&seeded((5, 24), 1, leaf.dtype())?);
-    let wide = pointwise::wide(leaf.dtype());
+    let wide = composed::composed_in(leaf.dtype());
     let r = var((6, 4, 4), 2, wide)?;
     let ratio = var(5, 3, wide)?;
     let run = |x: Tensor| linear::doft(&x, &r, Some(&ratio), &weight, None);

@@ -36,16 +36,7 @@ pub(crate) fn doft(
     ratio: Option<&Tensor>,
 ) -> Result<Tensor> {
     if !matches!(table.device(), Device::Cpu) {
-        let y = composed::rotate(&rows(table, ids)?, r)?;
-        return match ratio {
-            None => Ok(y),
-            Some(ratio) => {
-                let scaled = y
-                    .to_dtype(ratio.dtype())?
-                    .broadcast_mul(&ratio.unsqueeze(1)?)?;
-                scaled.to_dtype(y.dtype())
-            }
-        };
+        return composed::embedding(&rows(table, ids)?, r, ratio);
     }
     let op = Lookup {
         table: table.clone(),

@@ -6,8 +6,8 @@
 //! ```
 
 use super::adapted::bias_values;
+use super::composed::composed_in;
 use super::gemm::{Mat, MatMut, multiply_wide};
-use super::pointwise::wide;
 use super::real::{Real, by_dtype, elements, has_kernel, narrowed, tensor_as, with_elements};
 use super::rows::{exponentials, for_rows, largest};
 use super::{Weight, composed};
@@ -31,7 +31,7 @@ pub(crate) fn cross_entropy(logits: &Tensor, targets: Vec<u32>) -> Result<Tensor
 }
 
 pub(crate) fn composed_cross_entropy(logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
-    let z = logits.to_dtype(wide(logits.dtype()))?;
+    let z = logits.to_dtype(composed_in(logits.dtype()))?;
     let shift = z.max_keepdim(D::Minus1)?.detach();
     let z = z.broadcast_sub(&shift)?;
     let sums = z.exp()?.sum_keepdim(D::Minus1)?.log()?;
@@ -105,7 +105,7 @@ pub(crate) fn linear_cross_entropy(
     targets: Vec<u32>,
 ) -> Result<Tensor> {
     if !has_kernel(hidden) {
-        return elsewhere(hidden, head, bias, &targets);
+        return composed_linear_cross_entropy(hidden, head, bias, &targets);
     }
     hidden.apply_op1(Head {
         head: head.clone(),
@@ -214,14 +214,14 @@ impl CustomOp1 for Head {
 
 /// The same out of candle's operations, on detached chunks; the sum of products with the finished
 /// gradient brings it into the graph.
-pub(crate) fn elsewhere(
+pub(crate) fn composed_linear_cross_entropy(
     hidden: &Tensor,
     head: &Weight,
     bias: Option<&Tensor>,
     targets: &[u32],
 ) -> Result<Tensor> {
     let (rows, _) = hidden.dims2()?;
-    let dtype = wide(hidden.dtype());
+    let dtype = composed_in(hidden.dtype());
     let (mut losses, mut gradients) = (Vec::new(), Vec::new());
     for start in (0..rows).step_by(ROWS) {
         let count = ROWS.min(rows - start);

@@ -8,7 +8,7 @@
 //! RmsNorm is the same with the two means of x and dz left out.
 
 use super::adapted::bias_values;
-use super::pointwise::wide;
+use super::composed::composed_in;
 use super::real::{Real, by_dtype, elements, has_kernel, narrowed, tensor_as, with_elements};
 use super::rows::{for_rows, sum_of, zip_map};
 use candle_core::backend::BackendStorage;
@@ -57,7 +57,7 @@ impl Norm {
 
     /// The same out of candle's operations.
     pub(crate) fn composed(&self, x: &Tensor) -> Result<Tensor> {
-        let wide = wide(x.dtype());
+        let wide = composed_in(x.dtype());
         let mut z = x.to_dtype(wide)?;
         if self.remove_mean {
             z = z.broadcast_sub(&z.mean_keepdim(D::Minus1)?)?;

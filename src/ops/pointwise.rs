@@ -1,9 +1,10 @@
 //! Softmax over rows, the silu-gated product, and rotary position embedding.
 
+use super::composed::composed_in;
 use super::real::{Real, by_dtype, elements, narrowed, tensor_as, with_elements};
 use super::rows::{exponentials, for_rows, largest, sum_of, zip_map};
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, DType, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, Layout, Result, Shape, Tensor};
 
 /// `y = exp(x - max) / sum`, `dx = y * (dy - sum(dy * y))`, over the last axis.
 pub(crate) struct Softmax;
@@ -11,7 +12,7 @@ pub(crate) struct Softmax;
 impl Softmax {
     pub(crate) fn composed(x: &Tensor) -> Result<Tensor> {
         let dtype = x.dtype();
-        let x = x.to_dtype(wide(dtype))?;
+        let x = x.to_dtype(composed_in(dtype))?;
         let largest = x.max_keepdim(D::Minus1)?.detach();
         let shifted = x.broadcast_sub(&largest)?.exp()?;
         let y = shifted.broadcast_div(&shifted.sum_keepdim(D::Minus1)?)?;
@@ -76,7 +77,10 @@ fn sigmoid<T: Real>(v: T) -> T {
 impl SiluMul {
     pub(crate) fn composed(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
         let dtype = gate.dtype();
-        let (gate, up) = (gate.to_dtype(wide(dtype))?, up.to_dtype(wide(dtype))?);
+        let (gate, up) = (
+            gate.to_dtype(composed_in(dtype))?,
+            up.to_dtype(composed_in(dtype))?,
+        );
         (gate.silu()? * up)?.to_dtype(dtype)
     }
 
@@ -155,7 +159,7 @@ pub(crate) struct Rope {
 
 impl Rope {
     pub(crate) fn composed(&self, x: &Tensor) -> Result<Tensor> {
-        let dtype = wide(x.dtype());
+        let dtype = composed_in(x.dtype());
         if x.dtype() != dtype {
             return self.composed(&x.to_dtype(dtype)?)?.to_dtype(x.dtype());
         }
@@ -251,13 +255,5 @@ impl CustomOp1 for Rope {
 
     fn bwd(&self, _: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         by_dtype!(dy, backward(dy), self)
-    }
-}
-
-/// The dtype that a composed twin computes half types in.
-pub(crate) fn wide(dtype: DType) -> DType {
-    match dtype {
-        DType::F16 | DType::BF16 => DType::F32,
-        dtype => dtype,
     }
 }

@@ -10,7 +10,7 @@ const TASK: usize = 1 << 13;
 const LANES: usize = 16;
 
 /// Rows of one task.
-pub(crate) fn rows_of_task(width: usize) -> usize {
+fn rows_of_task(width: usize) -> usize {
     (TASK / width.max(1)).max(1)
 }
 

@@ -213,8 +213,7 @@ fn embeddings_equal_their_composed_twins() -> Result<()> {
         let ratio = Var::from_tensor(&seeded(4, 3, DType::F64)?)?;
         let upstream = seeded((4, 12), 4, DType::F64)?;
         let fused = embedding::doft(&Weight::dense(&table), &ids, &r, Some(&ratio))?;
-        let twin = composed::rotate(&table.index_select(&ids, 0)?, &r)?;
-        let twin = twin.broadcast_mul(&ratio.unsqueeze(1)?)?;
+        let twin = composed::embedding(&table.index_select(&ids, 0)?, &r, Some(&ratio))?;
         assert_near("y", &fused, &twin, 1e-13)?;
         let of = |y: &Tensor| (y * &upstream)?.sum_all()?.backward();
         let (fused, twin) = (of(&fused)?, of(&twin)?);
@@ -368,7 +367,7 @@ fn the_loss_over_a_head_equals_the_loss_over_its_logits() -> Result<()> {
                 let logits = composed::frozen(&hidden, &head, bias)?;
                 loss::composed_cross_entropy(&logits, &targets)
             };
-            let detached = || loss::elsewhere(&hidden, &head, bias, &targets);
+            let detached = || loss::composed_linear_cross_entropy(&hidden, &head, bias, &targets);
             let what = format!("head, {dtype:?}");
             twins(&what, &[&hidden], fused, twin, tolerance)?;
             twins(&what, &[&hidden], detached, twin, 3. * tolerance)?;

