@@ -11,9 +11,7 @@ pub fn named<'a>(
     varmap: &VarMap,
     inputs: impl IntoIterator<Item = (&'a str, &'a Var)>,
 ) -> Vec<(String, Var)> {
-    let data = varmap.data().lock().unwrap();
-    let mut vars: Vec<_> = data.iter().map(|(n, v)| (n.clone(), v.clone())).collect();
-    vars.sort_by(|a, b| a.0.cmp(&b.0));
+    let mut vars = super::tensors::named(varmap);
     let inputs = inputs.into_iter();
     vars.extend(inputs.map(|(name, var)| (name.to_string(), var.clone())));
     vars
