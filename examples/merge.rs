@@ -80,10 +80,11 @@ fn run(flags: &Flags) -> Result<()> {
         eprintln!("warning: {warning}");
     }
     println!(
-        "{}: {} tensors merged, {} copied",
+        "{}: {} tensors merged, {} copied, {} added",
         flags.output.display(),
         report.merged.len(),
-        report.copied
+        report.copied,
+        report.added.len()
     );
     if report.untied {
         println!("the head shared its weight with the embedding and has one of its own now");

@@ -2,13 +2,13 @@
 
 mod support;
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 use candle_doft::file::{Dialect, LoadOptions, Target, convert};
 use candle_doft::merge::{CheckpointOptions, Merge, Strength, inspect, weight_shapes};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use support::golden::{golden, load};
-use support::tensors::relative;
+use support::tensors::{CPU, relative};
 
 const PEFT: Target = Target::Peft {
     drop_magnitude: false,
@@ -181,5 +181,35 @@ fn an_inspection_says_what_the_file_holds() -> candle_doft::Result<()> {
     )?;
     assert!(series.layers[0].orthogonality_error > 1e-5);
     assert!(series.layers[0].norm_drift.unwrap() > 1e-5);
+    Ok(())
+}
+
+#[test]
+fn one_block_size_is_found_for_layers_of_several() -> candle_doft::Result<()> {
+    let home = tempfile::tempdir().unwrap();
+    let (file, out) = (home.path().join("adapter"), home.path().join("peft"));
+    let rows = |rows: usize, b: usize| Tensor::zeros((rows, b * (b - 1) / 2), DType::F32, &CPU);
+    // In 50 and 320 the sizes nearest to 37 are 25 and 40; no size gives both 8 and 16 in 64.
+    let cases = [
+        ([(50, 25), (320, 40)], Some(37)),
+        ([(64, 8), (64, 16)], None),
+    ];
+    for (layers, expected) in cases {
+        let (mut tensors, mut shapes) = (HashMap::new(), BTreeMap::new());
+        for (name, (width, b)) in ["q", "v"].into_iter().zip(layers) {
+            tensors.insert(format!("{name}.oft_R.weight"), rows(width / b, b)?);
+            shapes.insert(name.to_string(), vec![4, width]);
+        }
+        candle_core::safetensors::save(&tensors, &file)?;
+        let written = convert(&file, &out, PEFT, &LoadOptions::default(), &shapes);
+        let Some(expected) = expected else {
+            let error = written.unwrap_err().to_string();
+            assert!(error.ends_with("none gives those of its layers"), "{error}");
+            continue;
+        };
+        let config = std::fs::read(out.join("adapter_config.json")).unwrap();
+        let config: serde_json::Value = serde_json::from_slice(&config).unwrap();
+        assert_eq!(config["oft_block_size"], expected);
+    }
     Ok(())
 }

@@ -249,6 +249,8 @@ fn what_cannot_be_expressed_is_refused_with_the_reason() {
         ),
         ("a.lora_A.weight", "is LoRA or DoRA, not an OFT adapter"),
         ("a.boft_R", "is BOFT"),
+        ("a.hada_t2", "is LoHa"),
+        ("a.lokr_w1_b", "is LoKr"),
         ("a.oft_r", "`oft_r` without `oft_s`"),
         (
             "a.weight",
@@ -266,6 +268,9 @@ fn what_cannot_be_expressed_is_refused_with_the_reason() {
         error.ends_with("a folder without `adapter.safetensors` or `adapter_model.safetensors`"),
         "{error}"
     );
+    std::fs::write(empty.path().join("adapter_model.bin"), b"").unwrap();
+    let error = Adapter::load(empty.path(), &CPU).unwrap_err().to_string();
+    assert!(error.contains("pickles are not read"), "{error}");
     std::fs::write(
         empty.path().join("adapter_config.json"),
         r#"{"peft_type": "LORA"}"#,
@@ -292,12 +297,22 @@ fn one_component_can_be_read_and_modules_renamed() -> candle_doft::Result<()> {
     let options = LoadOptions::default().with_component("denoiser");
     let adapter = Adapter::load_with(&file, &CPU, &options)?;
     assert!(adapter.wrap_linear(&path, base.clone())?.is_adapted());
+    let options = LoadOptions::default().with_component("text_encoder");
+    let error = Adapter::load_with(&file, &CPU, &options).unwrap_err();
+    let expected = "no layer is of component `text_encoder`, some are of `denoiser`";
+    assert!(error.to_string().ends_with(expected), "{error}");
     let options = LoadOptions::default().with_allow_partial(true);
     let adapter = Adapter::load_with(&file, &CPU, &options)?;
     assert!(!adapter.wrap_linear("another", base)?.is_adapted());
     assert!(adapter.check_complete().is_err(), "nothing matched at all");
     let folder = golden("onetrainer/mangled_mixture");
     let file = folder.join("adapter.safetensors");
+    let same = LoadOptions::default().with_rename(|_| Some("one.for.all".into()));
+    let error = Adapter::load_with(&file, &CPU, &same).unwrap_err();
+    assert!(
+        error.to_string().contains("both mean `one.for.all`"),
+        "{error}"
+    );
     let adapter = Adapter::load_with(&file, &CPU, &options)?;
     let (path, base) = linears(&folder.join("base.safetensors"))?.remove(0);
     adapter.wrap_linear(&path, base)?;

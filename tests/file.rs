@@ -313,6 +313,11 @@ fn a_file_that_contradicts_itself_is_refused_with_the_reason() -> Result<()> {
             "1 unexpected keys".to_string(),
         ),
         (
+            "blocks.0.q.oft_R.scaled_oft",
+            "blocks.0.q.oft_embedding_R.scaled_oft",
+            format!("{metadata}it has `oft_embedding_R.scaled_oft` beside `oft_R.weight`"),
+        ),
+        (
             "blocks.0.q.oft_R.weight",
             "blocks.0.p.oft_R.weight",
             "layer `blocks.0.p`: ".into(),
@@ -361,6 +366,31 @@ fn a_file_that_contradicts_itself_is_refused_with_the_reason() -> Result<()> {
             "[4,120]",
             "[1,480]",
             "tensor `blocks.0.q.oft_R.weight` has shape [1, 480], expected".into(),
+        ),
+        (
+            r#"\"shape\":[48,64]"#,
+            r#"\"shape\":[]"#,
+            format!("{metadata}its `shape` is [], which no such layer has"),
+        ),
+        (
+            r#"\"shape\":[48,64]"#,
+            r#"\"shape\":[48,64,1,1]"#,
+            format!("{metadata}its `shape` is [48, 64, 1, 1]"),
+        ),
+        (
+            r#"\"shape\":[48,64]"#,
+            r#"\"shape\":[48,18446744073709551615]"#,
+            format!("{metadata}its `shape` is [48, 18446744073709551615]"),
+        ),
+        (
+            r#"\"shape\":[48,64]"#,
+            r#"\"shape\":[48,128]"#,
+            "`blocks.0.q.oft_R.weight` has 4 rows of block size 16, expected 8 or 1".into(),
+        ),
+        (
+            r#"\"kind\":\"linear\",\"shape\":[48,64]"#,
+            r#"\"map\":{\"cayley_neumann\":{\"terms\":65,\"last_coefficient\":1}}"#,
+            "`doft_layers` of `blocks.0.q`: config: `map.terms` is 65".into(),
         ),
         (
             r#"{"dtype":"F32","shape":[4,120]"#,

@@ -157,7 +157,7 @@ fn markers_and_magnitudes_that_mean_nothing_are_refused() {
         ),
         (
             vec![("a.alpha", number(4.))],
-            "`alpha` is 4, which is no block size 4",
+            "1 unexpected keys, the first are `a.alpha`",
         ),
         (
             vec![("a.oft_R.spin", number(4.))],
@@ -165,7 +165,40 @@ fn markers_and_magnitudes_that_mean_nothing_are_refused() {
         ),
         (
             vec![("a.dora_log_multiplier", (ones(3) * 1e4).unwrap())],
-            "makes a factor of inf",
+            "its factor is inf at index 0",
+        ),
+        (
+            vec![
+                ("a.dora_scale", (ones(3) * 1e30).unwrap()),
+                ("a.initial_norm", (ones(3) * 1e-30).unwrap()),
+            ],
+            "its factor is inf at index 0",
+        ),
+        (
+            vec![
+                ("a.dora_scale", ones(3)),
+                ("a.initial_norm", (ones(3) * -1.).unwrap()),
+            ],
+            "its `initial_norm` holds -1",
+        ),
+        (
+            vec![("a.dora_scale", ones(3)), ("a.initial_norm", ones(4))],
+            "its `initial_norm` has 4 elements, its `dora_scale` 3",
+        ),
+        (
+            vec![("a.oft_R.cans_exp", ones(2))],
+            "the marker `a.oft_R.cans_exp` is not one value",
+        ),
+        (
+            vec![
+                ("a.oft_block_size_metadata", number(4.)),
+                ("a.alpha", number(8.)),
+            ],
+            "`alpha` is 8, its blocks are of size 4",
+        ),
+        (
+            vec![("a.oft_coft_metadata", number(0.5))],
+            "`oft_coft_metadata` is 0.5, expected 0 or 1",
         ),
         (
             vec![("a.dora_multiplier", (ones(3) * f64::NAN).unwrap())],
@@ -215,6 +248,26 @@ fn a_peft_folder_with_a_config_that_means_nothing_is_refused() {
             "expected none, oft_only or all",
         ),
         (
+            "bias",
+            serde_json::json!(3),
+            "expected none, oft_only or all",
+        ),
+        (
+            "peft_version",
+            serde_json::json!(0.18),
+            "`peft_version` is 0.18, expected a version",
+        ),
+        (
+            "modules_to_save",
+            serde_json::json!("head"),
+            "`modules_to_save` is \"head\", expected a list of names",
+        ),
+        (
+            "eps",
+            serde_json::json!(-1),
+            "`eps` is -1, expected a finite number from 0",
+        ),
+        (
             "oft_block_size",
             serde_json::Value::Null,
             "PEFT 0.13 or older",
@@ -234,6 +287,49 @@ fn a_peft_folder_with_a_config_that_means_nothing_is_refused() {
     std::fs::write(home.path().join(config), vec![b' '; 2 << 20]).unwrap();
     let error = Adapter::load(home.path(), &CPU).unwrap_err().to_string();
     assert!(error.contains("larger than 1048576 bytes"), "{error}");
+}
+
+#[test]
+fn one_row_is_shared_only_where_the_config_says_so() {
+    let home = tempfile::tempdir().unwrap();
+    let source = golden("peft/linear_block_share");
+    let (tensors, config) = ("adapter_model.safetensors", "adapter_config.json");
+    std::fs::copy(source.join(tensors), home.path().join(tensors)).unwrap();
+    let text = std::fs::read_to_string(source.join(config)).unwrap();
+    let text = text.replace(r#""block_share": true"#, r#""block_share": false"#);
+    std::fs::write(home.path().join(config), text).unwrap();
+    let merge = |folder: &Path| {
+        let options = LoadOptions::default();
+        let merge = Merge::new().with_file(folder, &options, Strength::default())?;
+        let (base, output) = (source.join("base.safetensors"), home.path().join("out"));
+        merge.checkpoint(base, output, CheckpointOptions::default())
+    };
+    assert!(merge(&source).is_ok());
+    let error = merge(home.path()).unwrap_err().to_string();
+    assert!(
+        error.contains("has 1 row of block size 8, though the file shares no block"),
+        "{error}"
+    );
+}
+
+#[test]
+fn rows_without_entries_cost_nothing_however_many() {
+    let home = tempfile::tempdir().unwrap();
+    let (file, output) = (home.path().join("adapter"), home.path().join("peft"));
+    let header = r#"{"a.oft_R.weight":{"dtype":"F32","shape":[4294967295,0],"data_offsets":[0,0]},
+        "a.oft_coft_metadata":{"dtype":"F32","shape":[],"data_offsets":[0,4]},
+        "a.coft_eps_metadata":{"dtype":"F32","shape":[],"data_offsets":[4,8]},
+        "a.dora_multiplier":{"dtype":"F32","shape":[1,1],"data_offsets":[8,12]}}"#;
+    let mut bytes = file_of(header, 0);
+    bytes.extend([1f32; 3].map(f32::to_le_bytes).concat());
+    assert_eq!(read(&file, &bytes), None);
+    let options = LoadOptions::default();
+    let found = inspect(&file, &options, None).unwrap();
+    assert_eq!(found.layers[0].max_angle_degrees, 0.);
+    let target = Target::Peft {
+        drop_magnitude: false,
+    };
+    convert(&file, &output, target, &options, &BTreeMap::new()).unwrap();
 }
 
 /// Where a child of this test finds what it has to do.

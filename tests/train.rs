@@ -254,13 +254,27 @@ fn a_checkpoint_of_another_run_is_refused_and_changes_nothing() -> candle_doft::
 
     let bytes = std::fs::read(&path).unwrap();
     for (content, expected) in [
-        (&bytes[..bytes.len() - 1], "not a whole checkpoint"),
-        (&b""[..], "not a whole checkpoint"),
+        (&bytes[..bytes.len() - 1], "not a whole safetensors file"),
+        (&b""[..], "not a whole safetensors file"),
     ] {
         std::fs::write(&path, content).unwrap();
         let error = Checkpoint::load(&path).unwrap_err().to_string();
         assert!(error.contains(expected), "{error}");
     }
+    let at = bytes
+        .windows(11)
+        .position(|w| w == br#""steps":"2""#)
+        .unwrap();
+    let mut long = bytes.clone();
+    long.splice(at + 9..at + 10, u64::MAX.to_string().into_bytes());
+    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) + 19;
+    long[..8].copy_from_slice(&header.to_le_bytes());
+    std::fs::write(&path, long).unwrap();
+    let error = Checkpoint::load(&path).unwrap_err().to_string();
+    assert!(
+        error.contains("its `steps` are `18446744073709551615`"),
+        "{error}"
+    );
     run.adapter.save(&path)?;
     let error = Checkpoint::load(&path).unwrap_err().to_string();
     assert!(
@@ -305,12 +319,12 @@ fn what_is_not_finite_or_missing_stops_the_step_by_name() -> candle_doft::Result
 }
 
 #[test]
-fn bad_settings_are_refused() -> Result<()> {
+fn bad_settings_are_refused() -> candle_doft::Result<()> {
     let all = vars(DType::F32)?;
     let error = |groups: Vec<Group>, params| AdamW::new(groups, params).unwrap_err().to_string();
     assert_eq!(
         error(vec![], PARAMS),
-        "`AdamW::new`: the variables is none, expected at least one"
+        "`AdamW`: the variables is none, expected at least one"
     );
     let twice = vec![Group::new(all.clone()), Group::new(all.clone())];
     assert!(error(twice, PARAMS).contains("`a` twice"));
@@ -331,5 +345,56 @@ fn bad_settings_are_refused() -> Result<()> {
         .unwrap_err()
         .to_string();
     assert!(error.contains("`weight_decay` is 0.1"), "{error}");
+    // An extra tensor is none of the magnitudes, whatever its name.
+    let run = Run::new(Magnitude::Log)?;
+    run.adapter
+        .extra("my.dora_scale", &Tensor::ones(3, DType::F32, &CPU)?)?;
+    assert!(AdamW::for_adapter(&run.adapter, PARAMS).is_ok());
+    Ok(())
+}
+
+#[test]
+fn variables_in_half_precision_move_by_the_rate_and_are_resumed() -> candle_doft::Result<()> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("checkpoint.safetensors");
+    for dtype in [DType::F16, DType::BF16] {
+        let all = vars(dtype)?;
+        let before: Vec<Tensor> = all.iter().map(|(_, v)| v.copy().unwrap()).collect();
+        let params = ParamsAdamW {
+            weight_decay: 0.,
+            ..PARAMS
+        };
+        let mut optimizer = AdamW::new(vec![Group::new(all.clone())], params.clone())?;
+        let mut gradients = optimizer.gradients();
+        // Their squares are below the least number of f16.
+        gradients.backward(&(loss(&all, 3)?.to_dtype(DType::F32)? * 1e-2)?, 1.)?;
+        optimizer.step(&gradients)?;
+        for ((name, var), before) in all.iter().zip(&before) {
+            let moved = (var.as_tensor().to_dtype(DType::F64)? - before.to_dtype(DType::F64)?)?;
+            let moved = moved.abs()?.flatten_all()?.to_vec1::<f64>()?;
+            // Half of the last bit of a value below 4 is rounded away.
+            let rounding = if dtype == DType::F16 { 1e-3 } else { 8e-3 };
+            let near = moved.iter().all(|step| (step - params.lr).abs() < rounding);
+            assert!(near, "{dtype:?} {name}: {moved:?}");
+        }
+        Checkpoint::save(&path, &optimizer, &(), &())?;
+        let mut again = AdamW::new(vec![Group::new(vars(dtype)?)], params)?;
+        Checkpoint::load(&path)?.restore(&mut again)?;
+        assert_eq!(again.steps(), 1);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_rate_that_is_none_moves_nothing() -> candle_doft::Result<()> {
+    let all = vars(DType::F32)?;
+    let before = bits(&all[0].1);
+    let mut optimizer = AdamW::new(vec![Group::new(all.clone())], PARAMS)?;
+    let mut gradients = optimizer.gradients();
+    gradients.backward(&loss(&all, 1)?, 1.)?;
+    optimizer.set_rate(f64::NAN);
+    let error = optimizer.step(&gradients).unwrap_err().to_string();
+    assert!(error.contains("the learning rate is NaN"), "{error}");
+    assert_eq!(bits(&all[0].1), before);
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! [`Adapter`]: all adapted layers of one fine-tune, by module path.
 
+mod asked;
 mod build;
 mod extra;
 mod fingerprint;
@@ -10,6 +11,7 @@ mod select;
 mod source;
 mod stored;
 
+pub(crate) use asked::Asked;
 pub(crate) use fingerprint::{differs, fingerprint};
 pub(crate) use matching::{PEFT_PREFIX, flat};
 pub use report::{LayerReport, Report};

@@ -1,16 +1,17 @@
 //! [`Source`]: what is left of a [`Stored`] while a model is built from it; and the way back, from a
 //! model to a [`Stored`].
 
+use super::asked::Asked;
 use super::fingerprint::{differs, fingerprint};
 use super::stored::{NORMS_DIFFER, Stored, StoredLayer, Warning};
 use super::{Adapter, locked};
 use crate::config::{DoftConfig, LayerKind, Magnitude};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shown};
 use crate::frozen::Base;
 use crate::layer::Adaptation;
 use crate::params::row_norms_of;
 use candle_core::{Device, Tensor, Var};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Mutex;
 
@@ -18,14 +19,14 @@ use std::sync::Mutex;
 #[derive(Debug)]
 pub(super) struct Source {
     stored: Stored,
-    asked: Mutex<BTreeSet<String>>,
+    asked: Asked,
     warnings: Mutex<Vec<Warning>>,
 }
 
 impl Source {
     /// Whether a module means that path.
     pub(super) fn holds(&self, path: &str) -> Result<bool> {
-        Ok(self.stored.find(path)?.is_some())
+        Ok(self.asked.find(&self.stored, path)?.is_some())
     }
 
     /// What a layer is made with: its configuration and its norms `n0`, the file's where it has some.
@@ -36,7 +37,7 @@ impl Source {
         kind: LayerKind,
         base: &Base,
     ) -> Result<(DoftConfig, Option<Tensor>)> {
-        let Some((module, layer)) = self.stored.find(path)? else {
+        let Some((module, layer)) = self.asked.find(&self.stored, path)? else {
             return Ok((self.stored.config.clone(), None));
         };
         if let Some(stored) = layer.kind
@@ -76,7 +77,7 @@ impl Source {
 
     /// Gives a layer the parameters of the file.
     pub(super) fn fill(&self, layer: &Adaptation) -> Result<()> {
-        let Some((module, stored)) = self.stored.find(layer.path())? else {
+        let Some((_, stored)) = self.asked.find(&self.stored, layer.path())? else {
             return Ok(());
         };
         let set = |parameter: &Tensor, value: &Tensor| -> Result<()> {
@@ -93,14 +94,13 @@ impl Source {
         if let (Some(parameter), Some(value)) = (params.magnitude_parameter(), &stored.value) {
             set(parameter, value)?;
         }
-        locked(&self.asked).insert(module.clone());
-        Ok(())
+        self.asked.insert(&self.stored, layer.path())
     }
 
     /// The value of an extra tensor, once it is asked for.
     pub(super) fn extra(&self, name: &str) -> Option<&Tensor> {
         let value = self.stored.extras.get(name)?;
-        locked(&self.asked).insert(name.to_string());
+        self.asked.insert_extra(name);
         Some(value)
     }
 
@@ -111,10 +111,10 @@ impl Source {
     pub(super) fn warnings(&self) -> Vec<Warning> {
         let mut warnings = self.stored.warnings.clone();
         warnings.extend(locked(&self.warnings).iter().cloned());
-        let unused = self.unused();
+        let unused = self.asked.unused(&self.stored);
         if let (true, Some(first)) = (self.stored.allow_partial, unused.first()) {
             warnings.push(Warning {
-                subject: first.to_string(),
+                subject: shown(first),
                 message: format!(
                     "{} modules match no layer so far, this one first",
                     unused.len()
@@ -124,17 +124,10 @@ impl Source {
         warnings
     }
 
-    /// What no layer has asked for.
-    fn unused(&self) -> Vec<&String> {
-        let asked = locked(&self.asked);
-        let all = self.stored.layers.keys().chain(self.stored.extras.keys());
-        all.filter(|name| !asked.contains(*name)).collect()
-    }
-
     /// Refuses a model that left a part of the file unused.
     pub(super) fn check_used<'a>(&self, paths: impl Iterator<Item = &'a str>) -> Result<()> {
-        let unused = self.unused();
-        let partial = self.stored.allow_partial && !locked(&self.asked).is_empty();
+        let unused = self.asked.unused(&self.stored);
+        let partial = self.stored.allow_partial && !self.asked.is_empty();
         match unused.is_empty() || partial {
             true => Ok(()),
             false => Err(self.stored.unused(&unused, paths)),
@@ -149,7 +142,7 @@ impl Adapter {
         let config = stored.config.clone();
         let source = Source {
             stored,
-            asked: Mutex::default(),
+            asked: Asked::default(),
             warnings: Mutex::default(),
         };
         Ok(Self::with_source(config, device, Some(source)))
@@ -177,9 +170,25 @@ impl Adapter {
         })
     }
 
-    /// The file that the adapter was loaded from, whole.
-    pub(crate) fn source(&self) -> Option<&Stored> {
-        self.inner.source.as_ref().map(|source| &source.stored)
+    /// The adapter as it is now: of a loaded one what its file holds, with the values of the layers
+    /// that were built from it.
+    pub(crate) fn current(&self) -> Result<Stored> {
+        let Some(source) = &self.inner.source else {
+            return self.to_stored("the adapter".into());
+        };
+        let mut stored = source.stored.clone();
+        for layer in self.inner.adapted() {
+            if let Some((module, _)) = source.asked.find(&source.stored, layer.path())? {
+                stored.layers.remove(module);
+            }
+            let path = layer.path().to_string();
+            stored.layers.insert(path, stored_layer(&layer)?);
+        }
+        for (name, var) in self.inner.extras().iter() {
+            let value = var.as_tensor().detach().to_device(&Device::Cpu)?;
+            stored.extras.insert(name.clone(), value);
+        }
+        Ok(stored)
     }
 
     /// What is worth knowing about the file that the adapter was loaded from, and about how it fits
@@ -203,6 +212,7 @@ fn stored_layer(layer: &Adaptation) -> Result<StoredLayer> {
         kind: Some(layer.kind()),
         shape: Some(layer.shape().to_vec()),
         block_size: layout.block_size,
+        shared: Some(layout.shared),
         map: layout.map,
         scaled: layout.scaled,
         max_norm: layout.max_norm,

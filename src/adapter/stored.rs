@@ -2,10 +2,10 @@
 
 use super::matching::{component, rule};
 use crate::config::{BlockLayout, DoftConfig, LayerKind, Magnitude, Map};
-use crate::error::{Error, Result, nearest};
+use crate::error::{Error, Result, nearest, shown};
 use crate::params::{self, names};
 use candle_core::{DType, Tensor};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// Something that a file holds and a reader should know, though it loads.
@@ -36,6 +36,8 @@ pub(crate) struct StoredLayer {
     /// Shape of the frozen weight, where known.
     pub(crate) shape: Option<Vec<usize>>,
     pub(crate) block_size: usize,
+    /// Whether the file says that one row stands for all blocks.
+    pub(crate) shared: Option<bool>,
     pub(crate) map: Map,
     pub(crate) scaled: bool,
     pub(crate) max_norm: Option<f64>,
@@ -140,7 +142,7 @@ impl StoredLayer {
         let fail = |tensor: &str, found: String, expected: String| {
             Err(Error::FileTensor {
                 file: file.to_path_buf(),
-                tensor: format!("{module}.{tensor}"),
+                tensor: shown(&format!("{module}.{tensor}")),
                 found,
                 expected,
                 fix: "is this the model it was trained on?",
@@ -159,6 +161,11 @@ impl StoredLayer {
             let found = format!("{rows} rows of block size {b}");
             let blocks = width as f64 / b as f64;
             let expected = format!("{blocks} or 1 (in = {width} of `{path}.weight`)");
+            return fail(name, found, expected);
+        }
+        if rows == 1 && b < width && self.shared == Some(false) {
+            let found = format!("1 row of block size {b}, though the file shares no block");
+            let expected = format!("{} (in = {width} of `{path}.weight`)", width / b);
             return fail(name, found, expected);
         }
         let out = weight.first().copied().unwrap_or(0);
@@ -194,39 +201,93 @@ type Renamer = dyn Fn(&str) -> Option<String> + Send + Sync;
 
 impl Stored {
     /// Keeps one component, and gives modules the paths that a caller says they mean.
-    pub(crate) fn choose(&mut self, wanted: Option<&str>, rename: Option<&Renamer>) {
+    pub(crate) fn choose(&mut self, wanted: Option<&str>, rename: Option<&Renamer>) -> Result<()> {
         if let Some(wanted) = wanted {
+            let modules = self.layers.keys();
+            let there: BTreeSet<String> = modules.filter_map(|m| component(m).map(shown)).collect();
             self.layers
                 .retain(|module, _| component(module) == Some(wanted));
+            if self.layers.is_empty() {
+                let there: Vec<String> = there.into_iter().collect();
+                let there = there.join("`, `");
+                let reason = format!("no layer is of component `{wanted}`, some are of `{there}`");
+                return Err(Error::file(&self.file, reason));
+            }
         }
         if let Some(rename) = rename {
-            let layers = std::mem::take(&mut self.layers).into_iter();
-            let renamed = layers.map(|(module, layer)| (rename(&module).unwrap_or(module), layer));
-            self.layers = renamed.collect();
+            let mut renamed: BTreeMap<String, (String, StoredLayer)> = BTreeMap::new();
+            for (module, layer) in std::mem::take(&mut self.layers) {
+                let path = rename(&module).unwrap_or_else(|| module.clone());
+                if let Some((other, _)) = renamed.get(&path) {
+                    return self.ambiguous([other, &module], &path, "rename each to its own");
+                }
+                renamed.insert(path, (module, layer));
+            }
+            let renamed = renamed.into_iter();
+            self.layers = renamed.map(|(path, (_, layer))| (path, layer)).collect();
         }
+        Ok(())
     }
 
-    /// The module that means a path, by the first rule under which one does.
-    pub(crate) fn find(&self, path: &str) -> Result<Option<(&String, &StoredLayer)>> {
-        if let Some(found) = self.layers.get_key_value(path) {
-            return Ok(Some(found));
+    /// The module that means a path, by the first rule under which one does, and the number of that
+    /// rule.
+    pub(super) fn rank(&self, path: &str) -> Result<Option<(u8, &str, &StoredLayer)>> {
+        if let Some((module, layer)) = self.layers.get_key_value(path) {
+            return Ok(Some((0, module, layer)));
         }
         let ranked = self
             .layers
             .iter()
-            .filter_map(|found| Some((rule(found.0, path)?, found)));
+            .filter_map(|(module, layer)| Some((rule(module, path)?, module.as_str(), layer)));
         let mut ranked: Vec<_> = ranked.collect();
-        ranked.sort_by_key(|(rule, _)| *rule);
+        ranked.sort_by_key(|(rule, ..)| *rule);
         match ranked.as_slice() {
-            [(first, (a, _)), (second, (b, _)), ..] if first == second => Err(Error::File {
-                file: self.file.clone(),
-                reason: format!(
-                    "`{a}` and `{b}` both mean `{path}`; choose a component, or rename"
-                ),
-            }),
-            [(_, found), ..] => Ok(Some(*found)),
+            [(first, a, _), (second, b, _), ..] if first == second => {
+                self.ambiguous([a, b], path, "choose a component, or rename")
+            }
+            [found, ..] => Ok(Some(*found)),
             [] => Ok(None),
         }
+    }
+
+    /// The module that means a path, by the first rule under which one does.
+    pub(crate) fn find(&self, path: &str) -> Result<Option<(&str, &StoredLayer)>> {
+        let found = self.rank(path)?;
+        Ok(found.map(|(_, module, layer)| (module, layer)))
+    }
+
+    /// The one path of each module, of all the paths that a model has.
+    pub(crate) fn matched<'a>(
+        &self,
+        paths: impl IntoIterator<Item = &'a str>,
+    ) -> Result<BTreeMap<&str, &'a str>> {
+        let mut found = BTreeSet::new();
+        for path in paths {
+            if let Some((rule, module, _)) = self.rank(path)? {
+                found.insert((module, rule, path));
+            }
+        }
+        let mut matched: BTreeMap<&str, (u8, &str)> = BTreeMap::new();
+        for (module, rule, path) in found {
+            match matched.get(module) {
+                None => {
+                    matched.insert(module, (rule, path));
+                }
+                Some((first, other)) if *first == rule => {
+                    return self.ambiguous([other, path], module, "rename");
+                }
+                // A path that it means less well.
+                Some(_) => {}
+            }
+        }
+        let pairs = matched.into_iter();
+        Ok(pairs.map(|(module, (_, path))| (module, path)).collect())
+    }
+
+    pub(super) fn ambiguous<T>(&self, [a, b]: [&str; 2], name: &str, fix: &str) -> Result<T> {
+        let (a, b, name) = (shown(a), shown(b), shown(name));
+        let reason = format!("`{a}` and `{b}` both mean `{name}`; {fix}");
+        Err(Error::file(&self.file, reason))
     }
 
     /// That a part of it was asked for by no layer, beside the names that it may mean.
@@ -240,8 +301,8 @@ impl Stored {
             file: self.file.clone(),
             count: unused.len(),
             total: self.layers.len() + self.extras.len(),
-            first: first.to_string(),
-            nearest: nearest(first, names),
+            first: shown(first),
+            nearest: nearest(first, names).iter().map(|n| shown(n)).collect(),
         }
     }
 }

@@ -2,9 +2,11 @@
 
 mod gradients;
 mod nearest;
+mod shown;
 
 pub use gradients::GradientReport;
 pub(crate) use nearest::nearest;
+pub(crate) use shown::shown;
 
 use std::path::{Path, PathBuf};
 

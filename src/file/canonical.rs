@@ -1,25 +1,45 @@
 //! The canonical dialect: [`Stored`] to bytes and back.
 
-use super::keys::EXTRA;
-use super::layer;
+use super::group::Group;
+use super::keys::{self, EXTRA, Groups, unknown_keys};
+use super::layer::{idle, warning};
 use super::metadata::{self, LayerEntry};
-use super::tensors::{Tensors, check_finite, refused, shown};
+use super::options::LoadOptions;
+use super::read::Found;
+use super::tensors::{Marker, check_finite, refused};
 use super::write;
 use crate::adapter::{Stored, StoredLayer, Warning};
 use crate::config::{DoftConfig, LayerKind, Magnitude, Map};
-use crate::error::{Error, Result};
+use crate::error::{Result, shown};
 use crate::params::names;
 use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeMap;
-use std::path::Path;
 
 const INITIAL_NORM: &str = "initial_norm";
 
 /// Markers of a rotation, behind its name without `weight`.
 const SCALED: &str = "scaled_oft";
-const CAYLEY: &str = "cans_oft";
-const EXPONENTIAL: &str = "cans_exp";
 const CAP: &str = "clipped_oft";
+
+/// The markers of a layer with these settings: name, value and shape.
+fn markers(
+    scaled: bool,
+    map: Map,
+    max_norm: Option<f64>,
+) -> Vec<(&'static str, f64, &'static [usize])> {
+    let scaled = scaled.then_some((SCALED, 1., &[][..]));
+    let map = match map {
+        Map::Cayley => Some(("cans_oft", 1., &[][..])),
+        // As the tool that had this map wrote it.
+        Map::Exponential => Some(("cans_exp", 1., &[0][..])),
+        Map::CayleyNeumann { .. } => None,
+    };
+    let cap = max_norm.map(|cap| (CAP, cap, &[][..]));
+    [scaled, map, cap].into_iter().flatten().collect()
+}
+
+/// A width that no layer has. What a file says of a base is believed only below it.
+const WIDEST: usize = 1 << 24;
 
 /// The file, and what its readers should know.
 pub(super) fn to_bytes(stored: &Stored) -> Result<(Vec<u8>, Vec<Warning>)> {
@@ -28,7 +48,13 @@ pub(super) fn to_bytes(stored: &Stored) -> Result<(Vec<u8>, Vec<Warning>)> {
     let stored = &settled(stored, &mut warnings)?;
     for (path, layer) in &stored.layers {
         for (name, tensor) in layer_tensors(path, layer, &mut warnings)? {
-            tensors.insert(format!("{path}.{name}"), tensor);
+            let key = format!("{path}.{name}");
+            let found = keys::parse_exactly(&key).filter(|_| !key.starts_with(EXTRA));
+            if found.is_none_or(|(module, _)| module != *path) {
+                let reason = format!("a layer of path `{}` cannot be read back", shown(path));
+                return refused(&stored.file, reason + "; give it another path");
+            }
+            tensors.insert(key, tensor);
         }
     }
     for (name, tensor) in &stored.extras {
@@ -47,11 +73,8 @@ fn settled(stored: &Stored, warnings: &mut Vec<Warning>) -> Result<Stored> {
     let mut stored = stored.clone();
     for (path, layer) in &mut stored.layers {
         if layer.magnitude == Magnitude::Absolute && layer.norms.is_none() {
-            let path = shown(path);
-            return refused(
-                &stored.file,
-                format!("layer `{path}` has no `initial_norm` to write"),
-            );
+            let reason = format!("layer `{}` has no `initial_norm` to write", shown(path));
+            return refused(&stored.file, reason + "; load it onto its base and save it");
         }
         if layer.kernel_factor == -1. {
             continue;
@@ -61,10 +84,8 @@ fn settled(stored: &Stored, warnings: &mut Vec<Warning>) -> Result<Stored> {
             Some(_) => {}
             None => {
                 layer.kind = Some(LayerKind::Linear);
-                warnings.push(Warning {
-                    subject: shown(path),
-                    message: "taken as a linear layer; give the base if it is a convolution".into(),
-                });
+                let message = "taken as a linear layer; give the base if it is a convolution";
+                warnings.push(warning(path, message));
             }
         }
         layer.kernel_factor = -1.;
@@ -72,96 +93,111 @@ fn settled(stored: &Stored, warnings: &mut Vec<Warning>) -> Result<Stored> {
     Ok(stored)
 }
 
+/// The tensors of one layer under the names behind its path.
 fn layer_tensors(
     path: &str,
     layer: &StoredLayer,
     warnings: &mut Vec<Warning>,
 ) -> Result<Vec<(String, Tensor)>> {
-    let mut warn = |message: &str| {
-        warnings.push(Warning {
-            subject: path.to_string(),
-            message: message.into(),
-        });
-    };
     let rotation = names::rotation(layer.kind.unwrap_or(LayerKind::Linear));
     let prefix = rotation.trim_end_matches("weight");
-    let one = |value: f64| Tensor::new(value as f32, &Device::Cpu);
     let mut tensors = vec![(rotation.to_string(), layer.packed.clone())];
-    let mut marker = |name: &str, tensor: Tensor| tensors.push((format!("{prefix}{name}"), tensor));
-    if layer.scaled {
-        marker(SCALED, one(1.)?);
+    for (name, value, shape) in markers(layer.scaled, layer.map, layer.max_norm) {
+        let tensor = Tensor::full(value as f32, shape, &Device::Cpu)?;
+        tensors.push((format!("{prefix}{name}"), tensor));
     }
-    match layer.map {
-        Map::Cayley => marker(CAYLEY, one(1.)?),
-        Map::Exponential => marker(EXPONENTIAL, Tensor::zeros(0, DType::F32, &Device::Cpu)?),
-        Map::SERIES => {}
-        Map::CayleyNeumann { .. } => {
-            warn("a series of other terms than OneTrainer's five reads right in this crate alone");
-        }
+    if matches!(layer.map, Map::CayleyNeumann { .. }) && layer.map != Map::SERIES {
+        let message =
+            "a series of other terms than OneTrainer's five reads right in this crate alone";
+        warnings.push(warning(path, message));
     }
-    if let Some(cap) = layer.max_norm {
-        marker(CAP, one(cap)?);
-    }
+    tensors.extend(magnitude_tensors(path, layer, warnings)?);
+    Ok(tensors)
+}
+
+fn magnitude_tensors(
+    path: &str,
+    layer: &StoredLayer,
+    warnings: &mut Vec<Warning>,
+) -> Result<Vec<(String, Tensor)>> {
     let Some(value) = &layer.value else {
-        return Ok(tensors);
+        return Ok(Vec::new());
     };
-    match layer.magnitude {
+    Ok(match layer.magnitude {
         Magnitude::Factor => {
             let wide: Vec<f64> = value.to_dtype(DType::F64)?.to_vec1()?;
-            if wide.iter().all(|f| *f > 0.) {
-                let logs: Vec<f64> = wide.iter().map(|f| f.ln()).collect();
-                let logs = Tensor::from_vec(logs, value.shape(), &Device::Cpu)?;
-                tensors.push((names::LOG.into(), logs.to_dtype(value.dtype())?));
-            } else {
-                warn(
-                    "a factor of 0 or below has no logarithm; some readers skip `dora_multiplier`",
-                );
-                tensors.push((names::FACTOR.into(), value.clone()));
+            if wide.iter().any(|f| *f <= 0.) {
+                let message =
+                    "a factor of 0 or below has no logarithm; some readers skip `dora_multiplier`";
+                warnings.push(warning(path, message));
+                return Ok(vec![(names::FACTOR.into(), value.clone())]);
             }
+            let logs: Vec<f64> = wide.iter().map(|f| f.ln()).collect();
+            let logs = Tensor::from_vec(logs, value.shape(), &Device::Cpu)?;
+            vec![(names::LOG.into(), logs.to_dtype(value.dtype())?)]
         }
         Magnitude::Absolute => {
             let rank = match (&layer.shape, layer.kind) {
                 (Some(shape), _) => shape.len(),
                 (None, kind) => kind.map_or(2, LayerKind::rank),
             };
-            let mut shape = vec![1; rank];
-            shape[0] = value.elem_count();
-            tensors.push((names::ABSOLUTE.into(), value.reshape(shape.as_slice())?));
+            let mut shape = vec![value.elem_count()];
+            shape.resize(rank, 1);
+            let mut tensors = vec![(names::ABSOLUTE.into(), value.reshape(shape.as_slice())?)];
             if let Some(norms) = &layer.norms {
                 tensors.push((INITIAL_NORM.into(), norms.reshape(shape)?));
             }
+            tensors
         }
-        _ => tensors.push((names::LOG.into(), value.clone())),
-    }
-    Ok(tensors)
+        Magnitude::Log | Magnitude::None => vec![(names::LOG.into(), value.clone())],
+    })
+}
+
+pub(super) fn recognises(found: &Found) -> bool {
+    metadata::is_canonical(found.tensors.metadata())
 }
 
 /// Reads and checks a whole file.
-pub(super) fn from_tensors(tensors: &Tensors) -> Result<Stored> {
+pub(super) fn read(found: &Found, options: &LoadOptions) -> Result<Stored> {
+    let tensors = &found.tensors;
     let file = tensors.file();
     let metadata::Read {
         config,
         layers: mut entries,
-        warnings,
+        mut warnings,
     } = metadata::read(file, tensors.metadata())?;
-    let (groups, extras) = grouped(file, tensors.read_all()?)?;
+    let (mut groups, mut extras) = (Groups::new(), BTreeMap::new());
+    let mut unknown = Vec::new();
+    for key in tensors.names() {
+        if let Some(name) = key.strip_prefix(EXTRA) {
+            extras.insert(name.to_string(), tensors.read(key)?);
+            continue;
+        }
+        match keys::parse_exactly(key).filter(|(_, role)| is_role(role)) {
+            Some(found) => keys::insert(file, &mut groups, found, key)?,
+            None => unknown.push(shown(key)),
+        }
+    }
+    unknown_keys(tensors, unknown, options, &mut warnings)?;
     let mut layers = BTreeMap::new();
-    for (path, roles) in groups {
-        let entry = entries.remove(&path).unwrap_or_default();
+    for (path, roles) in &groups {
+        let entry = entries.remove(path).unwrap_or_default();
+        let settings = entry
+            .settings(&config)
+            .or_else(|e| refused(file, format!("`doft_layers` of `{}`: {e}", shown(path))))?;
         let group = Group {
-            file,
-            path: &path,
+            tensors,
+            module: path,
             roles,
         };
-        layers.insert(path.clone(), group.layer(&config, entry)?);
+        layers.insert(path.clone(), layer(&group, &settings, entry)?);
     }
     if let Some(path) = entries.keys().next() {
         let path = shown(path);
-        return refused(
-            file,
-            format!("`doft_layers` names `{path}`, of which it holds no tensors"),
-        );
+        let reason = format!("`doft_layers` names `{path}`, of which it holds no tensors");
+        return refused(file, reason);
     }
+    warnings.extend(idle(&layers));
     if layers.is_empty() && extras.is_empty() {
         return refused(file, "it holds no adapter tensors");
     }
@@ -175,214 +211,125 @@ pub(super) fn from_tensors(tensors: &Tensors) -> Result<Stored> {
     })
 }
 
-type Roles = BTreeMap<&'static str, Tensor>;
-
-/// Every role, under the name that ends a key. No one is the end of another.
-const ROLES: [&str; 14] = [
-    "oft_R.weight",
-    "oft_R.scaled_oft",
-    "oft_R.cans_oft",
-    "oft_R.cans_exp",
-    "oft_R.clipped_oft",
-    "oft_embedding_R.weight",
-    "oft_embedding_R.scaled_oft",
-    "oft_embedding_R.cans_oft",
-    "oft_embedding_R.cans_exp",
-    "oft_embedding_R.clipped_oft",
-    names::LOG,
-    names::FACTOR,
-    names::ABSOLUTE,
-    INITIAL_NORM,
-];
-
-/// Keys to layers and extras; an unknown key is an error.
-#[allow(clippy::type_complexity, reason = "two maps, used once")]
-fn grouped(
-    file: &Path,
-    tensors: BTreeMap<String, Tensor>,
-) -> Result<(BTreeMap<String, Roles>, BTreeMap<String, Tensor>)> {
-    let mut groups: BTreeMap<String, Roles> = BTreeMap::new();
-    let mut extras = BTreeMap::new();
-    let mut unknown = Vec::new();
-    for (key, tensor) in tensors {
-        if let Some(name) = key.strip_prefix(EXTRA) {
-            extras.insert(name.to_string(), tensor);
-            continue;
-        }
-        let role = ROLES.into_iter().find_map(|role| {
-            let path = key.strip_suffix(role)?.strip_suffix('.')?;
-            (!path.is_empty()).then(|| (path.to_string(), role))
-        });
-        match role {
-            Some((path, role)) => {
-                groups.entry(path).or_default().insert(role, tensor);
-            }
-            None => unknown.push(shown(&key)),
-        }
-    }
-    if unknown.is_empty() {
-        return Ok((groups, extras));
-    }
-    let first = unknown[..unknown.len().min(5)].join("`, `");
-    refused(
-        file,
-        format!("{} unexpected keys, the first are `{first}`", unknown.len()),
-    )
+/// Whether this crate writes a role.
+fn is_role(role: &str) -> bool {
+    let magnitudes = [names::LOG, names::FACTOR, names::ABSOLUTE, INITIAL_NORM];
+    role.starts_with("oft_R.") || role.starts_with("oft_embedding_R.") || magnitudes.contains(&role)
 }
 
-/// The tensors of one layer.
-struct Group<'a> {
-    file: &'a Path,
-    path: &'a str,
-    roles: Roles,
+fn layer(group: &Group, settings: &DoftConfig, entry: LayerEntry) -> Result<StoredLayer> {
+    let (rotation, other) = (names::ROTATION, names::EMBEDDING_ROTATION);
+    let (rotation, embedding) = match (group.has(rotation), group.has(other)) {
+        (true, false) => (rotation, false),
+        (false, true) => (other, true),
+        _ => return group.refuse(format!("expected one rotation, `{rotation}` or `{other}`")),
+    };
+    if let Some(kind) = entry.kind
+        && (kind == LayerKind::Embedding) != embedding
+    {
+        return group.refuse(format!(
+            "`{rotation}` is not the rotation of a {kind:?} layer"
+        ));
+    }
+    check_markers(group, rotation, settings)?;
+    let (packed, block_size) = group.packed(rotation)?;
+    let (value, norms) = magnitude(group, settings.magnitude)?;
+    let layer = group.checked(StoredLayer {
+        kind: entry.kind.or(embedding.then_some(LayerKind::Embedding)),
+        shape: entry.shape,
+        block_size,
+        shared: None,
+        map: settings.map,
+        scaled: settings.scaled,
+        max_norm: settings.max_norm,
+        magnitude: settings.magnitude,
+        packed,
+        kernel_factor: -1.,
+        value,
+        norms,
+        base: entry.base,
+    })?;
+    check_record(group, &layer)?;
+    Ok(layer)
 }
 
-impl Group<'_> {
-    fn layer(&self, config: &DoftConfig, entry: LayerEntry) -> Result<StoredLayer> {
-        let rotations = [LayerKind::Embedding, LayerKind::Linear].map(names::rotation);
-        let mut found = rotations
-            .into_iter()
-            .filter(|name| self.roles.contains_key(name));
-        let (Some(name), None) = (found.next(), found.next()) else {
-            return self
-                .refuse("expected one rotation, `oft_R.weight` or `oft_embedding_R.weight`");
-        };
-        let packed = &self.roles[name];
-        let block_size = self.block_size(name, packed)?;
-        let embedding = name == names::EMBEDDING_ROTATION;
-        if entry
-            .kind
-            .is_some_and(|kind| (kind == LayerKind::Embedding) != embedding)
-        {
-            return self.refuse(&format!(
-                "`{name}` is not the rotation of a {:?} layer",
-                entry.kind
-            ));
-        }
-        let prefix = name.trim_end_matches("weight");
-        let marker = |marker: &str| self.roles.get(format!("{prefix}{marker}").as_str());
-        let map = entry.map.unwrap_or(config.map);
-        self.agree("map", map == Map::Cayley, marker(CAYLEY), CAYLEY)?;
-        self.agree(
-            "map",
-            map == Map::Exponential,
-            marker(EXPONENTIAL),
-            EXPONENTIAL,
-        )?;
-        let scaled = entry.scaled.unwrap_or(config.scaled);
-        self.agree("scaled", scaled, marker(SCALED), SCALED)?;
-        let max_norm = match entry.max_norm {
-            Some(0.) => None,
-            Some(cap) => Some(cap),
-            None => config.max_norm,
-        };
-        self.agree("max_norm", max_norm.is_some(), marker(CAP), CAP)?;
-        if let (Some(cap), Some(stored)) = (max_norm, marker(CAP)) {
-            let stored = self.scalar(CAP, stored)?;
-            if cap as f32 != stored as f32 {
-                return self.refuse(&format!("`max_norm` is {cap}, `{CAP}` is {stored}"));
-            }
-        }
-        let kind = entry.magnitude.unwrap_or(config.magnitude);
-        let (value, norms) = self.magnitude(kind)?;
-        Ok(StoredLayer {
-            kind: entry.kind.or(embedding.then_some(LayerKind::Embedding)),
-            shape: entry.shape,
-            block_size,
-            map,
-            scaled,
-            max_norm,
-            magnitude: kind,
-            packed: packed.clone(),
-            kernel_factor: -1.,
-            value,
-            norms,
-            base: entry.base,
-        })
+/// The shape on record is one that such a layer has, and fits its tensors.
+fn check_record(group: &Group, layer: &StoredLayer) -> Result<()> {
+    let Some(shape) = &layer.shape else {
+        return Ok(());
+    };
+    let inner = shape.iter().skip(1);
+    let width = inner.fold(1, |n: usize, axis| n.saturating_mul(*axis));
+    let rank = layer.kind.map_or(shape.len(), LayerKind::rank);
+    let known = LayerKind::of_rank(rank).is_some() && rank == shape.len();
+    if !known || width > WIDEST {
+        return group.refuse(format!("its `shape` is {shape:?}, which no such layer has"));
     }
+    layer.check_shape(group.tensors.file(), group.module, group.module, shape)
+}
 
-    /// `b` from `n = b (b - 1) / 2` columns.
-    fn block_size(&self, name: &str, packed: &Tensor) -> Result<usize> {
-        let tensor = |found: String, expected: &str| {
-            Err(Error::FileTensor {
-                file: self.file.to_path_buf(),
-                tensor: format!("{}.{name}", shown(self.path)),
-                found,
-                expected: expected.into(),
-                fix: "the file is damaged or not an adapter",
-            })
+/// Settings and markers say the same.
+fn check_markers(group: &Group, rotation: &str, settings: &DoftConfig) -> Result<()> {
+    let prefix = rotation.trim_end_matches("weight");
+    let expected = markers(settings.scaled, settings.map, settings.max_norm);
+    for role in group.roles.keys().filter(|role| **role != rotation) {
+        let name = match role.strip_prefix(prefix) {
+            Some(name) => name,
+            None if role.starts_with("oft_") => {
+                return group.refuse(format!("it has `{role}` beside `{rotation}`"));
+            }
+            None => continue,
         };
-        let &[rows, columns] = packed.dims() else {
-            return tensor(format!("shape {:?}", packed.dims()), "two axes");
+        let Some((_, value, shape)) = expected.iter().find(|(known, ..)| *known == name) else {
+            let field = field(name);
+            return group.refuse(format!("the marker `{name}` contradicts its `{field}`"));
         };
-        match layer::block_size(columns) {
-            Some(b) if rows > 0 => Ok(b),
-            _ => {
-                let expected = "at least one row and b(b-1)/2 columns for a block size b";
-                tensor(format!("shape {:?}", packed.dims()), expected)
-            }
+        let found = group.marker(role)?.map_or(0., Marker::number);
+        if shape.is_empty() && found <= 0. {
+            return group.refuse(format!("the marker `{name}` is not one number above 0"));
+        }
+        if name == CAP && found as f32 != *value as f32 {
+            return group.refuse(format!("`max_norm` is {value}, `{CAP}` is {found}"));
         }
     }
+    for (name, ..) in expected {
+        if !group.has(&format!("{prefix}{name}")) {
+            let field = field(name);
+            return group.refuse(format!("by its `{field}` it needs the marker `{name}`"));
+        }
+    }
+    Ok(())
+}
 
-    /// A setting and its marker say the same.
-    fn agree(&self, field: &str, set: bool, marker: Option<&Tensor>, name: &str) -> Result<()> {
-        if let Some(marker) = marker
-            && name != EXPONENTIAL
-        {
-            self.scalar(name, marker)?;
-        }
-        match (set, marker.is_some()) {
-            (true, false) => self.refuse(&format!("by its `{field}` it needs the marker `{name}`")),
-            (false, true) => self.refuse(&format!("the marker `{name}` contradicts its `{field}`")),
-            _ => Ok(()),
-        }
+/// The field of the configuration that a marker goes with.
+fn field(marker: &str) -> &'static str {
+    match marker {
+        SCALED => "scaled",
+        CAP => "max_norm",
+        _ => "map",
     }
+}
 
-    fn scalar(&self, name: &str, marker: &Tensor) -> Result<f64> {
-        let values: Vec<f64> = marker.flatten_all()?.to_dtype(DType::F64)?.to_vec1()?;
-        match values.as_slice() {
-            [value] if *value > 0. => Ok(*value),
-            _ => self.refuse(&format!("the marker `{name}` is not one number above 0")),
+fn magnitude(group: &Group, kind: Magnitude) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    let all = [names::LOG, names::FACTOR, names::ABSOLUTE, INITIAL_NORM];
+    let there: Vec<&str> = all.into_iter().filter(|name| group.has(name)).collect();
+    Ok(match (kind, there.as_slice()) {
+        (Magnitude::None, []) => (None, None),
+        (Magnitude::Log, [role @ names::LOG]) | (Magnitude::Factor, [role @ names::FACTOR]) => {
+            (Some(group.outputs(role)?), None)
         }
-    }
-
-    fn magnitude(&self, kind: Magnitude) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let get = |name: &str| self.roles.get(name);
-        let there: Vec<&str> = [names::LOG, names::FACTOR, names::ABSOLUTE, INITIAL_NORM]
-            .into_iter()
-            .filter(|name| self.roles.contains_key(name))
-            .collect();
-        let value = match (kind, there.as_slice()) {
-            (Magnitude::None, []) => return Ok((None, None)),
-            (Magnitude::Log, [names::LOG]) => get(names::LOG).cloned(),
-            (Magnitude::Factor, [names::FACTOR]) => get(names::FACTOR).cloned(),
-            (Magnitude::Factor, [names::LOG]) => {
-                let exp = |log: &Tensor| log.to_dtype(DType::F64)?.exp()?.to_dtype(log.dtype());
-                get(names::LOG).map(exp).transpose()?
-            }
-            (Magnitude::Absolute, [names::ABSOLUTE, INITIAL_NORM]) => {
-                let flat = |name| get(name).map(Tensor::flatten_all).transpose();
-                let (value, norms) = (flat(names::ABSOLUTE)?, flat(INITIAL_NORM)?);
-                let count = |t: &Option<Tensor>| t.as_ref().map(Tensor::elem_count);
-                if count(&value) != count(&norms) {
-                    return self.refuse("`dora_scale` and `initial_norm` differ in length");
-                }
-                return Ok((value, norms));
-            }
-            (kind, there) => {
-                let there = there.join("`, `");
-                return self.refuse(&format!(
-                    "its magnitude is {kind:?}, the file has `{there}`"
-                ));
-            }
-        };
-        match value {
-            Some(value) if value.rank() == 1 => Ok((Some(value), None)),
-            _ => self.refuse("its magnitude has more than one axis"),
+        (Magnitude::Factor, [names::LOG]) => {
+            let log = group.outputs(names::LOG)?;
+            let factor = log.to_dtype(DType::F64)?.exp()?.to_dtype(log.dtype())?;
+            (Some(factor), None)
         }
-    }
-
-    fn refuse<T>(&self, reason: &str) -> Result<T> {
-        refused(self.file, format!("layer `{}`: {reason}", shown(self.path)))
-    }
+        (Magnitude::Absolute, [names::ABSOLUTE, INITIAL_NORM]) => (
+            Some(group.outputs(names::ABSOLUTE)?),
+            Some(group.outputs(INITIAL_NORM)?),
+        ),
+        (kind, there) => {
+            let there = there.join("`, `");
+            return group.refuse(format!("its magnitude is {kind:?}, the file has `{there}`"));
+        }
+    })
 }

@@ -76,21 +76,19 @@ pub fn convert(
 
 /// Gives layers the paths, kinds and shapes of the base.
 fn settle(stored: &mut Stored, shapes: &BTreeMap<String, Vec<usize>>) -> Result<()> {
+    let paths = || shapes.keys().map(String::as_str);
     let mut renamed = BTreeMap::new();
-    for (path, shape) in shapes {
-        let Some((module, layer)) = stored.find(path)? else {
-            continue;
-        };
+    for (module, path) in stored.matched(paths())? {
+        let (mut layer, shape) = (stored.layers[module].clone(), &shapes[path]);
         layer.check_shape(&stored.file, module, path, shape)?;
-        let mut layer = layer.clone();
         layer.kind = layer.kind.or(LayerKind::of_rank(shape.len()));
         layer.shape = Some(shape.clone());
-        renamed.insert(module.clone(), (path.clone(), layer));
+        renamed.insert(module.to_string(), (path.to_string(), layer));
     }
     let modules = stored.layers.keys();
     let unused: Vec<&String> = modules.filter(|m| !renamed.contains_key(*m)).collect();
     if !unused.is_empty() {
-        return Err(stored.unused(&unused, shapes.keys().map(String::as_str)));
+        return Err(stored.unused(&unused, paths()));
     }
     stored.layers = renamed.into_values().collect();
     Ok(())

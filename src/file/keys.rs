@@ -2,9 +2,9 @@
 
 use super::layer::warning;
 use super::options::LoadOptions;
-use super::tensors::{Tensors, refused, shown};
+use super::tensors::{Tensors, refused};
 use crate::adapter::{Warning, flat};
-use crate::error::Result;
+use crate::error::{Result, shown};
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -44,8 +44,9 @@ const DOTTED: [&str; 16] = [
     "base_layer.weight",
 ];
 
-/// Families that this crate cannot express, by the last segments of their keys.
-const REFUSED: [(&[&str], &str); 6] = [
+/// Families that this crate cannot express, by the segments of their keys; `_` at the end stands for
+/// any rest.
+const REFUSED: [(&[&str], &str); 5] = [
     (
         &["oft_blocks", "oft_diag"],
         "is LyCORIS or kohya OFT, which rotates the output side of a weight; this crate rotates the \
@@ -61,39 +62,44 @@ const REFUSED: [(&[&str], &str); 6] = [
             "lora_B",
             "lora_up",
             "lora_down",
-            "lora_embedding_A",
-            "lora_embedding_B",
+            "lora_embedding_",
         ],
         "is LoRA or DoRA, not an OFT adapter; merge it with the program that made it",
     ),
-    (
-        &["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"],
-        "is LoHa, not an OFT adapter",
-    ),
-    (
-        &["lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w1_b"],
-        "is LoKr, not an OFT adapter",
-    ),
-    (
-        &["lokr_w2_a", "lokr_w2_b", "lokr_t2", "hada_t1"],
-        "is LoKr or LoHa, not an OFT adapter",
-    ),
+    (&["hada_"], "is LoHa, not an OFT adapter"),
+    (&["lokr_"], "is LoKr, not an OFT adapter"),
 ];
 
 /// The reason why a key belongs to a family that is refused.
 pub(super) fn refused_family(key: &str) -> Option<&'static str> {
-    let named = |name: &str| key.split('.').any(|segment| segment == name);
-    let found = REFUSED
-        .iter()
-        .find(|(names, _)| names.iter().any(|name| named(name)));
+    let is = |segment: &str, name: &str| {
+        segment == name || name.ends_with('_') && segment.starts_with(name)
+    };
+    let named = |name: &&str| key.split('.').any(|segment| is(segment, name));
+    let found = REFUSED.iter().find(|(names, _)| names.iter().any(named));
     found.map(|(_, reason)| *reason)
 }
 
 /// Module and role of a key.
 pub(super) fn parse(key: &str) -> Option<(String, &'static str)> {
-    // `oft_R.default.weight` and `oft_r.default` carry the name that PEFT gave the adapter.
-    let key = key.replace(".default.", ".");
-    let key = key.strip_suffix(".default").unwrap_or(&key);
+    // `oft_R.default.weight` and `oft_r.default` carry the name that PEFT gave the adapter; before
+    // the role, `default` is a part of the path.
+    if let Some((before, end)) = key.rsplit_once(".default")
+        && (end.is_empty() || end.starts_with('.'))
+        && let Some((module, role)) = cut(&format!("{before}{end}"))
+        && role.ends_with(end)
+    {
+        return Some((module, role));
+    }
+    cut(key)
+}
+
+/// Module and role of a key of this crate, which spells both in one way.
+pub(super) fn parse_exactly(key: &str) -> Option<(String, &'static str)> {
+    cut(key).filter(|(module, role)| *key == format!("{module}.{role}"))
+}
+
+fn cut(key: &str) -> Option<(String, &'static str)> {
     let dotted = DOTTED.into_iter().filter_map(|role| {
         let module = key.strip_suffix(role)?.strip_suffix('.')?;
         Some((module, role))
@@ -111,8 +117,11 @@ pub(super) fn parse(key: &str) -> Option<(String, &'static str)> {
     Some((module.to_string(), role))
 }
 
+/// Keys of one module by role.
+pub(super) type Roles = BTreeMap<&'static str, String>;
+
 /// Keys by module and role.
-pub(super) type Groups = BTreeMap<String, BTreeMap<&'static str, String>>;
+pub(super) type Groups = BTreeMap<String, Roles>;
 
 /// Puts a key into its group.
 pub(super) fn insert(
@@ -137,23 +146,25 @@ pub(super) fn join(file: &Path, groups: Groups, is_rotation: fn(&str) -> bool) -
     let (mut whole, parts): (Groups, Groups) = groups
         .into_iter()
         .partition(|(_, roles)| roles.keys().any(|role| is_rotation(role)));
-    let mut by_flat: BTreeMap<String, String> = BTreeMap::new();
+    let mut by_flat: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for module in whole.keys() {
-        if let Some(other) = by_flat.insert(flat(module), module.clone()) {
-            let (module, other) = (shown(module), shown(&other));
-            return refused(
-                file,
-                format!("`{other}` and `{module}` are one layer in two spellings"),
-            );
-        }
+        by_flat
+            .entry(flat(module))
+            .or_default()
+            .push(module.clone());
     }
     for (module, roles) in parts {
-        let Some(to) = by_flat.get(&flat(&module)) else {
-            let key = roles
-                .values()
-                .next()
-                .map_or(String::new(), |key| shown(key));
-            return refused(file, format!("`{key}` belongs to no rotation in the file"));
+        let key = roles.values().next().map_or("", String::as_str);
+        let found = by_flat.get(&flat(&module)).map_or(&[][..], Vec::as_slice);
+        let [to] = found else {
+            let (key, count) = (shown(key), found.len());
+            return refused(
+                file,
+                match count {
+                    0 => format!("`{key}` belongs to no rotation in the file"),
+                    _ => format!("`{key}` belongs to one of {count} rotations of that name"),
+                },
+            );
         };
         for (role, key) in roles {
             insert(file, &mut whole, (to.clone(), role), &key)?;
@@ -211,6 +222,13 @@ mod tests {
                 "oft_embedding_R.scaled_oft",
             ),
             ("a.oft_r.default", "a", "oft_r"),
+            ("a.default.b.oft_R.weight", "a.default.b", "oft_R.weight"),
+            (
+                "a.default.oft_R.default.weight",
+                "a.default",
+                "oft_R.weight",
+            ),
+            ("a.default.alpha", "a.default", "alpha"),
         ] {
             assert_eq!(parse(key), Some((module.to_string(), role)), "{key}");
         }

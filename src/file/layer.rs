@@ -1,166 +1,167 @@
 //! What the dialects of other tools share: from stored values to one layer.
 
-use super::options::Divisor;
-use super::tensors::{Tensors, refused, shown};
-use crate::adapter::{StoredLayer, Warning};
-use crate::config::{LayerKind, Magnitude, Map};
-use crate::error::{Error, Result};
+use super::group::Group;
+use super::options::{Divisor, LoadOptions};
+use super::tensors::refused;
+use crate::adapter::{Stored, StoredLayer, Warning};
+use crate::config::{DoftConfig, LayerKind, Magnitude, Map};
+use crate::error::{Result, shown};
 use candle_core::{DType, Tensor};
 use std::collections::BTreeMap;
-
-/// Layers, extra tensors and warnings.
-pub(super) type Read = (
-    BTreeMap<String, StoredLayer>,
-    BTreeMap<String, Tensor>,
-    Vec<Warning>,
-);
+use std::path::Path;
 
 /// One layer as a dialect describes it.
 pub(super) struct Description {
     pub(super) kind: Option<LayerKind>,
+    /// Packed rows, as they are stored, and the size of their blocks.
+    pub(super) packed: Tensor,
+    pub(super) block_size: usize,
+    /// Whether the file says that its one row stands for all blocks.
+    pub(super) shared: Option<bool>,
     pub(super) map: Map,
-    /// On linear layers and embeddings; none for unscaled.
-    pub(super) divisor: Option<Divisor>,
-    /// On kernels, where it is another.
+    /// The tool's map is the inverse of `map`: that of `-v`.
+    pub(super) inverse: bool,
+    /// The tool rotates kernels by `W R`, not by `W R^T` as it does matrices.
+    pub(super) kernels_turned: bool,
+    pub(super) divisor: Divisor,
+    /// The divisor of kernels, where it is another.
     pub(super) kernel_divisor: Option<Divisor>,
-    /// The file's rotation is `R(sign Q)` on linear layers and on kernels, in this crate's sides.
-    pub(super) sign: f64,
-    pub(super) kernel_sign: f64,
     pub(super) max_norm: Option<f64>,
     /// Projection of the values before use: `eps`.
     pub(super) coft: Option<f64>,
-}
-
-/// Packed values and magnitude of one layer.
-pub(super) struct Values {
-    pub(super) packed: Tensor,
     pub(super) magnitude: Magnitude,
     pub(super) value: Option<Tensor>,
     pub(super) norms: Option<Tensor>,
 }
 
 impl Description {
-    /// Folds everything in which the file differs from this crate into the packed values.
-    pub(super) fn layer(&self, b: usize, values: Values) -> Result<StoredLayer> {
-        let mut packed = values.packed.to_dtype(DType::F64)?;
+    /// Unscaled rotations by a map, turned as this crate turns them; neither cap nor magnitude.
+    pub(super) fn new(map: Map, (packed, block_size): (Tensor, usize)) -> Self {
+        Self {
+            kind: None,
+            packed,
+            block_size,
+            shared: None,
+            map,
+            inverse: false,
+            kernels_turned: false,
+            divisor: Divisor::None,
+            kernel_divisor: None,
+            max_norm: None,
+            coft: None,
+            magnitude: Magnitude::None,
+            value: None,
+            norms: None,
+        }
+    }
+
+    /// Folds everything in which the file differs from this crate into the packed values; what the
+    /// caller decides replaces what the file says.
+    pub(super) fn layer(mut self, group: &Group, options: &LoadOptions) -> Result<StoredLayer> {
+        if let Some(map) = options.map {
+            (self.map, self.inverse) = (map, false);
+        }
+        if let Some(divisor) = options.divisor {
+            (self.divisor, self.kernel_divisor) = (divisor, None);
+        }
+        let b = self.block_size;
+        let mut packed = self.packed.to_dtype(DType::F64)?;
         if let Some(eps) = self.coft {
             packed = project(&packed, eps)?;
         }
-        let ours = match self.divisor {
-            Some(_) => self.map.divisor(b),
-            None => 1.,
-        };
-        let theirs = self.divisor.map_or(1., |divisor| divisor.value(b));
-        let on_kernels = self
-            .kernel_divisor
-            .map_or(theirs, |divisor| divisor.value(b));
+        let scaled = self.divisor != Divisor::None;
+        let ours = if scaled { self.map.divisor(b) } else { 1. };
         // Exactly 1 where the conventions agree, so that values stay bit for bit.
-        let factor = self.sign * if ours == theirs { 1. } else { ours / theirs };
-        let kernel = self.kernel_sign
-            * if ours == on_kernels {
-                1.
-            } else {
-                ours / on_kernels
-            };
-        let packed = (packed * factor)?.to_dtype(DType::F32)?;
-        Ok(StoredLayer {
+        let over = |theirs: f64| if ours == theirs { 1. } else { ours / theirs };
+        let sign = |turned: bool| if turned { -1. } else { 1. };
+        let factor = sign(self.inverse) * over(self.divisor.value(b));
+        let of_kernels = self.kernel_divisor.unwrap_or(self.divisor);
+        let of_kernels = sign(self.inverse != self.kernels_turned) * over(of_kernels.value(b));
+        let wide = |tensor: Option<Tensor>| tensor.map(|t| t.to_dtype(DType::F32)).transpose();
+        group.checked(StoredLayer {
             kind: self.kind,
             shape: None,
             block_size: b,
+            shared: self.shared,
             map: self.map,
-            scaled: self.divisor.is_some(),
+            scaled,
             max_norm: self.max_norm,
-            magnitude: values.magnitude,
-            packed,
-            kernel_factor: kernel / factor,
-            value: values.value.map(|v| flat(&v)).transpose()?,
-            norms: values.norms.map(|v| flat(&v)).transpose()?,
+            magnitude: self.magnitude,
+            packed: (packed * factor)?.to_dtype(DType::F32)?,
+            kernel_factor: of_kernels / factor,
+            value: wide(self.value)?,
+            norms: wide(self.norms)?,
             base: None,
         })
     }
 }
 
-fn flat(tensor: &Tensor) -> Result<Tensor> {
-    Ok(tensor.flatten_all()?.to_dtype(DType::F32)?)
-}
-
 /// COFT's projection: rows of Frobenius norm above `eps / sqrt(rows)` are scaled down to it.
 fn project(packed: &Tensor, eps: f64) -> Result<Tensor> {
-    let rows: Vec<Vec<f64>> = packed.to_vec2()?;
-    let limit = eps / (rows.len() as f64).sqrt();
-    let projected: Vec<Vec<f64>> = rows
-        .into_iter()
-        .map(|row| {
-            let norm = (2. * row.iter().map(|v| v * v).sum::<f64>()).sqrt();
-            let factor = if norm > limit { limit / norm } else { 1. };
-            row.into_iter().map(|v| v * factor).collect()
-        })
-        .collect();
-    Ok(Tensor::new(projected, packed.device())?)
-}
-
-/// The packed rows of a tensor and their block size.
-pub(super) fn packed(tensors: &Tensors, key: &str) -> Result<(Tensor, usize)> {
-    let tensor = tensors.read(key)?;
-    let fail = || {
-        Err(Error::FileTensor {
-            file: tensors.file().to_path_buf(),
-            tensor: shown(key),
-            found: format!("shape {:?}", tensor.dims()),
-            expected: "at least one row and b(b-1)/2 columns for a block size b".into(),
-            fix: "the file is damaged or not an adapter",
-        })
-    };
-    match tensor.dims() {
-        &[rows, columns] if rows > 0 => match block_size(columns) {
-            Some(b) => Ok((tensor, b)),
-            None => fail(),
-        },
-        _ => fail(),
+    if packed.elem_count() == 0 {
+        // Rows without entries may be more than there is memory for.
+        return Ok(packed.clone());
     }
-}
-
-/// `b` from `n = b (b - 1) / 2`, where it is whole.
-pub(super) fn block_size(columns: usize) -> Option<usize> {
-    let root = (1. + 8. * columns as f64).sqrt();
-    let b = ((1. + root) / 2.).round() as usize;
-    (b.checked_mul(b.checked_sub(1)?)? == columns.checked_mul(2)?).then_some(b)
-}
-
-/// A magnitude: one float for each output, in one of the shapes that the tools write.
-pub(super) fn magnitude(tensors: &Tensors, key: &str) -> Result<Tensor> {
-    let tensor = tensors.read(key)?;
-    let one = |dims: &[usize]| dims.iter().all(|d| *d == 1);
-    let fits = match tensor.dims() {
-        [out] => *out > 0,
-        [1, out, rest @ ..] if rest.len() == 2 => *out > 0 && one(rest),
-        [out, rest @ ..] => *out > 0 && one(rest),
-        [] => false,
-    };
-    if fits {
-        return Ok(tensor);
+    let limit = eps / (packed.dim(0)? as f64).sqrt();
+    let mut rows: Vec<Vec<f64>> = packed.to_vec2()?;
+    for row in &mut rows {
+        let norm = (2. * row.iter().map(|v| v * v).sum::<f64>()).sqrt();
+        if norm > limit {
+            row.iter_mut().for_each(|v| *v *= limit / norm);
+        }
     }
-    Err(Error::FileTensor {
-        file: tensors.file().to_path_buf(),
-        tensor: shown(key),
-        found: format!("shape {:?}", tensor.dims()),
-        expected: "one element for each output, (out) or (out, 1 ..)".into(),
-        fix: "it belongs to another kind of adapter or was cut",
+    Ok(Tensor::new(rows, packed.device())?)
+}
+
+/// The adapter of a file whose configuration is that of its layers: the most common value of each
+/// field.
+pub(super) fn stored(
+    file: &Path,
+    layers: BTreeMap<String, StoredLayer>,
+    extras: BTreeMap<String, Tensor>,
+    mut warnings: Vec<Warning>,
+) -> Result<Stored> {
+    if layers.is_empty() {
+        return refused(file, "it holds no adapted layer");
+    }
+    warnings.extend(idle(&layers));
+    let all = || layers.values();
+    let config = DoftConfig {
+        block_size: common(all().map(|l| l.block_size.max(2))),
+        map: common(all().map(|l| l.map)),
+        scaled: common(all().map(|l| l.scaled)),
+        max_norm: common(all().map(|l| l.max_norm)),
+        magnitude: common(all().map(|l| l.magnitude)),
+        ..DoftConfig::default()
+    };
+    Ok(Stored {
+        file: file.to_path_buf(),
+        config,
+        layers,
+        extras,
+        warnings,
+        allow_partial: false,
     })
 }
 
-/// A factor has to stay finite in f32.
-pub(super) fn check_factor(tensors: &Tensors, key: &str, factor: &Tensor) -> Result<()> {
-    match super::tensors::not_finite(factor)? {
-        None => Ok(()),
-        Some((index, found)) => {
-            let key = shown(key);
-            refused(
-                tensors.file(),
-                format!("`{key}` makes a factor of {found} at index {index}"),
-            )
+/// Layers whose blocks are too small to rotate anything.
+pub(super) fn idle(layers: &BTreeMap<String, StoredLayer>) -> impl Iterator<Item = Warning> {
+    let idle = layers.iter().filter(|(_, layer)| layer.block_size == 1);
+    idle.map(|(module, _)| warning(module, "its blocks are of size 1 and rotate nothing"))
+}
+
+/// The most common value; of several, the one that comes first.
+fn common<T: PartialEq + Default>(values: impl Iterator<Item = T>) -> T {
+    let mut counted: Vec<(T, usize)> = Vec::new();
+    for value in values {
+        match counted.iter_mut().find(|(known, _)| *known == value) {
+            Some((_, count)) => *count += 1,
+            None => counted.push((value, 1)),
         }
     }
+    let most = counted.iter().map(|(_, count)| *count).max();
+    let first = counted.into_iter().find(|(_, count)| Some(*count) == most);
+    first.map(|(value, _)| value).unwrap_or_default()
 }
 
 pub(super) fn warning(subject: &str, message: impl Into<String>) -> Warning {

@@ -1,20 +1,31 @@
 //! The metadata of a canonical file: configuration and layers as sorted, compact JSON.
 
-use super::tensors::{refused, shown};
+use super::layer::warning;
+use super::tensors::refused;
 use crate::adapter::{Stored, StoredLayer, Warning};
 use crate::config::{DoftConfig, LayerKind, Magnitude, Map};
-use crate::error::Result;
+use crate::error::{Result, shown};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-/// The format that this crate writes and the only one it reads.
-pub(super) const FORMAT: &str = "doft";
+/// The format that this crate writes.
+const FORMAT: &str = "doft";
 const VERSION: &str = "1";
 
 /// The format of a checkpoint of a training run, which is no adapter.
 pub(crate) const CHECKPOINT: &str = "doft-checkpoint";
+
+/// Whether the metadata is that of a file of this crate.
+pub(super) fn is_canonical(metadata: &HashMap<String, String>) -> bool {
+    metadata.get("format").map(String::as_str) == Some(FORMAT)
+}
+
+/// Whether it is that of a checkpoint.
+pub(super) fn is_checkpoint(metadata: &HashMap<String, String>) -> bool {
+    metadata.get("format").map(String::as_str) == Some(CHECKPOINT)
+}
 
 /// What `doft_layers` says of one layer. Settings are there where they differ from the configuration.
 #[derive(Default, Serialize, Deserialize)]
@@ -38,6 +49,22 @@ pub(super) struct LayerEntry {
 }
 
 impl LayerEntry {
+    /// The settings of its layer, its own before those of the configuration.
+    pub(super) fn settings(&self, config: &DoftConfig) -> Result<DoftConfig> {
+        let settings = DoftConfig {
+            scaled: self.scaled.unwrap_or(config.scaled),
+            map: self.map.unwrap_or(config.map),
+            max_norm: match self.max_norm {
+                Some(cap) => Some(cap).filter(|cap| *cap != 0.),
+                None => config.max_norm,
+            },
+            magnitude: self.magnitude.unwrap_or(config.magnitude),
+            ..DoftConfig::default()
+        };
+        settings.validate()?;
+        Ok(settings)
+    }
+
     fn new(layer: &StoredLayer, config: &DoftConfig) -> Self {
         let cap = layer.max_norm.unwrap_or(0.);
         Self {
@@ -102,12 +129,6 @@ pub(super) fn read(file: &Path, metadata: &HashMap<String, String>) -> Result<Re
         Some(value) => Ok(value.as_str()),
         None => refused(file, format!("its metadata lacks `{key}`")),
     };
-    if metadata.get("format").map(String::as_str) != Some(FORMAT) {
-        return refused(
-            file,
-            "not a file of this crate: its metadata lacks `format` = `doft`",
-        );
-    }
     let version = get("format_version")?;
     if version != VERSION {
         let writer = metadata
@@ -145,10 +166,8 @@ pub(super) fn read(file: &Path, metadata: &HashMap<String, String>) -> Result<Re
             .keys()
             .filter(|field| !of_this_version.contains_key(*field))
         {
-            warnings.push(Warning {
-                subject: shown(field),
-                message: "this field of `doft_config` is not known here and was ignored".into(),
-            });
+            let message = "this field of `doft_config` is not known here and was ignored";
+            warnings.push(warning(field, message));
         }
     }
     Ok(Read {

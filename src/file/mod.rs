@@ -19,6 +19,7 @@
 
 mod canonical;
 mod convert;
+mod group;
 mod keys;
 mod layer;
 mod metadata;
@@ -34,8 +35,10 @@ pub use convert::{Target, convert};
 pub(crate) use metadata::CHECKPOINT;
 pub use options::{Divisor, LoadOptions, Rename};
 pub use read::Dialect;
-pub(crate) use tensors::{float, instead};
-pub(crate) use write::{persist, raw_bytes, replace, safetensors as safetensors_bytes, temporary};
+pub(crate) use tensors::{Tensors, float, instead};
+pub(crate) use write::{
+    Folder, filled, head, persist, raw_bytes, replace, safetensors as safetensors_bytes, temporary,
+};
 
 use crate::adapter::{Adapter, Stored, Warning};
 use crate::error::Result;
@@ -113,7 +116,7 @@ impl Adapter {
 /// Any file or folder as data.
 pub(crate) fn read_stored(path: &Path, options: &LoadOptions) -> Result<(Dialect, Stored)> {
     let (dialect, mut stored) = read::read(path, options)?;
-    stored.choose(options.component.as_deref(), options.rename.as_deref());
+    stored.choose(options.component.as_deref(), options.rename.as_deref())?;
     stored.allow_partial = options.allow_partial;
     Ok((dialect, stored))
 }

@@ -1,14 +1,16 @@
 //! OneTrainer's OFT and DOFT files, of all three generations of magnitude, and the third-party
 //! writers that use its keys with `*_metadata` scalars.
 
+use super::group::Group;
 use super::keys::{self, EXTRA, Groups, unknown_keys};
-use super::layer::{Description, Read, Values, check_factor, magnitude, packed, warning};
+use super::layer::{Description, stored, warning};
 use super::options::{Divisor, LoadOptions};
-use super::tensors::{Marker, Tensors, refused, shown};
-use crate::adapter::{StoredLayer, Warning};
+use super::read::Found;
+use super::tensors::Marker;
+use crate::adapter::{Stored, StoredLayer, Warning};
 use crate::config::{LayerKind, Magnitude, Map};
-use crate::error::Result;
-use candle_core::{DType, Tensor};
+use crate::error::{Result, shown};
+use candle_core::Tensor;
 use std::collections::BTreeMap;
 
 /// The cap that a marker of type BOOL means.
@@ -17,7 +19,21 @@ const BOOL_CAP: f64 = 0.999;
 /// Keys that accompany OneTrainer's backups and are no adapter tensors.
 const SIDE_DATA: [&str; 2] = ["bundle_emb.", "_aux."];
 
-pub(super) fn read(tensors: &Tensors, options: &LoadOptions) -> Result<Read> {
+pub(super) fn recognises(found: &Found) -> bool {
+    found.has("oft_R.weight")
+}
+
+/// Whether no other tool writes a role.
+pub(super) fn is_own(role: &str) -> bool {
+    role.starts_with("dora_")
+        || role.starts_with("lora_magnitude")
+        || role == "initial_norm"
+        || role.ends_with("_metadata")
+        || role.starts_with("oft_R.") && role != "oft_R.weight"
+}
+
+pub(super) fn read(found: &Found, options: &LoadOptions) -> Result<Stored> {
+    let tensors = &found.tensors;
     let mut warnings = Vec::new();
     let mut extras = BTreeMap::new();
     // A file of this crate that was saved again elsewhere has lost its metadata, not its extras.
@@ -26,37 +42,34 @@ pub(super) fn read(tensors: &Tensors, options: &LoadOptions) -> Result<Read> {
             extras.insert(name.to_string(), tensors.read(key)?);
         }
     }
-    let groups = grouped(tensors, options, &mut warnings)?;
+    let groups = grouped(found, options, &mut warnings)?;
     let mut layers = BTreeMap::new();
     for (module, roles) in &groups {
         let group = Group {
             tensors,
             module,
             roles,
-            options,
         };
-        layers.insert(module.clone(), group.layer(&mut warnings)?);
+        layers.insert(module.clone(), layer(&group, options, &mut warnings)?);
     }
-    Ok((layers, extras, warnings))
+    stored(tensors.file(), layers, extras, warnings)
 }
 
-fn grouped(
-    tensors: &Tensors,
-    options: &LoadOptions,
-    warnings: &mut Vec<Warning>,
-) -> Result<Groups> {
-    let file = tensors.file();
+fn grouped(found: &Found, options: &LoadOptions, warnings: &mut Vec<Warning>) -> Result<Groups> {
+    let (tensors, file) = (&found.tensors, found.tensors.file());
+    let third_party = found.has("scaled_oft_metadata") || found.has("oft_block_size_metadata");
     let mut groups = Groups::new();
     let (mut unknown, mut side) = (Vec::new(), 0);
     for key in tensors.names() {
         if SIDE_DATA.iter().any(|prefix| key.starts_with(prefix)) {
             side += 1;
-        } else if key.starts_with(EXTRA) {
             continue;
-        } else if let Some(parsed) = keys::parse(key) {
-            keys::insert(file, &mut groups, parsed, key)?;
-        } else {
-            unknown.push(shown(key));
+        }
+        match keys::parse(key) {
+            _ if key.starts_with(EXTRA) => {}
+            Some((_, "alpha")) if !third_party => unknown.push(shown(key)),
+            Some(parsed) => keys::insert(file, &mut groups, parsed, key)?,
+            None => unknown.push(shown(key)),
         }
     }
     if side > 0 {
@@ -67,269 +80,208 @@ fn grouped(
     keys::join(file, groups, |role| role == "oft_R.weight")
 }
 
-struct Group<'a> {
-    tensors: &'a Tensors<'a>,
-    module: &'a str,
-    roles: &'a BTreeMap<&'static str, String>,
-    options: &'a LoadOptions,
+fn layer(group: &Group, options: &LoadOptions, warnings: &mut Vec<Warning>) -> Result<StoredLayer> {
+    for (role, key) in group.roles {
+        if ["oft_embedding_R.", "oft_r", "oft_s", "base_layer."]
+            .iter()
+            .any(|r| role.starts_with(r))
+        {
+            let key = shown(key);
+            return group.refuse(format!(
+                "`{key}` is of another tool than its `oft_R.weight`"
+            ));
+        }
+    }
+    let (packed, b) = group.packed("oft_R.weight")?;
+    let rows = packed.dim(0)?;
+    let map = map(group)?;
+    let (shared, coft) = third_party(group, (rows, b), warnings)?;
+    let divisor = divisor(group, b, options, warnings)?;
+    let exponential = map == Map::Exponential && divisor != Divisor::None;
+    let max_norm = cap(group, warnings)?;
+    let (magnitude, value, norms) = magnitude(group, warnings)?;
+    let description = Description {
+        kind: kind(group)?,
+        shared,
+        kernels_turned: true,
+        divisor: if exponential { Divisor::Sqrt } else { divisor },
+        kernel_divisor: exponential.then_some(Divisor::TwoSqrt),
+        max_norm,
+        coft,
+        magnitude,
+        value,
+        norms,
+        ..Description::new(map, (packed, b))
+    };
+    description.layer(group, options)
 }
 
-impl Group<'_> {
-    fn layer(&self, warnings: &mut Vec<Warning>) -> Result<StoredLayer> {
-        self.known_roles()?;
-        let (values, b) = packed(self.tensors, self.key("oft_R.weight")?)?;
-        if b == 1 {
-            warnings.push(warning(
-                self.module,
-                "its blocks are of size 1 and rotate nothing",
-            ));
-        }
-        let exponential = self.roles.contains_key("oft_R.cans_exp");
-        let map = self.map(exponential)?;
-        let coft = self.third_party(b, warnings)?;
-        let (mut divisor, mut kernel_divisor) = (self.divisor(b, warnings)?, None);
-        if exponential && divisor.is_some() {
-            (divisor, kernel_divisor) = (Some(Divisor::Sqrt), Some(Divisor::TwoSqrt));
-        }
-        if let Some(given) = self.options.divisor {
-            divisor = (given != Divisor::None).then_some(given);
-            kernel_divisor = None;
-        }
-        let max_norm = self.cap(warnings)?;
-        let (magnitude, value, norms) = self.magnitude(warnings)?;
-        let description = Description {
-            kind: self.kind()?,
-            map: self.options.map.unwrap_or(map),
-            divisor,
-            kernel_divisor,
-            sign: 1.,
-            kernel_sign: -1.,
-            max_norm,
-            coft,
-        };
-        let values = Values {
-            packed: values,
-            magnitude,
-            value,
-            norms,
-        };
-        description.layer(b, values)
-    }
+/// The axes of the first two generations of magnitude are those of the weight.
+fn kind(group: &Group) -> Result<Option<LayerKind>> {
+    let roles = ["dora_scale", "dora_multiplier"];
+    let Some(role) = roles.into_iter().find(|role| group.has(role)) else {
+        return Ok(None);
+    };
+    let rank = group.tensors.read(group.key(role)?)?.rank();
+    Ok(LayerKind::of_rank(rank))
+}
 
-    /// The axes of the first two generations of magnitude are those of the weight.
-    fn kind(&self) -> Result<Option<LayerKind>> {
-        let roles = ["dora_scale", "dora_multiplier"];
-        let Some(key) = roles.iter().find_map(|role| self.roles.get(role)) else {
-            return Ok(None);
+fn map(group: &Group) -> Result<Map> {
+    let cayley = match group.marker("oft_R.cans_oft")? {
+        None => false,
+        Some(marker) if marker.number() != 0. => true,
+        Some(_) => return group.refuse("its marker `cans_oft` is false or 0"),
+    };
+    match (cayley, group.marker("oft_R.cans_exp")?.is_some()) {
+        (true, true) => group.refuse("it has both markers `cans_oft` and `cans_exp`"),
+        (true, false) => Ok(Map::Cayley),
+        (false, true) => Ok(Map::Exponential),
+        (false, false) => Ok(Map::SERIES),
+    }
+}
+
+fn divisor(
+    group: &Group,
+    b: usize,
+    options: &LoadOptions,
+    warnings: &mut Vec<Warning>,
+) -> Result<Divisor> {
+    if let Some(scaled) = group.marker("scaled_oft_metadata")? {
+        let there = group.has("oft_R.scaled_oft");
+        return match scaled.number() {
+            1. if there => Ok(Divisor::TwoSqrt),
+            0. if !there => Ok(Divisor::None),
+            _ => group.refuse("`scaled_oft_metadata` contradicts `scaled_oft`"),
         };
-        Ok(LayerKind::of_rank(self.tensors.read(key)?.rank()))
     }
-
-    fn key(&self, role: &str) -> Result<&str> {
-        match self.roles.get(role) {
-            Some(key) => Ok(key),
-            None => self.refuse(&format!("it has no `{role}`")),
+    let Some(marker) = group.marker("oft_R.scaled_oft")? else {
+        return Ok(Divisor::None);
+    };
+    let mut warn = |message: String| warnings.push(warning(group.module, message));
+    match marker {
+        Marker::Bool(true) => Ok(Divisor::TwoSqrt),
+        Marker::Int(1) => Ok(Divisor::SqrtEntries),
+        Marker::Int(_) | Marker::Float(_) if marker.number() > 1. => {
+            let found = marker.number();
+            if found != b as f64 {
+                warn(format!("`scaled_oft` is {found}, not its block size {b}"));
+            }
+            Ok(Divisor::TwoSqrt)
         }
-    }
-
-    fn known_roles(&self) -> Result<()> {
-        for (role, key) in self.roles {
-            let embedding = role.starts_with("oft_embedding_R");
-            if embedding
-                || ["oft_r", "oft_s", "base_layer.bias", "base_layer.weight"].contains(role)
-            {
-                let key = shown(key);
-                return self.refuse(&format!(
-                    "`{key}` is of another tool than its `oft_R.weight`"
+        Marker::Float(1.) => {
+            let date = group.tensors.metadata().get("modelspec.date");
+            let day = date.and_then(|date| date.get(..10)).unwrap_or_default();
+            if ("2026-02-14"..="2026-03-03").contains(&day) {
+                warn(format!(
+                    "exported on {day}: its divisor is taken as sqrt(b(b-1)/2)"
+                ));
+                return Ok(Divisor::SqrtEntries);
+            }
+            if day == "2026-03-04" {
+                warn(format!(
+                    "exported on {day}: its divisor may be sqrt(b(b-1)/2)"
                 ));
             }
-        }
-        Ok(())
-    }
-
-    fn marker(&self, role: &str) -> Result<Option<Marker>> {
-        match self.roles.get(role) {
-            Some(key) => self.tensors.marker(key).map(Some),
-            None => Ok(None),
-        }
-    }
-
-    fn map(&self, exponential: bool) -> Result<Map> {
-        let cayley = match self.marker("oft_R.cans_oft")? {
-            None => false,
-            Some(marker) if marker.number() != 0. => true,
-            Some(_) => return self.refuse("its marker `cans_oft` is false or 0"),
-        };
-        match (cayley, exponential) {
-            (true, true) => self.refuse("it has both markers `cans_oft` and `cans_exp`"),
-            (true, false) => Ok(Map::Cayley),
-            (false, true) => Ok(Map::Exponential),
-            (false, false) => Ok(Map::SERIES),
-        }
-    }
-
-    fn divisor(&self, b: usize, warnings: &mut Vec<Warning>) -> Result<Option<Divisor>> {
-        if let Some(scaled) = self.marker("scaled_oft_metadata")? {
-            let there = self.roles.contains_key("oft_R.scaled_oft");
-            return match scaled.number() {
-                1. if there => Ok(Some(Divisor::TwoSqrt)),
-                0. if !there => Ok(None),
-                _ => self.refuse("`scaled_oft_metadata` contradicts `scaled_oft`"),
-            };
-        }
-        let Some(marker) = self.marker("oft_R.scaled_oft")? else {
-            return Ok(None);
-        };
-        let mut warn = |message: String| warnings.push(warning(self.module, message));
-        match marker {
-            Marker::Bool(true) => Ok(Some(Divisor::TwoSqrt)),
-            Marker::Int(1) => Ok(Some(Divisor::SqrtEntries)),
-            Marker::Int(_) | Marker::Float(_) if marker.number() > 1. => {
-                if marker.number() != b as f64 {
-                    warn(format!(
-                        "`scaled_oft` is {}, not its block size {b}",
-                        marker.number()
-                    ));
-                }
-                Ok(Some(Divisor::TwoSqrt))
+            if options.divisor.is_none() && group.has("dora_scale") {
+                let message = "an adapter of February 2026 exported later has the divisor \
+                               sqrt(b(b-1)/2) and cannot be told from this one";
+                warn(message.into());
             }
-            Marker::Float(1.) => {
-                let date = self.tensors.metadata().get("modelspec.date");
-                let day = date.and_then(|date| date.get(..10)).unwrap_or_default();
-                if ("2026-02-14"..="2026-03-03").contains(&day) {
-                    warn(format!(
-                        "exported on {day}: its divisor is taken as sqrt(b(b-1)/2)"
-                    ));
-                    return Ok(Some(Divisor::SqrtEntries));
-                }
-                if day == "2026-03-04" {
-                    warn(format!(
-                        "exported on {day}: its divisor may be sqrt(b(b-1)/2)"
-                    ));
-                }
-                if self.options.divisor.is_none() && self.roles.contains_key("dora_scale") {
-                    let message = "an adapter of February 2026 exported later has the divisor \
-                                   sqrt(b(b-1)/2) and cannot be told from this one";
-                    warn(message.into());
-                }
-                Ok(Some(Divisor::TwoSqrt))
-            }
-            _ => self.refuse(&format!("its marker `scaled_oft` is {marker:?}")),
+            Ok(Divisor::TwoSqrt)
         }
+        _ => group.refuse(format!("its marker `scaled_oft` is {marker:?}")),
     }
+}
 
-    fn cap(&self, warnings: &mut Vec<Warning>) -> Result<Option<f64>> {
-        match self.marker("oft_R.clipped_oft")? {
-            None => Ok(None),
-            Some(Marker::Bool(true)) => {
-                let message = format!("`clipped_oft` is true, read as a cap of {BOOL_CAP}");
-                warnings.push(warning(self.module, message));
-                Ok(Some(BOOL_CAP))
-            }
-            Some(Marker::Float(cap)) if cap > 0. => Ok(Some(cap)),
-            Some(other) => self.refuse(&format!("its marker `clipped_oft` is {other:?}")),
+fn cap(group: &Group, warnings: &mut Vec<Warning>) -> Result<Option<f64>> {
+    match group.marker("oft_R.clipped_oft")? {
+        None => Ok(None),
+        Some(Marker::Bool(true)) => {
+            let message = format!("`clipped_oft` is true, read as a cap of {BOOL_CAP}");
+            warnings.push(warning(group.module, message));
+            Ok(Some(BOOL_CAP))
         }
+        Some(Marker::Float(cap)) if cap > 0. => Ok(Some(cap)),
+        Some(other) => group.refuse(format!("its marker `clipped_oft` is {other:?}")),
     }
+}
 
-    /// Checks the scalars of third-party writers; answers the `eps` of COFT.
-    fn third_party(&self, b: usize, warnings: &mut Vec<Warning>) -> Result<Option<f64>> {
-        let meta =
-            |name: &str| -> Result<Option<f64>> { Ok(self.marker(name)?.map(Marker::number)) };
-        if let Some(alpha) = meta("alpha")? {
-            let third_party = self.roles.keys().any(|role| role.ends_with("_metadata"));
-            if !third_party || alpha != b as f64 {
-                return self.refuse(&format!("`alpha` is {alpha}, which is no block size {b}"));
-            }
-        }
-        if let Some(size) = meta("oft_block_size_metadata")?
+/// Checks the scalars of third-party writers against rows and block size; answers whether the row is
+/// shared, and the `eps` of COFT.
+fn third_party(
+    group: &Group,
+    (rows, b): (usize, usize),
+    warnings: &mut Vec<Warning>,
+) -> Result<(Option<bool>, Option<f64>)> {
+    let number =
+        |role: &str| -> Result<Option<f64>> { Ok(group.marker(role)?.map(Marker::number)) };
+    for role in ["alpha", "oft_block_size_metadata"] {
+        if let Some(size) = number(role)?
             && size != b as f64
         {
-            return self.refuse(&format!(
-                "`oft_block_size_metadata` is {size}, its blocks {b}"
-            ));
-        }
-        if let Some(share) = meta("oft_block_share_metadata")? {
-            let rows = self.tensors.read(self.key("oft_R.weight")?)?.dim(0)?;
-            if share == 1. && rows != 1 {
-                return self.refuse("`oft_block_share_metadata` is 1, but it has several rows");
-            }
-        }
-        match meta("oft_coft_metadata")? {
-            Some(1.) => match meta("coft_eps_metadata")? {
-                Some(eps) if eps.is_finite() && eps >= 0. => {
-                    let message = "its values are projected by COFT before use";
-                    warnings.push(warning(self.module, message));
-                    Ok(Some(eps))
-                }
-                _ => self.refuse("`oft_coft_metadata` is 1 without a usable `coft_eps_metadata`"),
-            },
-            _ => Ok(None),
+            return group.refuse(format!("`{role}` is {size}, its blocks are of size {b}"));
         }
     }
-
-    #[allow(clippy::type_complexity, reason = "kind, value and norms, used once")]
-    fn magnitude(
-        &self,
-        warnings: &mut Vec<Warning>,
-    ) -> Result<(Magnitude, Option<Tensor>, Option<Tensor>)> {
-        let scale = ["dora_scale", "lora_magnitude_vector.weight"];
-        let all = [scale[0], scale[1], "dora_multiplier", "dora_log_multiplier"];
-        let there: Vec<&str> = all
-            .into_iter()
-            .filter(|r| self.roles.contains_key(r))
-            .collect();
-        let initial = self.roles.get("initial_norm");
-        let role = match there.as_slice() {
-            [] if initial.is_some() => {
-                return self.refuse("it has `initial_norm` without `dora_scale`");
-            }
-            [] => return Ok((Magnitude::None, None, None)),
-            [role] => *role,
-            several => {
-                return self.refuse(&format!(
-                    "it has several magnitudes, `{}`",
-                    several.join("`, `")
-                ));
-            }
-        };
-        let key = self.key(role)?;
-        let value = magnitude(self.tensors, key)?;
-        if !scale.contains(&role) {
-            if initial.is_some() {
-                return self.refuse(&format!("it has `initial_norm` beside `{role}`"));
-            }
-            let kind = match role {
-                "dora_multiplier" => Magnitude::Factor,
-                _ => {
-                    let factor = value.to_dtype(DType::F32)?.exp()?;
-                    check_factor(self.tensors, key, &factor)?;
-                    Magnitude::Log
-                }
-            };
-            return Ok((kind, Some(value), None));
+    let flag = |role: &str| match number(role)? {
+        None => Ok(None),
+        Some(0.) => Ok(Some(false)),
+        Some(1.) => Ok(Some(true)),
+        Some(found) => group.refuse(format!("`{role}` is {found}, expected 0 or 1")),
+    };
+    let shared = flag("oft_block_share_metadata")?;
+    if shared == Some(true) && rows != 1 {
+        return group.refuse(format!(
+            "`oft_block_share_metadata` is 1, but it has {rows} rows"
+        ));
+    }
+    if flag("oft_coft_metadata")? != Some(true) {
+        return Ok((shared, None));
+    }
+    match number("coft_eps_metadata")? {
+        Some(eps) if eps >= 0. => {
+            let message = "its values are projected by COFT before use";
+            warnings.push(warning(group.module, message));
+            Ok((shared, Some(eps)))
         }
-        let Some(initial) = initial else {
+        _ => group.refuse("`oft_coft_metadata` is 1 without a usable `coft_eps_metadata`"),
+    }
+}
+
+#[allow(clippy::type_complexity, reason = "kind, value and norms, used once")]
+fn magnitude(
+    group: &Group,
+    warnings: &mut Vec<Warning>,
+) -> Result<(Magnitude, Option<Tensor>, Option<Tensor>)> {
+    let all = [
+        ("dora_scale", Magnitude::Absolute),
+        ("lora_magnitude_vector.weight", Magnitude::Absolute),
+        ("dora_multiplier", Magnitude::Factor),
+        ("dora_log_multiplier", Magnitude::Log),
+    ];
+    let there = all.into_iter().filter(|(role, _)| group.has(role));
+    let there: Vec<(&str, Magnitude)> = there.collect();
+    let norms = group.has("initial_norm");
+    match there.as_slice() {
+        [] if norms => group.refuse("it has `initial_norm` without `dora_scale`"),
+        [] => Ok((Magnitude::None, None, None)),
+        [(role, Magnitude::Absolute)] => {
+            let value = group.outputs(role)?;
+            if norms {
+                let norms = group.outputs("initial_norm")?;
+                return Ok((Magnitude::Absolute, Some(value), Some(norms)));
+            }
             let message = "it has no `initial_norm`; the norms of the base weight stand in for it";
-            warnings.push(warning(self.module, message));
-            return Ok((Magnitude::Absolute, Some(value), None));
-        };
-        let norms = magnitude(self.tensors, initial)?;
-        let lowest = norms
-            .flatten_all()?
-            .to_dtype(DType::F64)?
-            .min(0)?
-            .to_scalar::<f64>()?;
-        if norms.elem_count() != value.elem_count() || lowest < 0. {
-            return self
-                .refuse("its `initial_norm` is negative or of another length than `dora_scale`");
+            warnings.push(warning(group.module, message));
+            Ok((Magnitude::Absolute, Some(value), None))
         }
-        Ok((Magnitude::Absolute, Some(value), Some(norms)))
-    }
-
-    fn refuse<T>(&self, reason: &str) -> Result<T> {
-        refused(
-            self.tensors.file(),
-            format!("layer `{}`: {reason}", shown(self.module)),
-        )
+        [(role, _)] if norms => group.refuse(format!("it has `initial_norm` beside `{role}`")),
+        [(role, kind)] => Ok((*kind, Some(group.outputs(role)?), None)),
+        several => {
+            let roles: Vec<&str> = several.iter().map(|(role, _)| *role).collect();
+            group.refuse(format!(
+                "it has several magnitudes, `{}`",
+                roles.join("`, `")
+            ))
+        }
     }
 }

@@ -1,18 +1,24 @@
 //! PEFT's OFT: folders of 0.16 and newer (`oft_R`), and files of 0.14 and 0.15 (`oft_r`, `oft_s`).
 
+use super::group::Group;
 use super::keys::{self, Groups, unknown_keys};
-use super::layer::{Description, Read, Values, magnitude, packed, warning};
-use super::options::{Divisor, LoadOptions};
-use super::tensors::{Tensors, refused, shown};
-use crate::adapter::{PEFT_PREFIX, StoredLayer, Warning};
+use super::layer::{Description, stored, warning};
+use super::onetrainer;
+use super::options::LoadOptions;
+use super::read::Found;
+use super::tensors::{Tensors, refused};
+use crate::adapter::{PEFT_PREFIX, Stored, StoredLayer, Warning};
 use crate::config::{LayerKind, Magnitude, Map};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shown};
 use candle_core::{DType, Device, Tensor};
+use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-const CONFIG: &str = "adapter_config.json";
+/// The tensors of a folder, and what says how to read them.
+pub(super) const TENSORS: &str = "adapter_model.safetensors";
+pub(super) const CONFIG: &str = "adapter_config.json";
 
 /// The largest configuration that is read.
 const CONFIG_BYTES: u64 = 1 << 20;
@@ -51,60 +57,56 @@ impl Config {
     fn parse(file: &Path, json: &Value) -> Result<Self> {
         let wrong = |field: &str, expected: &str| {
             let found = shown(&json[field].to_string());
-            Error::file(file, format!("`{field}` is {found}, expected {expected}"))
+            let reason = format!("`{field}` is {found}, expected {expected}");
+            refused(file, reason)
         };
-        let flag = |field: &str, absent: bool| match &json[field] {
-            Value::Null => Ok(absent),
-            Value::Bool(value) => Ok(*value),
-            _ => Err(wrong(field, "true or false")),
+        let flag = |name: &str, absent: bool| -> Result<bool> {
+            Ok(field(file, json, name, "true or false")?.unwrap_or(absent))
         };
-        match json["peft_type"].as_str() {
-            Some("OFT") => {}
-            _ => return Err(wrong("peft_type", "OFT")),
+        if json["peft_type"].as_str() != Some("OFT") {
+            return wrong("peft_type", "OFT");
         }
         if flag("fan_in_fan_out", false)? {
-            return Err(wrong(
+            return wrong(
                 "fan_in_fan_out",
                 "false: its base would be stored transposed",
-            ));
+            );
         }
-        let exact = !flag("use_cayley_neumann", true)?;
-        let terms = match &json["num_cayley_neumann_terms"] {
-            Value::Null => 5,
-            value => match value.as_u64() {
-                Some(terms) if terms <= 64 => terms as usize,
-                _ => return Err(wrong("num_cayley_neumann_terms", "a whole number up to 64")),
-            },
-        };
-        let version = json["peft_version"].as_str().unwrap_or_default();
-        let mut parts = version
-            .split('.')
-            .map(|part| part.parse::<u32>().unwrap_or(0));
-        let recent = (parts.next().unwrap_or(0), parts.next().unwrap_or(0)) >= (0, 18);
-        let coft = match (flag("coft", false)?, &json["eps"]) {
-            (false, _) => None,
-            (true, Value::Null) => Some(6e-5),
-            (true, value) => match value.as_f64() {
-                Some(eps) if eps.is_finite() && eps >= 0. => Some(eps),
-                _ => return Err(wrong("eps", "a finite number from 0")),
-            },
-        };
-        let bias = json["bias"].as_str().unwrap_or("none").to_string();
+        let whole = "a whole number up to 64";
+        let terms = field(file, json, "num_cayley_neumann_terms", whole)?.unwrap_or(5);
+        if terms > 64 {
+            return wrong("num_cayley_neumann_terms", whole);
+        }
+        let eps = field(file, json, "eps", "a finite number from 0")?.unwrap_or(6e-5);
+        if eps < 0. {
+            return wrong("eps", "a finite number from 0");
+        }
+        let kinds = "none, oft_only or all";
+        let bias: String = field(file, json, "bias", kinds)?.unwrap_or("none".into());
         if !["none", "oft_only", "all"].contains(&bias.as_str()) {
-            return Err(wrong("bias", "none, oft_only or all"));
+            return wrong("bias", kinds);
         }
-        let modules = json["modules_to_save"].as_array().into_iter().flatten();
+        let size: Option<u64> = field(file, json, "oft_block_size", "a whole number")?;
+        let version = field(file, json, "peft_version", "a version such as 0.18.0")?;
+        let modules = field(file, json, "modules_to_save", "a list of names")?;
         Ok(Self {
             block_share: flag("block_share", false)?,
-            exact,
+            exact: !flag("use_cayley_neumann", true)?,
             terms,
-            last_coefficient: if recent { 1 } else { 2 },
-            coft,
+            last_coefficient: last_coefficient(&version.unwrap_or(String::new())),
+            coft: flag("coft", false)?.then_some(eps),
             bias,
-            modules_to_save: modules
-                .filter_map(|m| m.as_str().map(String::from))
-                .collect(),
-            has_block_size: !json["oft_block_size"].is_null(),
+            modules_to_save: modules.unwrap_or_default(),
+            has_block_size: size.is_some(),
+        })
+    }
+
+    /// Whether a key is of a module that was trained whole.
+    fn saves(&self, key: &str) -> bool {
+        let module = key.rsplit_once('.').map_or("", |(module, _)| module);
+        self.modules_to_save.iter().any(|name| {
+            let end = module.strip_suffix(name.as_str());
+            end.is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
         })
     }
 
@@ -119,34 +121,75 @@ impl Config {
     }
 }
 
-pub(super) fn read(
-    tensors: &Tensors,
-    config: Option<&Config>,
-    options: &LoadOptions,
-) -> Result<Read> {
-    let mut warnings = Vec::new();
-    let (groups, extras) = grouped(tensors, config, options, &mut warnings)?;
-    if config.is_none() {
-        let message = "no adapter_config.json beside it: read as the series of five terms, last \
-                       coefficient 1, without COFT";
-        warnings.push(warning("adapter_config.json", message));
+/// A field that may be absent or null, of the type that it has to have.
+fn field<T: DeserializeOwned>(
+    file: &Path,
+    json: &Value,
+    name: &str,
+    expected: &str,
+) -> Result<Option<T>> {
+    let value = &json[name];
+    Option::deserialize(value).or_else(|_| {
+        let found = shown(&value.to_string());
+        refused(file, format!("`{name}` is {found}, expected {expected}"))
+    })
+}
+
+/// The series' last coefficient: 1 from PEFT 0.18, which was the first to write its version.
+fn last_coefficient(version: &str) -> u8 {
+    let mut parts = version.split('.').map(|part| part.parse().unwrap_or(0));
+    let parts: [u32; 2] = [(); 2].map(|_| parts.next().unwrap_or(0));
+    if parts >= [0, 18] { 1 } else { 2 }
+}
+
+pub(super) fn recognises_full_matrices(found: &Found) -> bool {
+    found.has("oft_r") || found.has("oft_s")
+}
+
+pub(super) fn recognises(found: &Found) -> bool {
+    let rotation = |key: &str, role: &str| key.starts_with(PEFT_PREFIX) && role == "oft_R.weight";
+    found.config.is_some()
+        || found.has("oft_embedding_R.weight")
+        || found.any(rotation) && !found.any(|_, role| onetrainer::is_own(role))
+}
+
+pub(super) fn read(found: &Found, options: &LoadOptions) -> Result<Stored> {
+    let (tensors, config) = (&found.tensors, found.config.as_ref());
+    if found.any(|_, role| onetrainer::is_own(role)) {
+        let reason = "it has the keys of OneTrainer and of PEFT together";
+        return refused(tensors.file(), reason);
     }
+    let mut warnings = Vec::new();
+    match config {
+        None => {
+            let map = match recognises_full_matrices(found) {
+                true => "",
+                false => " as the series of five terms, last coefficient 1,",
+            };
+            let message = format!("no {CONFIG} beside it: read{map} without COFT");
+            warnings.push(warning(CONFIG, message));
+        }
+        Some(config) if !config.exact && config.terms < 2 => {
+            let message = format!("{} terms rotate nothing", config.terms);
+            warnings.push(warning("num_cayley_neumann_terms", message));
+        }
+        Some(_) => {}
+    }
+    let (groups, extras) = grouped(tensors, config, options, &mut warnings)?;
     let mut layers = BTreeMap::new();
     for (module, roles) in &groups {
-        let layer = match roles.contains_key("oft_r") || roles.contains_key("oft_s") {
-            true => full_matrices(tensors, module, roles, config, options)?,
-            false => packed_rows(tensors, module, roles, config, options)?,
+        let group = Group {
+            tensors,
+            module,
+            roles,
+        };
+        let layer = match group.has("oft_r") || group.has("oft_s") {
+            true => full_matrices(&group, config, options)?,
+            false => packed_rows(&group, config, options)?,
         };
         layers.insert(module.clone(), layer);
     }
-    if let Some(config) = config
-        && !config.exact
-        && config.terms < 2
-    {
-        let message = format!("{} terms rotate nothing", config.terms);
-        warnings.push(warning("num_cayley_neumann_terms", message));
-    }
-    Ok((layers, extras, warnings))
+    stored(tensors.file(), layers, extras, warnings)
 }
 
 fn bare(module: &str) -> &str {
@@ -163,33 +206,28 @@ fn grouped(
 ) -> Result<(Groups, Extras)> {
     let (mut groups, mut extras) = (Groups::new(), Extras::new());
     let mut unknown = Vec::new();
+    let bias = config.is_some_and(|config| config.bias != "none");
     for key in tensors.names() {
-        let parsed = keys::parse(key);
-        let bias = config.is_some_and(|config| config.bias != "none");
-        let saved = |key: &str| {
-            let listed = config.map_or(&[][..], |config| &config.modules_to_save);
-            let module = bare(key).rsplit_once('.').map_or("", |(module, _)| module);
-            listed.iter().any(|name| {
-                let end = module.strip_suffix(name.as_str());
-                end.is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
-            })
-        };
-        match parsed {
-            Some((module, "base_layer.bias")) if bias => {
-                extras.insert(format!("{}.bias", bare(&module)), tensors.read(key)?);
-            }
-            Some((module, "base_layer.weight")) => {
-                extras.insert(format!("{}.weight", bare(&module)), tensors.read(key)?);
-            }
-            Some((module, role)) if role.starts_with("oft_") && !role.ends_with("_metadata") => {
+        let extra = match keys::parse(key) {
+            Some((module, role)) if role.starts_with("oft_") => {
                 let module = bare(&module).to_string();
                 keys::insert(tensors.file(), &mut groups, (module, role), key)?;
+                continue;
             }
-            _ if saved(key) || bias && key.ends_with("bias") => {
+            Some((module, "base_layer.weight")) => format!("{}.weight", bare(&module)),
+            Some((module, "base_layer.bias")) if bias => format!("{}.bias", bare(&module)),
+            _ if bias && key.ends_with("bias") || config.is_some_and(|c| c.saves(bare(key))) => {
                 let name = bare(key).replace(".base_layer.", ".");
-                extras.insert(name.replace(".modules_to_save.", "."), tensors.read(key)?);
+                name.replace(".modules_to_save.", ".")
             }
-            _ => unknown.push(shown(key)),
+            _ => {
+                unknown.push(shown(key));
+                continue;
+            }
+        };
+        if extras.insert(extra, tensors.read(key)?).is_some() {
+            let reason = format!("`{}` and another key are the same tensor", shown(key));
+            return refused(tensors.file(), reason);
         }
     }
     unknown_keys(tensors, unknown, options, warnings)?;
@@ -197,88 +235,68 @@ fn grouped(
 }
 
 fn packed_rows(
-    tensors: &Tensors,
-    module: &str,
-    roles: &BTreeMap<&'static str, String>,
+    group: &Group,
     config: Option<&Config>,
     options: &LoadOptions,
 ) -> Result<StoredLayer> {
-    let refuse = |reason: &str| {
-        refused(
-            tensors.file(),
-            format!("layer `{}`: {reason}", shown(module)),
-        )
-    };
-    let (kind, key) = match (
-        roles.get("oft_R.weight"),
-        roles.get("oft_embedding_R.weight"),
-    ) {
-        (Some(key), None) if roles.len() == 1 => (None, key),
-        (None, Some(key)) if roles.len() == 1 => (Some(LayerKind::Embedding), key),
-        _ => return refuse("it has keys of several tools"),
-    };
+    let embedding = group.has("oft_embedding_R.weight");
+    if group.roles.len() != 1 {
+        return group.refuse("it has keys of several tools");
+    }
     if config.is_some_and(|config| !config.has_block_size) {
-        return refuse(
-            "its config lacks `oft_block_size`: PEFT 0.13 or older, which rotates outputs",
-        );
+        let reason = "its config lacks `oft_block_size`: PEFT 0.13 or older, which rotates outputs";
+        return group.refuse(reason);
     }
-    let (values, b) = packed(tensors, key)?;
-    let rows = values.dim(0)?;
-    if config.is_some_and(|config| config.block_share) && rows != 1 {
-        return refuse(&format!("`block_share` is true, but it has {rows} rows"));
-    }
-    // PEFT's exact map is the inverse of what its series approximates. A map that the caller gives
-    // is that of +v.
-    let exact = config.is_some_and(|config| config.exact) && options.map.is_none();
-    let sign = if exact { -1. } else { 1. };
+    let packed = match embedding {
+        true => group.packed("oft_embedding_R.weight")?,
+        false => group.packed("oft_R.weight")?,
+    };
     let description = Description {
-        kind,
-        map: options
-            .map
-            .unwrap_or(config.map_or(Map::SERIES, Config::map)),
-        divisor: options.divisor.filter(|divisor| *divisor != Divisor::None),
-        kernel_divisor: None,
-        sign,
-        kernel_sign: sign,
-        max_norm: None,
+        kind: embedding.then_some(LayerKind::Embedding),
+        shared: shared(group, config, packed.0.dim(0)?)?,
+        // PEFT's exact map is the inverse of what its series approximates.
+        inverse: config.is_some_and(|config| config.exact),
         coft: config.and_then(|config| config.coft),
+        ..Description::new(config.map_or(Map::SERIES, Config::map), packed)
     };
-    let values = Values {
-        packed: values,
-        magnitude: Magnitude::None,
-        value: None,
-        norms: None,
-    };
-    description.layer(b, values)
+    description.layer(group, options)
+}
+
+/// Whether the configuration says that one row stands for all blocks.
+fn shared(group: &Group, config: Option<&Config>, rows: usize) -> Result<Option<bool>> {
+    let shared = config.map(|config| config.block_share);
+    match shared == Some(true) && rows != 1 {
+        true => group.refuse(format!("`block_share` is true, but it has {rows} rows")),
+        false => Ok(shared),
+    }
 }
 
 /// `R = (I - S)(I + S)^-1` of `S = (A - A^T) / 2`: Cayley of `-S`; and a factor of any sign.
 fn full_matrices(
-    tensors: &Tensors,
-    module: &str,
-    roles: &BTreeMap<&'static str, String>,
+    group: &Group,
     config: Option<&Config>,
     options: &LoadOptions,
 ) -> Result<StoredLayer> {
-    let refuse = |reason: &str| {
-        refused(
-            tensors.file(),
-            format!("layer `{}`: {reason}", shown(module)),
-        )
-    };
-    let (Some(r), Some(s)) = (roles.get("oft_r"), roles.get("oft_s")) else {
-        return refuse("it has only one of `oft_r` and `oft_s`");
-    };
-    let factor = magnitude(tensors, s)?;
-    let a = tensors.read(r)?.to_dtype(DType::F64)?;
-    let &[rows, b, columns] = a.dims() else {
-        return refuse("its `oft_r` is not (D, b, b)");
-    };
-    if rows == 0 || b == 0 || b != columns {
-        return refuse("its `oft_r` is not (D, b, b)");
+    if !(group.has("oft_r") && group.has("oft_s")) {
+        return group.refuse("it has only one of `oft_r` and `oft_s`");
     }
+    let factor = group.outputs("oft_s")?;
+    let a = group
+        .tensors
+        .read(group.key("oft_r")?)?
+        .to_dtype(DType::F64)?;
+    let (rows, b) = match *a.dims() {
+        [rows, b, columns] if rows > 0 && b > 0 && b == columns => (rows, b),
+        _ => return group.refuse("its `oft_r` is not (D, b, b)"),
+    };
+    let shared = shared(group, config, rows)?;
     let mut matrices: Vec<Vec<Vec<f64>>> = a.to_vec3()?;
     if let Some(eps) = config.and_then(|config| config.coft) {
+        if shared == Some(true) {
+            let reason = "its limit of COFT depends on the number of blocks, which a shared one \
+                          does not tell; merge it in PEFT";
+            return group.refuse(reason);
+        }
         let spread = factor.elem_count().div_ceil(rows) as f64;
         let limit = eps * spread * spread / (rows as f64).sqrt();
         for matrix in &mut matrices {
@@ -291,23 +309,14 @@ fn full_matrices(
     let mut theta = Vec::new();
     for matrix in &matrices {
         let upper = (0..b).flat_map(|i| (i + 1..b).map(move |j| (i, j)));
-        theta.extend(upper.map(|(i, j)| (matrix[i][j] - matrix[j][i]) / 2.));
+        theta.extend(upper.map(|(i, j)| -(matrix[i][j] - matrix[j][i]) / 2.));
     }
+    let packed = Tensor::from_vec(theta, (rows, b * (b - 1) / 2), &Device::Cpu)?;
     let description = Description {
-        kind: None,
-        map: options.map.unwrap_or(Map::Cayley),
-        divisor: options.divisor.filter(|divisor| *divisor != Divisor::None),
-        kernel_divisor: None,
-        sign: -1.,
-        kernel_sign: -1.,
-        max_norm: None,
-        coft: None,
-    };
-    let values = Values {
-        packed: Tensor::from_vec(theta, (rows, b * (b - 1) / 2), &Device::Cpu)?,
+        shared,
         magnitude: Magnitude::Factor,
         value: Some(factor),
-        norms: None,
+        ..Description::new(Map::Cayley, (packed, b))
     };
-    description.layer(b, values)
+    description.layer(group, options)
 }

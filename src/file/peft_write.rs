@@ -1,18 +1,17 @@
 //! Writing a PEFT OFT folder, for what such a folder can hold.
 
-use super::tensors::{check_finite, refused, shown};
+use super::layer::warning;
+use super::peft::{CONFIG, TENSORS};
+use super::tensors::{check_finite, refused};
 use super::write;
 use crate::adapter::{PEFT_PREFIX, Stored, StoredLayer, Warning};
 use crate::config::{LayerKind, Magnitude, Map, nearest_divisor};
-use crate::error::{Error, Result};
+use crate::error::{Result, shown};
 use crate::params::names;
 use crate::rotation;
 use candle_core::{DType, Device, Tensor};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-
-/// Block sizes that are tried for the one number that PEFT derives every block size from.
-const LARGEST_BLOCK: usize = 8192;
 
 /// Writes the folder; its configuration comes last, so that a folder with one is complete.
 pub(super) fn folder(stored: &Stored, folder: &Path, drop_magnitude: bool) -> Result<Vec<Warning>> {
@@ -20,31 +19,27 @@ pub(super) fn folder(stored: &Stored, folder: &Path, drop_magnitude: bool) -> Re
     let plan = Plan::new(stored, drop_magnitude, &mut warnings)?;
     let mut tensors = BTreeMap::new();
     for (path, layer) in &stored.layers {
-        let embedding = layer.kind == Some(LayerKind::Embedding);
-        let name = names::rotation(if embedding {
-            LayerKind::Embedding
-        } else {
-            LayerKind::Linear
-        });
-        tensors.insert(
-            format!("{PEFT_PREFIX}{path}.{name}"),
-            plan.values(&stored.file, path, layer)?,
-        );
+        let name = names::rotation(layer.kind.unwrap_or(LayerKind::Linear));
+        let values = plan.values(&stored.file, path, layer)?;
+        tensors.insert(format!("{PEFT_PREFIX}{path}.{name}"), values);
     }
     for (name, tensor) in &stored.extras {
-        tensors.insert(plan.extra_key(stored, name)?, tensor.clone());
+        tensors.insert(extra_key(stored, name)?, tensor.clone());
     }
     check_finite(&tensors)?;
     let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
     let bytes = write::safetensors(&tensors, &metadata)?;
-    std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
-    write::replace(&folder.join("adapter_model.safetensors"), &bytes)?;
     let config = plan.config(stored);
     let text = serde_json::to_string_pretty(&config).or_else(|e| refused(folder, e.to_string()))?;
-    write::replace(
-        &folder.join("adapter_config.json"),
-        (text + "\n").as_bytes(),
-    )?;
+    let _made = write::Folder::create(folder)?;
+    let (tensors, config) = (folder.join(TENSORS), folder.join(CONFIG));
+    let files = [
+        (write::filled(&tensors, &bytes)?, tensors),
+        (write::filled(&config, (text + "\n").as_bytes())?, config),
+    ];
+    for (file, path) in files {
+        write::persist(file, &path)?;
+    }
     Ok(warnings)
 }
 
@@ -53,74 +48,41 @@ struct Plan {
     map: Map,
     block_size: usize,
     share: bool,
-    modules_to_save: Vec<String>,
+    modules_to_save: BTreeSet<String>,
     biases: bool,
 }
 
 impl Plan {
     fn new(stored: &Stored, drop_magnitude: bool, warnings: &mut Vec<Warning>) -> Result<Self> {
-        let refuse = |path: &str, reason: &str| {
-            refused(
-                &stored.file,
-                format!("layer `{}`: a PEFT folder {reason}", shown(path)),
-            )
-        };
         let mut map = None;
         for (path, layer) in &stored.layers {
-            match layer.map {
-                Map::Exponential => return refuse(path, "has no exponential map"),
-                Map::CayleyNeumann {
-                    last_coefficient: 2,
-                    ..
-                } => return refuse(path, "of today has no series of last coefficient 2"),
-                Map::Cayley | Map::CayleyNeumann { .. } => {}
+            let refuse = |reason: &str| {
+                let path = shown(path);
+                let reason = format!("layer `{path}`: a PEFT folder {reason}");
+                refused(&stored.file, reason)
+            };
+            if let Some(reason) = beyond(layer) {
+                return refuse(reason);
             }
             if *map.get_or_insert(layer.map) != layer.map {
-                return refuse(path, "has one map for all layers, and this one differs");
-            }
-            if layer.kind == Some(LayerKind::Conv1d) {
-                return refuse(path, "has no one-dimensional convolutions");
-            }
-            let square = layer
-                .shape
-                .as_ref()
-                .is_none_or(|s| s.len() < 4 || s[2] == s[3]);
-            if !square {
-                return refuse(path, "has no kernels that are not square");
-            }
-            if layer.kind.is_none() && layer.kernel_factor != 1. {
-                return refuse(
-                    path,
-                    "turns kernels the other way; give the base, to tell them",
-                );
+                return refuse("has one map for all layers, and this one differs");
             }
             if scales(layer)? {
                 if !drop_magnitude {
-                    return refuse(path, "has no magnitude; drop it to go on without");
+                    return refuse("has no magnitude; drop it to go on without");
                 }
-                warnings.push(Warning {
-                    subject: path.clone(),
-                    message: "its magnitude was dropped".into(),
-                });
+                warnings.push(warning(path, "its magnitude was dropped"));
             }
         }
-        let rows = |layer: &StoredLayer| layer.packed.dims()[0];
-        let modules = stored
-            .extras
-            .keys()
-            .filter(|name| bias_of(stored, name).is_none());
+        let extras = || stored.extras.keys();
+        let modules = extras().filter(|name| bias_of(stored, name).is_none());
         let modules = modules.filter_map(|name| Some(name.rsplit_once('.')?.0.to_string()));
-        let mut modules_to_save: Vec<String> = modules.collect();
-        modules_to_save.dedup();
         Ok(Self {
             map: map.unwrap_or_default(),
             block_size: common_block_size(stored)?,
             share: stored.layers.values().all(|layer| rows(layer) == 1),
-            modules_to_save,
-            biases: stored
-                .extras
-                .keys()
-                .any(|name| bias_of(stored, name).is_some()),
+            modules_to_save: modules.collect(),
+            biases: extras().any(|name| bias_of(stored, name).is_some()),
         })
     }
 
@@ -131,7 +93,8 @@ impl Plan {
         let rows = theta.dim(0)?;
         // As many blocks as there are rows; a shared one is repeated below.
         let Some(layout) = layer.layout(&[1, rows * b])? else {
-            return Ok(theta.to_dtype(DType::F32)?);
+            // Blocks of size 1 turn nothing.
+            return self.repeated(file, path, layer, theta.to_dtype(DType::F32)?);
         };
         let mut q = rotation::generator(&theta.to_dtype(DType::F64)?, &layout)?;
         if self.map == Map::Cayley {
@@ -144,7 +107,18 @@ impl Plan {
             .reshape((rows, b * b))?
             .index_select(&upper, 1)?
             .to_dtype(DType::F32)?;
-        if self.share || rows > 1 {
+        self.repeated(file, path, layer, packed)
+    }
+
+    /// The row of a shared block as often as there are blocks, where other layers share none.
+    fn repeated(
+        &self,
+        file: &Path,
+        path: &str,
+        layer: &StoredLayer,
+        packed: Tensor,
+    ) -> Result<Tensor> {
+        if self.share || rows(layer) > 1 {
             return Ok(packed);
         }
         let Some(shape) = &layer.shape else {
@@ -155,21 +129,8 @@ impl Plan {
             );
         };
         let width: usize = shape.iter().skip(1).product();
-        Ok(packed.repeat((width / b, 1))?)
-    }
-
-    fn extra_key(&self, stored: &Stored, name: &str) -> Result<String> {
-        match (bias_of(stored, name), name.contains('.')) {
-            (Some(layer), _) => Ok(format!("{PEFT_PREFIX}{layer}.base_layer.bias")),
-            (None, true) => Ok(format!("{PEFT_PREFIX}{name}")),
-            (None, false) => {
-                let name = shown(name);
-                refused(
-                    &stored.file,
-                    format!("a PEFT folder cannot hold the extra tensor `{name}`"),
-                )
-            }
-        }
+        let shape = (width / layer.block_size, packed.dim(1)?);
+        Ok(packed.broadcast_as(shape)?.contiguous()?)
     }
 
     fn config(&self, stored: &Stored) -> serde_json::Value {
@@ -211,10 +172,53 @@ impl Plan {
     }
 }
 
+/// What a PEFT folder has no place for in a layer, whatever the others are.
+fn beyond(layer: &StoredLayer) -> Option<&'static str> {
+    match layer.map {
+        Map::Cayley => {}
+        Map::CayleyNeumann {
+            last_coefficient: 1,
+            ..
+        } => {}
+        Map::CayleyNeumann { .. } => return Some("of today has no series of last coefficient 2"),
+        Map::Exponential => return Some("has no exponential map"),
+    }
+    match layer.kind {
+        Some(LayerKind::Conv1d) => return Some("has no one-dimensional convolutions"),
+        Some(LayerKind::Linear | LayerKind::Conv2d | LayerKind::Embedding) | None => {}
+    }
+    if matches!(layer.shape.as_deref(), Some([_, _, height, width]) if height != width) {
+        return Some("has no kernels that are not square");
+    }
+    let unknown = layer.kind.is_none() && layer.kernel_factor != 1.;
+    unknown.then_some("turns kernels the other way; give the base, to tell them")
+}
+
+fn rows(layer: &StoredLayer) -> usize {
+    layer.packed.dims()[0]
+}
+
 /// The adapted layer whose bias an extra tensor is.
 fn bias_of<'a>(stored: &Stored, name: &'a str) -> Option<&'a str> {
     let layer = name.strip_suffix(".bias")?;
     stored.layers.contains_key(layer).then_some(layer)
+}
+
+/// Where an extra tensor goes: it is the bias of an adapted layer, or of a module that is saved whole.
+fn extra_key(stored: &Stored, name: &str) -> Result<String> {
+    if let Some(layer) = bias_of(stored, name) {
+        return Ok(format!("{PEFT_PREFIX}{layer}.base_layer.bias"));
+    }
+    match name.rsplit_once('.') {
+        Some((module, _)) if !stored.layers.contains_key(module) => {
+            Ok(format!("{PEFT_PREFIX}{name}"))
+        }
+        _ => {
+            let name = shown(name);
+            let reason = format!("a PEFT folder cannot hold the extra tensor `{name}`");
+            refused(&stored.file, reason)
+        }
+    }
 }
 
 /// Whether a factor other than 1 would be lost.
@@ -233,26 +237,31 @@ fn scales(layer: &StoredLayer) -> Result<bool> {
 
 /// The one block size from which PEFT derives those of all layers.
 fn common_block_size(stored: &Stored) -> Result<usize> {
-    let width = |layer: &StoredLayer| match &layer.shape {
-        Some(shape) => Some(shape.iter().skip(1).product()),
-        None => {
-            Some(layer.packed.dims()[0] * layer.block_size).filter(|_| layer.packed.dims()[0] > 1)
-        }
+    // A layer of one row and unknown width is taken to be given the size that is asked for.
+    let given = |layer: &StoredLayer, asked: usize| match (&layer.shape, rows(layer)) {
+        (Some(shape), _) => nearest_divisor(shape.iter().skip(1).product(), asked),
+        (None, 1) => asked,
+        (None, rows) => nearest_divisor(rows * layer.block_size, asked),
     };
     let all = || stored.layers.values();
-    let first = all().map(|layer| layer.block_size).max().unwrap_or(1);
-    let fits = |asked: usize| {
-        all().all(|layer| match width(layer) {
-            Some(width) => nearest_divisor(width, asked) == layer.block_size,
-            None => asked == layer.block_size,
-        })
-    };
-    match std::iter::once(first)
-        .chain(1..LARGEST_BLOCK)
-        .find(|asked| fits(*asked))
-    {
-        Some(found) => Ok(found),
-        None => refused(
+    let fits = |asked: usize| all().all(|layer| given(layer, asked) == layer.block_size);
+    let largest = all().map(|layer| layer.block_size).max().unwrap_or(1);
+    if fits(largest) {
+        return Ok(largest);
+    }
+    // The divisor that is nearest never falls as more is asked for, and at twice the largest it is
+    // at least that.
+    let (mut low, mut high) = (1, 2 * largest);
+    while low < high {
+        let asked = (low + high) / 2;
+        match all().any(|layer| given(layer, asked) < layer.block_size) {
+            true => low = asked + 1,
+            false => high = asked,
+        }
+    }
+    match fits(low) {
+        true => Ok(low),
+        false => refused(
             &stored.file,
             "a PEFT folder derives all block sizes from one, and none gives those of its layers",
         ),

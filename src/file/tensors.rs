@@ -1,28 +1,11 @@
 //! The tensors of a safetensors file, read with every check that a hostile file needs.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shown};
 use candle_core::{DType, Device, Tensor};
-use safetensors::{Dtype, SafeTensors, tensor::Metadata};
+use safetensors::tensor::{Metadata, TensorView};
+use safetensors::{Dtype, SafeTensors};
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
-
-/// How much of a name from a file is shown.
-const SHOWN: usize = 200;
-
-/// A name of a file, made fit for one line.
-pub(super) fn shown(name: &str) -> String {
-    let mut escaped = String::new();
-    for c in name.chars().take(SHOWN + 1) {
-        match c.is_control() {
-            true => escaped.extend(c.escape_default()),
-            false => escaped.push(c),
-        }
-    }
-    match escaped.chars().count() > SHOWN {
-        true => escaped.chars().take(SHOWN).chain(['…']).collect(),
-        false => escaped,
-    }
-}
 
 /// What a file that should be safetensors is instead, where its first bytes tell.
 pub(crate) fn instead(bytes: &[u8]) -> Option<&'static str> {
@@ -54,10 +37,7 @@ pub(super) fn refused<T>(file: &Path, reason: impl Into<String>) -> Result<T> {
 /// candle's dtype for one of the floats that adapters and weights are made of.
 pub(crate) fn float(dtype: Dtype) -> Option<DType> {
     match dtype {
-        Dtype::F64 => Some(DType::F64),
-        Dtype::F32 => Some(DType::F32),
-        Dtype::F16 => Some(DType::F16),
-        Dtype::BF16 => Some(DType::BF16),
+        Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16 => DType::try_from(dtype).ok(),
         _ => None,
     }
 }
@@ -84,14 +64,14 @@ impl Marker {
 }
 
 /// A file whose header has been checked against its length.
-pub(super) struct Tensors<'a> {
+pub(crate) struct Tensors<'a> {
     file: &'a Path,
     views: SafeTensors<'a>,
     metadata: HashMap<String, String>,
 }
 
 impl<'a> Tensors<'a> {
-    pub(super) fn new(file: &'a Path, bytes: &'a [u8]) -> Result<Self> {
+    pub(crate) fn new(file: &'a Path, bytes: &'a [u8]) -> Result<Self> {
         let read = || -> std::result::Result<(Metadata, SafeTensors<'a>), _> {
             let (_, metadata) = SafeTensors::read_metadata(bytes)?;
             Ok::<_, safetensors::SafeTensorError>((metadata, SafeTensors::deserialize(bytes)?))
@@ -113,91 +93,84 @@ impl<'a> Tensors<'a> {
         self.file
     }
 
-    pub(super) fn metadata(&self) -> &HashMap<String, String> {
+    pub(crate) fn metadata(&self) -> &HashMap<String, String> {
         &self.metadata
     }
 
     /// The names, sorted.
-    pub(super) fn names(&self) -> Vec<&str> {
+    pub(crate) fn names(&self) -> Vec<&str> {
         let mut names = self.views.names();
         names.sort_unstable();
         names
     }
 
-    /// Every float tensor under its name, finite throughout; a marker may be of any dtype.
-    pub(super) fn read_all(&self) -> Result<BTreeMap<String, Tensor>> {
-        let mut tensors = BTreeMap::new();
-        for name in self.names() {
-            tensors.insert(name.to_string(), self.read(name)?);
-        }
-        Ok(tensors)
-    }
-
-    /// A scalar of any dtype, or the count of elements where there is not one.
+    /// A scalar of any dtype, or nothing where a marker has no element.
     pub(super) fn marker(&self, name: &str) -> Result<Marker> {
-        let view = match self.views.tensor(name) {
-            Ok(view) => view,
-            Err(e) => return refused(self.file, format!("tensor `{}`: {e}", shown(name))),
-        };
-        let count: usize = view.shape().iter().product();
-        let data = view.data();
-        Ok(match (view.dtype(), count) {
+        let view = self.view(name)?;
+        let whole = |bytes: &[u8]| bytes.iter().rev().fold(0i64, |n, b| n << 8 | i64::from(*b));
+        Ok(match (view.dtype(), view.shape().iter().product()) {
             (_, 0) => Marker::Empty,
-            (Dtype::BOOL | Dtype::U8, 1) => Marker::Bool(data[0] != 0),
-            (Dtype::I64, 1) => match data.try_into() {
-                Ok(bytes) => Marker::Int(i64::from_le_bytes(bytes)),
-                Err(_) => return self.no_marker(name),
-            },
-            (Dtype::I32, 1) => match data.try_into() {
-                Ok(bytes) => Marker::Int(i64::from(i32::from_le_bytes(bytes))),
-                Err(_) => return self.no_marker(name),
-            },
+            (Dtype::BOOL, 1) => Marker::Bool(view.data()[0] != 0),
+            (Dtype::U8 | Dtype::I64, 1) => Marker::Int(whole(view.data())),
+            (Dtype::I32, 1) => Marker::Int(i64::from(whole(view.data()) as i32)),
             (_, 1) => {
                 let value = self.read(name)?.flatten_all()?.to_dtype(DType::F64)?;
                 Marker::Float(value.to_vec1::<f64>()?[0])
             }
-            _ => return self.no_marker(name),
+            _ => {
+                let reason = format!("the marker `{}` is not one value", shown(name));
+                return refused(self.file, reason);
+            }
         })
-    }
-
-    fn no_marker<T>(&self, name: &str) -> Result<T> {
-        refused(
-            self.file,
-            format!("the marker `{}` is not one value", shown(name)),
-        )
     }
 
     /// One float tensor, finite throughout.
     pub(super) fn read(&self, name: &str) -> Result<Tensor> {
-        let fail = |found: String, expected: &str| {
-            Err(Error::FileTensor {
-                file: self.file.to_path_buf(),
-                tensor: shown(name),
-                found,
-                expected: expected.into(),
-                fix: "the file is damaged or not an adapter",
-            })
-        };
-        let view = match self.views.tensor(name) {
-            Ok(view) => view,
-            Err(e) => return refused(self.file, format!("tensor `{}`: {e}", shown(name))),
-        };
+        let tensor = self.tensor(name)?;
+        match not_finite(&tensor)? {
+            None => Ok(tensor),
+            Some((index, found)) => {
+                self.wrong(name, format!("{found} at index {index}"), "finite values")
+            }
+        }
+    }
+
+    /// One float tensor, of whatever values.
+    pub(crate) fn tensor(&self, name: &str) -> Result<Tensor> {
+        let view = self.view(name)?;
         let Some(dtype) = float(view.dtype()) else {
             let found = format!("dtype {:?}", view.dtype());
-            return fail(found, "F32, F64, F16 or BF16");
+            return self.wrong(name, found, "F32, F64, F16 or BF16");
         };
         // Without elements the other axes may be of any size.
         if view.data().is_empty() && view.shape().iter().any(|axis| *axis > u32::MAX as usize) {
-            return fail(
-                format!("shape {:?}", view.shape()),
-                "a shape that a layer has",
-            );
+            let found = format!("shape {:?}", view.shape());
+            return self.wrong(name, found, "a shape that a layer has");
         }
-        let tensor = Tensor::from_raw_buffer(view.data(), dtype, view.shape(), &Device::Cpu)?;
-        if let Some((index, found)) = not_finite(&tensor)? {
-            return fail(format!("{found} at index {index}"), "finite values");
-        }
-        Ok(tensor)
+        let shape = view.shape();
+        Ok(Tensor::from_raw_buffer(
+            view.data(),
+            dtype,
+            shape,
+            &Device::Cpu,
+        )?)
+    }
+
+    fn view(&self, name: &str) -> Result<TensorView<'a>> {
+        self.views
+            .tensor(name)
+            .or_else(|e| refused(self.file, format!("tensor `{}`: {e}", shown(name))))
+    }
+
+    /// An error that names a tensor, what it has and what was expected.
+    pub(super) fn wrong<T>(&self, name: &str, found: String, expected: &str) -> Result<T> {
+        Err(Error::FileTensor {
+            file: self.file.to_path_buf(),
+            tensor: shown(name),
+            found,
+            expected: expected.into(),
+            fix: "the file is damaged or not an adapter",
+        })
     }
 }
 

@@ -2,10 +2,11 @@
 
 use crate::error::{Error, Result};
 use candle_core::{DType, Tensor};
+use safetensors::Dtype;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use tempfile::NamedTempFile;
 
 /// A safetensors file: tensors by descending element width, then by name; metadata sorted.
@@ -22,23 +23,29 @@ pub(crate) fn safetensors(
     let mut data = Vec::new();
     for (name, tensor) in order {
         let start = data.len();
-        let dtype = append(tensor, &mut data)?;
+        append(tensor, &mut data)?;
+        let dtype = Dtype::from(tensor.dtype());
         let (name, shape) = (Value::from(name.as_str()), Value::from(tensor.dims()));
         let end = data.len();
         header.push(format!(
             r#"{name}:{{"dtype":"{dtype}","shape":{shape},"data_offsets":[{start},{end}]}}"#
         ));
     }
-    let mut header = format!("{{{}}}", header.join(",")).into_bytes();
-    // The data begins at a multiple of 8.
-    header.resize(header.len().next_multiple_of(8), b' ');
-    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
-    bytes.append(&mut header);
+    let mut bytes = head(&format!("{{{}}}", header.join(",")));
     bytes.append(&mut data);
     Ok(bytes)
 }
 
-fn append(tensor: &Tensor, data: &mut Vec<u8>) -> Result<&'static str> {
+/// The length of a header and the header, so that the data begins at a multiple of 8.
+pub(crate) fn head(header: &str) -> Vec<u8> {
+    let length = header.len().next_multiple_of(8);
+    let mut bytes = (length as u64).to_le_bytes().to_vec();
+    bytes.extend(header.as_bytes());
+    bytes.resize(8 + length, b' ');
+    bytes
+}
+
+fn append(tensor: &Tensor, data: &mut Vec<u8>) -> Result<()> {
     let flat = tensor.flatten_all()?;
     match tensor.dtype() {
         DType::F64 => extend(data, &flat.to_vec1::<f64>()?, f64::to_le_bytes),
@@ -54,12 +61,7 @@ fn append(tensor: &Tensor, data: &mut Vec<u8>) -> Result<&'static str> {
             });
         }
     }
-    Ok(match tensor.dtype() {
-        DType::F64 => "F64",
-        DType::F32 => "F32",
-        DType::F16 => "F16",
-        _ => "BF16",
-    })
+    Ok(())
 }
 
 fn extend<T: Copy, const N: usize>(data: &mut Vec<u8>, values: &[T], bytes: fn(T) -> [u8; N]) {
@@ -78,14 +80,19 @@ pub(crate) fn raw_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
 }
 
 /// Writes `bytes` beside `path` and renames them over it, so that a reader finds the old file or the
-/// new one.
+/// new one. A link at `path` is replaced, not followed.
 pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
+    persist(filled(path, bytes)?, path)
+}
+
+/// A file of those bytes beside `path` and on disk, to be renamed to it.
+pub(crate) fn filled(path: &Path, bytes: &[u8]) -> Result<NamedTempFile> {
     let mut file = temporary(path)?;
     file.as_file_mut()
         .write_all(bytes)
         .map_err(Error::io(path))?;
     file.as_file().sync_all().map_err(Error::io(path))?;
-    persist(file, path)
+    Ok(file)
 }
 
 /// A file beside `path`, gone when it is dropped.
@@ -123,5 +130,30 @@ fn folder(path: &Path) -> &Path {
     match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),
+    }
+}
+
+/// A folder that is there from now on; those that had to be made go again if it is dropped while
+/// they are empty.
+pub(crate) struct Folder(Vec<PathBuf>);
+
+impl Folder {
+    pub(crate) fn create(path: &Path) -> Result<Self> {
+        let missing = path.ancestors().take_while(|folder| !folder.exists());
+        let missing = missing
+            .map(Path::to_path_buf)
+            .filter(|folder| !folder.as_os_str().is_empty());
+        let made = Self(missing.collect());
+        std::fs::create_dir_all(path).map_err(Error::io(path))?;
+        Ok(made)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        for folder in &self.0 {
+            // A folder with something in it stays.
+            std::fs::remove_dir(folder).ok();
+        }
     }
 }

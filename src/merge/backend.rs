@@ -28,18 +28,8 @@ impl<'a> Merged<'a> {
     /// The merged tensor of a name, from what the base answers. Weights are read in their own dtype,
     /// so that a merge rounds once.
     fn merged(&self, name: &str, base: Tensor) -> Result<Tensor> {
-        let extra = self.merge.extra(name);
-        let tensor = match extra {
-            Some(extra) if extra.dims() == base.dims() => {
-                extra.to_dtype(base.dtype())?.to_device(base.device())?
-            }
-            Some(extra) => {
-                return Err(Error::UnexpectedShape {
-                    msg: format!("the extra tensor `{name}` of the adapter"),
-                    expected: base.shape().clone(),
-                    got: extra.shape().clone(),
-                });
-            }
+        let tensor = match self.merge.extra(name) {
+            Some(extra) => replaced(name, extra, base.shape(), base.dtype(), base.device())?,
             None => base,
         };
         // An f64 weight that was asked for stays one; the path is that of the weight.
@@ -50,6 +40,31 @@ impl<'a> Merged<'a> {
         };
         Ok(merged.unwrap_or(tensor))
     }
+
+    /// The tensor of an adapter that the base has none of.
+    fn added(&self, name: &str) -> Option<&Tensor> {
+        match self.base().contains_tensor(name) {
+            true => None,
+            false => self.merge.extra(name),
+        }
+    }
+}
+
+fn replaced(
+    name: &str,
+    extra: &Tensor,
+    expected: &Shape,
+    dtype: DType,
+    device: &Device,
+) -> Result<Tensor> {
+    if extra.shape() != expected {
+        return Err(Error::UnexpectedShape {
+            msg: format!("the extra tensor `{name}` of the adapter"),
+            expected: expected.clone(),
+            got: extra.shape().clone(),
+        });
+    }
+    extra.to_dtype(dtype)?.to_device(device)
 }
 
 impl SimpleBackend for Merged<'_> {
@@ -62,16 +77,18 @@ impl SimpleBackend for Merged<'_> {
         _: &Device,
     ) -> Result<Tensor> {
         let base = self.base();
-        if !base.contains_tensor(name)
-            && let Some(extra) = self.merge.extra(name)
-        {
-            return extra.to_dtype(dtype)?.to_device(base.device());
+        match self.added(name) {
+            Some(extra) => replaced(name, extra, &shape, dtype, base.device()),
+            None => self.merged(name, base.get_with_hints_dtype(shape, name, init, dtype)?),
         }
-        self.merged(name, base.get_with_hints_dtype(shape, name, init, dtype)?)
     }
 
     fn get_unchecked(&self, name: &str, dtype: DType, _: &Device) -> Result<Tensor> {
-        self.merged(name, self.base().get_unchecked_dtype(name, dtype)?)
+        let base = self.base();
+        match self.added(name) {
+            Some(extra) => replaced(name, extra, extra.shape(), dtype, base.device()),
+            None => self.merged(name, base.get_unchecked_dtype(name, dtype)?),
+        }
     }
 
     fn contains_tensor(&self, name: &str) -> bool {

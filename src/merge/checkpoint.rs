@@ -1,13 +1,14 @@
 //! Merged checkpoints on disk: one file, or a folder with shards and whatever lies beside them.
 
 use super::Merge;
-use super::header::Source;
-use super::untie::{self, Untied};
+use super::added::{self, Added};
+use super::header::{self, Source};
 use crate::error::{Error, Result};
-use crate::file::{persist, raw_bytes, temporary};
+use crate::file::{Folder, filled, persist, raw_bytes, temporary};
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use tempfile::NamedTempFile;
 
 /// What a merge on disk may do, and whom it tells.
@@ -47,20 +48,20 @@ pub struct MergeReport {
     pub merged: Vec<String>,
     /// Tensors that were copied byte for byte.
     pub copied: usize,
+    /// Tensors that the base had none of.
+    pub added: Vec<String>,
     /// Whether a head that shared its weight with the embedding got one of its own.
     pub untied: bool,
     /// Bytes written.
     pub bytes: u64,
 }
 
-const SUFFIX: &str = "safetensors";
-
 impl Merge {
     /// Writes the checkpoint `base` (a file, or a folder of safetensors files and what lies beside
     /// them) to `output` (of the same sort) with every adapted weight replaced, rounded once to its
-    /// dtype. All else is copied byte for byte, headers too. A head that shares its weight with the
-    /// embedding gets one of its own when only one of the two is adapted; a folder's configuration and
-    /// index say so then.
+    /// dtype. All else is copied byte for byte, headers too. Extra tensors that the base lacks are
+    /// added, and a head that shares its weight with the embedding gets one of its own when only one of
+    /// the two is adapted; a folder's index and configuration say so then.
     ///
     /// Tensors are streamed: memory stays within a few times the largest of them. Files appear under
     /// their names when all of them are whole; on any error there is nothing new.
@@ -96,120 +97,110 @@ impl Merge {
         mut options: CheckpointOptions,
     ) -> Result<MergeReport> {
         let (base, output) = (base.as_ref(), output.as_ref());
-        let files = Files::of(base, output)?;
-        let mut sources = Vec::new();
-        let mut total = 0;
-        for (from, _) in &files.checkpoints {
-            let source = Source::open(from)?;
-            for name in source.names() {
-                let (start, end) = source.info(&name)?.data_offsets;
-                total += (end - start) as u64;
-            }
-            sources.push(source);
-        }
-        let tied = base.is_dir() && untie::tied(base)?;
-        let untied = Untied::of(self, &sources, tied)?;
-        let head = untied.as_ref().map(|_| Untied::name());
-        self.check_names(sources.iter().flat_map(Source::names).chain(head).collect())?;
-        let mut report = MergeReport {
-            untied: untied.is_some(),
-            ..MergeReport::default()
+        let (checkpoints, others) = header::files(base)?;
+        let folder = base.is_dir();
+        check_output(output, folder)?;
+        let target = |from: &Path| match from.file_name() {
+            Some(name) if folder => output.join(name),
+            _ => output.to_path_buf(),
         };
+        let opened: Result<Vec<Source>> = checkpoints.iter().map(|p| Source::open(p)).collect();
+        let mut sources = opened?;
+        let added = Added::of(self, &sources, folder && added::tied(base)?)?;
+        let names = sources.iter().flat_map(Source::names).chain(added.names());
+        self.check_names(&names.collect())?;
+        let mut job = Job {
+            added: &added,
+            total: sources.iter().map(Source::size).sum(),
+            report: MergeReport {
+                untied: added.untied,
+                ..MergeReport::default()
+            },
+            options: &mut options,
+        };
+        let _made = folder.then(|| Folder::create(output)).transpose()?;
         let mut written = Vec::new();
-        for (mut source, (_, to)) in sources.into_iter().zip(&files.checkpoints) {
-            let untied = untied.as_ref().filter(|untied| untied.is_in(&source.path));
-            let file = self.write(&mut source, to, untied, total, &mut report, &mut options)?;
-            written.push((file, to));
+        for source in &mut sources {
+            let to = target(&source.path);
+            written.push((self.write(source, &to, &mut job)?, to));
         }
+        let report = job.report;
         self.check_used()?;
-        for (from, to) in &files.others {
-            let edited = match &untied {
-                Some(untied) => untied.edited(from)?,
-                None => None,
-            };
-            match edited {
-                Some(text) => written.push((filled(to, &text)?, to)),
-                None if from != to => written.push((copied(from, to)?, to)),
+        for from in others {
+            let to = target(&from);
+            match added.edited(&from)? {
+                Some(text) => written.push((filled(&to, &text)?, to)),
+                None if from != to => written.push((copied(&from, &to)?, to)),
                 None => {}
             }
         }
         for (file, to) in written {
-            persist(file, to)?;
+            persist(file, &to)?;
         }
         Ok(report)
     }
 
     /// Every module has its weight, before anything is computed.
-    fn check_names(&self, names: Vec<String>) -> Result<()> {
+    fn check_names(&self, names: &BTreeSet<String>) -> Result<()> {
+        let paths = || {
+            names
+                .iter()
+                .map(|name| name.strip_suffix(".weight").unwrap_or(name))
+        };
         for part in self.parts.iter() {
-            let mut found = std::collections::BTreeSet::new();
-            for name in &names {
-                let path = name.strip_suffix(".weight").unwrap_or(name);
-                let module = part.stored.find(path)?.map(|(module, _)| module);
-                if module.is_some_and(|module| !found.insert(module)) {
-                    let reason = format!("a module means several weights, `{path}` is one of them");
-                    return Err(Error::file(&part.stored.file, reason));
-                }
+            part.asked.clear();
+            // A weaker match that comes first in a file must not take what belongs to another.
+            for path in part.stored.matched(paths())?.into_values() {
+                part.asked.insert(&part.stored, path)?;
             }
-            let partial = part.stored.allow_partial && !found.is_empty();
             let modules = part.stored.layers.keys();
-            let extras = part
-                .stored
-                .extras
-                .keys()
-                .filter(|name| !names.contains(name));
-            let modules = modules.filter(|module| !found.contains(module));
-            let missing: Vec<&String> = modules.chain(extras).collect();
+            let unused = part.asked.unused(&part.stored);
+            let missing: Vec<&String> = modules.filter(|name| unused.contains(name)).collect();
+            let partial = part.stored.allow_partial && !part.asked.is_empty();
             if !missing.is_empty() && !partial {
-                return Err(part
-                    .stored
-                    .unused(&missing, names.iter().map(String::as_str)));
+                let names = names.iter().map(String::as_str);
+                return Err(part.stored.unused(&missing, names));
             }
         }
         Ok(())
     }
 
-    fn write(
-        &self,
-        source: &mut Source,
-        to: &Path,
-        untied: Option<&Untied>,
-        total: u64,
-        report: &mut MergeReport,
-        options: &mut CheckpointOptions,
-    ) -> Result<NamedTempFile> {
+    fn write(&self, source: &mut Source, to: &Path, job: &mut Job) -> Result<NamedTempFile> {
+        let failed = Error::io(to);
+        let allow_changed_base = job.options.allow_changed_base;
         let mut file = temporary(to)?;
         let mut out = BufWriter::with_capacity(1 << 20, file.as_file_mut());
-        let head = untied.map(|untied| untied.head(source)).transpose()?;
-        out.write_all(head.as_ref().unwrap_or(&source.head))
-            .map_err(Error::io(to))?;
+        let added = job.added.tensors(self, source, allow_changed_base)?;
+        match added.is_empty() {
+            true => out.write_all(&source.head).map_err(failed)?,
+            false => out.write_all(&source.head_with(&added)?).map_err(failed)?,
+        }
         for name in source.names() {
-            let bytes = match self.replaced(source, &name, options.allow_changed_base)? {
+            let bytes = match self.replaced(source, &name, allow_changed_base)? {
                 Some(bytes) => {
-                    report.merged.push(name);
+                    job.report.merged.push(name);
                     bytes
                 }
                 None => {
-                    report.copied += 1;
+                    job.report.copied += 1;
                     source.bytes(&name)?
                 }
             };
-            out.write_all(&bytes).map_err(Error::io(to))?;
-            report.bytes += bytes.len() as u64;
-            if let Some(progress) = &mut options.progress {
-                progress(report.bytes, total);
+            out.write_all(&bytes).map_err(failed)?;
+            job.report.bytes += bytes.len() as u64;
+            if let Some(progress) = &mut job.options.progress {
+                progress(job.report.bytes, job.total);
             }
         }
-        if let Some(untied) = untied {
-            let table = source.tensor(&untied.table)?;
-            let head = self.weight(Untied::path(), &table, options.allow_changed_base)?;
-            let bytes = raw_bytes(&head.unwrap_or(table))?;
-            out.write_all(&bytes).map_err(Error::io(to))?;
-            report.bytes += bytes.len() as u64;
+        for (name, tensor) in added {
+            let bytes = raw_bytes(&tensor)?;
+            out.write_all(&bytes).map_err(failed)?;
+            job.report.bytes += bytes.len() as u64;
+            job.report.added.push(name);
         }
-        out.flush().map_err(Error::io(to))?;
+        out.flush().map_err(failed)?;
         drop(out);
-        file.as_file().sync_all().map_err(Error::io(to))?;
+        file.as_file().sync_all().map_err(failed)?;
         Ok(file)
     }
 
@@ -225,7 +216,7 @@ impl Merge {
         let mut adapted = false;
         for part in self.parts.iter() {
             adapted |= match path {
-                Some(path) => part.stored.find(path)?.is_some(),
+                Some(path) => part.asked.find(&part.stored, path)?.is_some(),
                 None => false,
             };
         }
@@ -254,70 +245,32 @@ impl Merge {
     }
 }
 
-/// What to write from what.
-struct Files {
-    checkpoints: Vec<(PathBuf, PathBuf)>,
-    others: Vec<(PathBuf, PathBuf)>,
+/// Refuses a file where a folder is to be written, and a folder where a file is.
+fn check_output(output: &Path, folder: bool) -> Result<()> {
+    if !output.exists() || output.is_dir() == folder {
+        return Ok(());
+    }
+    let (found, expected) = match folder {
+        true => ("a file", "a folder"),
+        false => ("a folder", "a file"),
+    };
+    let reason = format!("it is {found}, expected {expected} to write to, as the base is");
+    Err(Error::file(output, reason))
 }
 
-impl Files {
-    fn of(base: &Path, output: &Path) -> Result<Self> {
-        let folder = fs::metadata(base).map_err(Error::io(base))?.is_dir();
-        if output.exists() && output.is_dir() != folder {
-            let (found, expected) = match folder {
-                true => ("a file", "a folder"),
-                false => ("a folder", "a file"),
-            };
-            let reason = format!("it is {found}, expected {expected} to write to, as the base is");
-            return Err(Error::file(output, reason));
-        }
-        if !folder {
-            return Ok(Self {
-                checkpoints: vec![(base.to_path_buf(), output.to_path_buf())],
-                others: Vec::new(),
-            });
-        }
-        let mut files = Self {
-            checkpoints: Vec::new(),
-            others: Vec::new(),
-        };
-        let mut entries = Vec::new();
-        for entry in fs::read_dir(base).map_err(Error::io(base))? {
-            entries.push(entry.map_err(Error::io(base))?.path());
-        }
-        entries.sort();
-        for from in entries.into_iter().filter(|path| path.is_file()) {
-            let Some(name) = from.file_name() else {
-                continue;
-            };
-            let to = output.join(name);
-            match from.extension().is_some_and(|end| end == SUFFIX) {
-                true => files.checkpoints.push((from, to)),
-                false => files.others.push((from, to)),
-            }
-        }
-        if files.checkpoints.is_empty() {
-            let reason = format!("a folder without .{SUFFIX} files");
-            return Err(Error::file(base, reason));
-        }
-        fs::create_dir_all(output).map_err(Error::io(output))?;
-        Ok(files)
-    }
+/// What the files of one checkpoint share while they are written.
+struct Job<'a, 'b> {
+    added: &'a Added,
+    /// Bytes of the base's tensors.
+    total: u64,
+    report: MergeReport,
+    options: &'a mut CheckpointOptions<'b>,
 }
 
 fn copied(from: &Path, to: &Path) -> Result<NamedTempFile> {
     let mut file = temporary(to)?;
     let mut source = fs::File::open(from).map_err(Error::io(from))?;
     std::io::copy(&mut source, file.as_file_mut()).map_err(Error::io(to))?;
-    file.as_file().sync_all().map_err(Error::io(to))?;
-    Ok(file)
-}
-
-fn filled(to: &Path, content: &[u8]) -> Result<NamedTempFile> {
-    let mut file = temporary(to)?;
-    file.as_file_mut()
-        .write_all(content)
-        .map_err(Error::io(to))?;
     file.as_file().sync_all().map_err(Error::io(to))?;
     Ok(file)
 }

@@ -1,15 +1,44 @@
 //! The header of a safetensors file on disk, and its tensors one by one.
 
-use crate::error::{Error, Result};
-use crate::file::{float, instead};
+use crate::error::{Error, Result, shown};
+use crate::file::{float, head, instead};
 use candle_core::{Device, Tensor};
+use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 /// The longest header that is read.
 const LONGEST: u64 = 100_000_000;
+
+const SUFFIX: &str = "safetensors";
+
+/// The files of a checkpoint: itself, or those of a folder in order; and what else lies there.
+pub(super) fn files(base: &Path) -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
+    let failed = Error::io(base);
+    if !std::fs::metadata(base).map_err(failed)?.is_dir() {
+        return Ok((vec![base.to_path_buf()], Vec::new()));
+    }
+    let mut entries = Vec::new();
+    for entry in std::fs::read_dir(base).map_err(failed)? {
+        entries.push(entry.map_err(failed)?.path());
+    }
+    entries.sort();
+    entries.retain(|path| path.is_file());
+    let (files, others): (Vec<_>, Vec<_>) = entries
+        .into_iter()
+        .partition(|path| path.extension().is_some_and(|end| end == SUFFIX));
+    match files.is_empty() {
+        true => Err(Error::file(
+            base,
+            format!("a folder without .{SUFFIX} files"),
+        )),
+        false => Ok((files, others)),
+    }
+}
 
 /// An open file. Its tensors are read when they are asked for.
 pub(super) struct Source {
@@ -46,37 +75,22 @@ impl Source {
         }
         head.resize(8 + count as usize, 0);
         file.read_exact(&mut head[8..]).map_err(failed)?;
+        // Reading it checks that no tensor overlaps another or has another size than its shape.
         let metadata: Metadata =
             serde_json::from_slice(&head[8..]).map_err(|e| refused(e.to_string()))?;
-        let end = metadata
-            .offset_keys()
-            .last()
-            .and_then(|name| metadata.info(name));
-        let end = end.map_or(0, |info| info.data_offsets.1);
-        if (end as u64).checked_add(8 + count) != Some(length) {
-            return Err(refused(format!(
-                "{end} bytes of data in a file of {length}"
-            )));
-        }
-        for (name, info) in metadata.tensors() {
-            let elements = info
-                .shape
-                .iter()
-                .try_fold(1usize, |n, axis| n.checked_mul(*axis));
-            let bits = elements.and_then(|n| n.checked_mul(info.dtype.bitsize()));
-            let bytes = info.data_offsets.1.checked_sub(info.data_offsets.0);
-            if bits != bytes.and_then(|n| n.checked_mul(8)) {
-                return Err(refused(format!(
-                    "the size of `{name}` is not that of its shape"
-                )));
-            }
-        }
-        Ok(Self {
+        let source = Self {
             path: path.to_path_buf(),
             file,
             head,
             metadata,
-        })
+        };
+        let size = source.size();
+        match size.checked_add(8 + count) == Some(length) {
+            true => Ok(source),
+            false => Err(refused(format!(
+                "{size} bytes of data in a file of {length}"
+            ))),
+        }
     }
 
     /// Names in the order of their data.
@@ -84,9 +98,44 @@ impl Source {
         self.metadata.offset_keys()
     }
 
+    /// Bytes of its tensors.
+    pub(super) fn size(&self) -> u64 {
+        let infos = self.metadata.tensors().into_values();
+        infos.map(|info| info.data_offsets.1).max().unwrap_or(0) as u64
+    }
+
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.metadata.info(name).is_some()
+    }
+
+    /// The name of the file in its folder.
+    pub(super) fn file_name(&self) -> String {
+        let name = self.path.file_name().unwrap_or_default();
+        name.to_string_lossy().into_owned()
+    }
+
+    /// Length and header with more tensors behind all others.
+    pub(super) fn head_with(&self, added: &[(String, Tensor)]) -> Result<Vec<u8>> {
+        let wrong = |e: serde_json::Error| Error::file(&self.path, e.to_string());
+        let mut header: BTreeMap<String, Value> =
+            serde_json::from_slice(&self.head[8..]).map_err(wrong)?;
+        let mut start = self.size() as usize;
+        for (name, tensor) in added {
+            let end = start + tensor.elem_count() * tensor.dtype().size_in_bytes();
+            let entry = json!({
+                "dtype": Dtype::from(tensor.dtype()).to_string(),
+                "shape": tensor.dims(),
+                "data_offsets": [start, end],
+            });
+            header.insert(name.clone(), entry);
+            start = end;
+        }
+        Ok(head(&serde_json::to_string(&header).map_err(wrong)?))
+    }
+
     pub(super) fn info(&self, name: &str) -> Result<&TensorInfo> {
         let info = self.metadata.info(name);
-        info.ok_or_else(|| Error::file(&self.path, format!("it has no tensor `{name}`")))
+        info.ok_or_else(|| Error::file(&self.path, format!("it has no tensor `{}`", shown(name))))
     }
 
     /// Bytes of a tensor.
@@ -106,7 +155,7 @@ impl Source {
     pub(super) fn tensor(&mut self, name: &str) -> Result<Tensor> {
         let info = self.info(name)?.clone();
         let Some(dtype) = float(info.dtype) else {
-            let found = format!("`{name}` has dtype {:?}", info.dtype);
+            let found = format!("`{}` has dtype {:?}", shown(name), info.dtype);
             let reason = format!("{found}, expected F64, F32, F16 or BF16");
             return Err(Error::file(&self.path, reason));
         };

@@ -1,16 +1,16 @@
 //! [`inspect`]: what an adapter file holds, as numbers.
 
-use super::header::Source;
+use super::header::{self, Source};
 use super::{Merge, Strength};
 use crate::adapter::{StoredLayer, Warning, differs, fingerprint};
 use crate::config::{LayerKind, Magnitude, Map};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::file::{self, Dialect, LoadOptions};
 use crate::params::row_norms;
 use crate::rotation;
 use candle_core::{DType, Tensor};
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// One layer of an [`Inspection`].
 #[derive(Clone, Debug, PartialEq)]
@@ -94,17 +94,22 @@ pub fn inspect(
         trainable_parameters: extras,
         layers: Vec::new(),
     };
-    let mut weights = match base {
-        Some(base) => Some(Weights::open(base)?),
-        None => None,
-    };
+    let mut weights = base.map(Weights::open).transpose()?;
+    let paths = weights
+        .iter()
+        .flat_map(|weights| weights.paths.keys().cloned());
+    let paths: Vec<String> = paths.collect();
+    let matched = stored.matched(paths.iter().map(String::as_str))?;
     let merge = Merge::new().with_stored(stored.clone(), Strength::default())?;
     for (module, layer) in &stored.layers {
         let magnitude = layer.value.as_ref().map_or(0, Tensor::elem_count);
         found.trainable_parameters += layer.packed.elem_count() + magnitude;
         let mut of_layer = alone(module, layer)?;
         if let Some(weights) = &mut weights {
-            against(&mut of_layer, layer, &merge, weights)?;
+            match matched.get(module.as_str()) {
+                Some(path) => against(&mut of_layer, layer, &merge, path, &weights.read(path)?)?,
+                None => of_layer.mismatch = Some("the base has no such weight".into()),
+            }
         }
         found.layers.push(of_layer);
     }
@@ -156,14 +161,11 @@ fn against(
     found: &mut LayerInspection,
     layer: &StoredLayer,
     merge: &Merge,
-    weights: &mut Weights,
+    path: &str,
+    weight: &Tensor,
 ) -> Result<()> {
-    let Some((path, weight)) = weights.of(&found.path, merge)? else {
-        found.mismatch = Some("the base has no such weight".into());
-        return Ok(());
-    };
-    let norms = row_norms(&weight)?;
-    let merged = match merge.weight(&path, &weight, true) {
+    let norms = row_norms(weight)?;
+    let merged = match merge.weight(path, weight, true) {
         Ok(merged) => merged,
         Err(error) => {
             found.mismatch = Some(error.to_string());
@@ -200,7 +202,7 @@ fn against(
 }
 
 /// The weights of a checkpoint, read one by one.
-pub(super) struct Weights {
+struct Weights {
     sources: Vec<Source>,
     /// Path, and which file has it.
     paths: BTreeMap<String, usize>,
@@ -208,19 +210,8 @@ pub(super) struct Weights {
 
 impl Weights {
     fn open(base: &Path) -> Result<Self> {
-        let mut files: Vec<PathBuf> = vec![base.to_path_buf()];
-        if base.is_dir() {
-            let failed = Error::io(base);
-            let entries = std::fs::read_dir(base)
-                .map_err(failed)?
-                .filter_map(|e| Some(e.ok()?.path()));
-            files = entries
-                .filter(|p| p.extension().is_some_and(|e| e == "safetensors"))
-                .collect();
-            files.sort();
-        }
         let (mut sources, mut paths) = (Vec::new(), BTreeMap::new());
-        for file in files {
+        for file in header::files(base)?.0 {
             let source = Source::open(&file)?;
             for name in source.names() {
                 let rank = source.info(&name)?.shape.len();
@@ -233,21 +224,9 @@ impl Weights {
         Ok(Self { sources, paths })
     }
 
-    /// The weight that a module means.
-    fn of(&mut self, module: &str, merge: &Merge) -> Result<Option<(String, Tensor)>> {
-        for part in merge.parts.iter() {
-            for (path, place) in &self.paths {
-                if part
-                    .stored
-                    .find(path)?
-                    .is_some_and(|(found, _)| found == module)
-                {
-                    let weight = self.sources[*place].tensor(&format!("{path}.weight"))?;
-                    return Ok(Some((path.clone(), weight)));
-                }
-            }
-        }
-        Ok(None)
+    /// The weight of one of its paths.
+    fn read(&mut self, path: &str) -> Result<Tensor> {
+        self.sources[self.paths[path]].tensor(&format!("{path}.weight"))
     }
 }
 

@@ -21,13 +21,13 @@
 //! 0.18, told by the version in its configuration. A cap on the spectral norm is applied with the true
 //! norm, where OneTrainer iterates from random vectors.
 
+mod added;
 mod backend;
 mod checkpoint;
 mod header;
 mod inspect;
 mod part;
 mod strength;
-mod untie;
 
 pub use checkpoint::{CheckpointOptions, MergeReport};
 pub use inspect::{Inspection, LayerInspection, inspect, weight_shapes};
@@ -112,14 +112,14 @@ impl Merge {
         self.with_stored(stored, strength)
     }
 
-    /// Adds an adapter as it is now.
+    /// Adds an adapter as it is now: of a loaded one also what no layer was built from yet.
     ///
     /// # Errors
     ///
-    /// Those of [`Adapter::check_complete`], and [`Error::Strength`](crate::Error::Strength) for a strength that it cannot
-    /// have.
+    /// [`Error::Strength`](crate::Error::Strength) for a strength that it cannot have; those of
+    /// [`Adapter::check_complete`] for an adapter that was not loaded.
     pub fn with_adapter(self, adapter: &Adapter, strength: Strength) -> Result<Self> {
-        self.with_stored(adapter.to_stored("the adapter".into())?, strength)
+        self.with_stored(adapter.current()?, strength)
     }
 
     fn with_stored(self, stored: Stored, strength: Strength) -> Result<Self> {
@@ -167,7 +167,7 @@ impl Merge {
         let mut found = Vec::new();
         let mut norms = None;
         for part in self.parts.iter() {
-            let Some((module, layer)) = part.stored.find(path)? else {
+            let Some((module, layer)) = part.asked.find(&part.stored, path)? else {
                 continue;
             };
             let norms = match &norms {
@@ -175,15 +175,15 @@ impl Merge {
                 None => norms.insert(row_norms(weight)?),
             };
             part.check(module, layer, path, weight, norms, allow_changed_base)?;
-            found.push((part, module, layer));
+            found.push((part, layer));
         }
         if found.is_empty() {
             return Ok(None);
         }
         let mut merged = weight.clone();
-        for (part, module, layer) in found {
+        for (part, layer) in found {
             merged = part.merge(path, layer, &merged, norms.as_ref())?;
-            part.used().insert(module.clone());
+            part.asked.insert(&part.stored, path)?;
         }
         Ok(Some(merged))
     }
@@ -198,14 +198,14 @@ impl Merge {
     }
 
     /// The tensor that replaces the whole tensor of that name, of the last adapter that has one.
-    fn extra(&self, name: &str) -> Option<Tensor> {
+    fn extra(&self, name: &str) -> Option<&Tensor> {
         self.parts.iter().rev().find_map(|part| part.extra(name))
     }
 }
 
 impl Adapter {
-    /// A `VarBuilder` for a model that knows no adapter: merged weights where this adapter has the
-    /// path, and what `base` answers elsewhere. See [`Merge`] for strength, several adapters and
+    /// A `VarBuilder` for a model that knows no adapter: merged weights, of this adapter as it is now,
+    /// where it has the path, and what `base` answers elsewhere. See [`Merge`] for strength, several adapters and
     /// checkpoints on disk.
     ///
     /// # Errors
@@ -226,10 +226,7 @@ impl Adapter {
     /// # Ok::<(), candle_doft::Error>(())
     /// ```
     pub fn merged<'a>(&self, base: VarBuilder<'a>) -> Result<VarBuilder<'a>> {
-        let merge = match self.source() {
-            Some(stored) => Merge::new().with_stored(stored.clone(), Strength::default())?,
-            None => Merge::new().with_adapter(self, Strength::default())?,
-        };
+        let merge = Merge::new().with_adapter(self, Strength::default())?;
         Ok(merge.var_builder(base))
     }
 }

@@ -1,20 +1,22 @@
 //! [`Part`]: one adapter of a merge, and what it makes of a weight.
 
 use super::{Strength, StrengthMode};
-use crate::adapter::{NORMS_DIFFER, Stored, StoredLayer, Warning, differs, fingerprint, locked};
+use crate::adapter::{
+    Asked, NORMS_DIFFER, Stored, StoredLayer, Warning, differs, fingerprint, locked,
+};
 use crate::config::LayerKind;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shown};
 use crate::rotation;
 use candle_core::{DType, Tensor};
 use std::collections::BTreeSet;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::Mutex;
 
 /// One adapter, and which of its modules were asked for.
 #[derive(Debug)]
 pub(super) struct Part {
     pub(super) stored: Stored,
     pub(super) strength: Strength,
-    used: Mutex<BTreeSet<String>>,
+    pub(super) asked: Asked,
     /// What came up when it met its weights.
     met: Mutex<BTreeSet<Warning>>,
 }
@@ -24,7 +26,7 @@ impl Part {
         Self {
             stored,
             strength,
-            used: Mutex::default(),
+            asked: Asked::default(),
             met: Mutex::default(),
         }
     }
@@ -34,12 +36,7 @@ impl Part {
         Self::new(self.stored.clone(), self.strength)
     }
 
-    /// Modules and extra tensors that were asked for.
-    pub(super) fn used(&self) -> MutexGuard<'_, BTreeSet<String>> {
-        locked(&self.used)
-    }
-
-    fn warn(&self, path: &str, message: &str) {
+    pub(super) fn warn(&self, path: &str, message: &str) {
         locked(&self.met).insert(Warning {
             subject: path.to_string(),
             message: message.into(),
@@ -50,12 +47,10 @@ impl Part {
     pub(super) fn warnings(&self) -> Vec<Warning> {
         let mut warnings = self.stored.warnings.clone();
         warnings.extend(locked(&self.met).iter().cloned());
-        let used = self.used();
-        if self.stored.allow_partial && !used.is_empty() {
-            let modules = self.stored.layers.keys();
-            let unused = modules.filter(|name| !used.contains(*name));
+        if self.stored.allow_partial && !self.asked.is_empty() {
+            let unused = self.asked.unused(&self.stored).into_iter();
             warnings.extend(unused.map(|name| Warning {
-                subject: name.clone(),
+                subject: shown(name),
                 message: "it matches no weight and was not merged".into(),
             }));
         }
@@ -64,25 +59,30 @@ impl Part {
 
     /// Refuses when a module or an extra tensor was asked for by no weight.
     pub(super) fn check_used(&self) -> Result<()> {
-        let used = self.used();
-        let extras = self.stored.extras.keys();
-        let extras = extras.filter(|_| self.strength.value != 0.);
-        let all = self.stored.layers.keys().chain(extras);
-        let unused: Vec<&String> = all.filter(|name| !used.contains(*name)).collect();
-        match unused.is_empty() || self.stored.allow_partial && !used.is_empty() {
+        let mut unused = self.asked.unused(&self.stored);
+        if self.strength.value == 0. {
+            unused.retain(|name| self.stored.layers.contains_key(*name));
+        }
+        match unused.is_empty() || self.stored.allow_partial && !self.asked.is_empty() {
             true => Ok(()),
             false => Err(self.stored.unused(&unused, [])),
         }
     }
 
     /// The tensor that replaces the whole tensor of that name.
-    pub(super) fn extra(&self, name: &str) -> Option<Tensor> {
+    pub(super) fn extra(&self, name: &str) -> Option<&Tensor> {
         if self.strength.value == 0. {
             return None;
         }
         let extra = self.stored.extras.get(name)?;
-        self.used().insert(name.to_string());
-        Some(extra.clone())
+        self.asked.insert_extra(name);
+        if self.strength.value != 1. {
+            self.warn(
+                name,
+                "an extra tensor is there in full, whatever the strength",
+            );
+        }
+        Some(extra)
     }
 
     /// Checks that a layer fits its weight, and that the weight is the one that it was trained on.

@@ -1,9 +1,8 @@
 //! [`Strength`]: how much of an adapter is merged.
 
 use crate::adapter::Stored;
-use crate::config::Magnitude;
 use crate::error::{Error, Result};
-use candle_core::DType;
+use candle_core::{DType, Tensor};
 
 /// How a strength other than 1 is meant.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -79,15 +78,11 @@ impl Strength {
                  linear strength"
                 ));
             }
-            // A logarithm is of a factor above 0; `m / n0` and `f` may be anything.
-            let positive = match (&layer.value, layer.magnitude) {
-                (Some(value), Magnitude::Factor | Magnitude::Absolute) => {
-                    let least = value.flatten_all()?.min(0)?.to_dtype(DType::F64)?;
-                    let dead = layer.magnitude == Magnitude::Absolute;
-                    let least = least.to_scalar::<f64>()?;
-                    least > 0. || dead && least == 0.
-                }
-                _ => true,
+            // Without norms of its own, a magnitude of 0 may be that of a dead row.
+            let positive = match (layer.ratio(None, DType::F64)?, &layer.value) {
+                (Some(ratio), _) => least(&ratio)? > 0.,
+                (None, Some(value)) => least(value)? >= 0.,
+                (None, None) => true,
             };
             if !positive {
                 return refuse(format!(
@@ -98,4 +93,8 @@ impl Strength {
         }
         Ok(())
     }
+}
+
+fn least(values: &Tensor) -> Result<f64> {
+    Ok(values.min(0)?.to_dtype(DType::F64)?.to_scalar()?)
 }

@@ -1,10 +1,10 @@
 //! [`Checkpoint`]: everything that a run needs to go on, in one file.
 
 use super::AdamW;
-use crate::error::{Error, Result};
-use crate::file::{CHECKPOINT, float, replace, safetensors_bytes};
-use candle_core::{Device, Tensor};
-use safetensors::SafeTensors;
+use super::optimizer::moment_dtype;
+use crate::error::{Error, Result, shown};
+use crate::file::{CHECKPOINT, Tensors, replace, safetensors_bytes};
+use candle_core::Tensor;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -83,22 +83,18 @@ impl Checkpoint {
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let bytes = std::fs::read(path).map_err(Error::io(path))?;
-        let whole = |error| Error::file(path, format!("not a whole checkpoint: {error}"));
-        let (_, header) = SafeTensors::read_metadata(&bytes).map_err(whole)?;
-        let views = SafeTensors::deserialize(&bytes).map_err(whole)?;
-        let empty = std::collections::HashMap::new();
-        let metadata = header.metadata().as_ref().unwrap_or(&empty);
-        let get = |key: &str| metadata.get(key).map_or("", String::as_str);
+        let file = Tensors::new(path, &bytes)?;
+        let get = |key: &str| file.metadata().get(key).map_or("", String::as_str);
         if (get("format"), get("format_version")) != (CHECKPOINT, VERSION) {
+            let (format, version) = (shown(get("format")), shown(get("format_version")));
             let reason = format!(
-                "not a checkpoint: its format is `{}` `{}`, expected `{CHECKPOINT}` `{VERSION}`",
-                get("format"),
-                get("format_version")
+                "not a checkpoint: its format is `{format}` `{version}`, expected `{CHECKPOINT}` `{VERSION}`"
             );
             return Err(Error::file(path, reason));
         }
-        let steps = get("steps").parse().map_err(|_| {
-            let found = get("steps").to_string();
+        // No run is that long, and counting on from the largest number would overflow.
+        let steps = get("steps").parse::<u32>().map(u64::from).map_err(|_| {
+            let found = shown(get("steps"));
             Error::file(
                 path,
                 format!("its `steps` are `{found}`, expected a number"),
@@ -109,13 +105,8 @@ impl Checkpoint {
                 .map_err(|error| Error::file(path, format!("its `{key}` cannot be read: {error}")))
         };
         let mut tensors = BTreeMap::new();
-        for (name, view) in views.tensors() {
-            let Some(dtype) = float(view.dtype()) else {
-                let reason = format!("tensor `{name}` is of {:?}, expected floats", view.dtype());
-                return Err(Error::file(path, reason));
-            };
-            let tensor = Tensor::from_raw_buffer(view.data(), dtype, view.shape(), &Device::Cpu)?;
-            tensors.insert(name, tensor);
+        for name in file.names() {
+            tensors.insert(name.to_string(), file.tensor(name)?);
         }
         Ok(Self {
             file: path.to_path_buf(),
@@ -173,12 +164,16 @@ impl Checkpoint {
                         format!("it lacks `{key}`: the run trained other variables"),
                     ));
                 };
-                if tensor.dims() != var.dims() || tensor.dtype() != var.dtype() {
+                let dtype = match role {
+                    "trained" => var.dtype(),
+                    _ => moment_dtype(var),
+                };
+                if tensor.dims() != var.dims() || tensor.dtype() != dtype {
                     return Err(Error::FileTensor {
                         file: self.file.clone(),
                         tensor: key,
                         found: format!("{:?} of {:?}", tensor.dims(), tensor.dtype()),
-                        expected: format!("{:?} of {:?}, as the model", var.dims(), var.dtype()),
+                        expected: format!("{:?} of {dtype:?}, as the model", var.dims()),
                         fix: "resume with the configuration that the run had",
                     });
                 }
@@ -193,10 +188,8 @@ impl Checkpoint {
                 name.is_some_and(|name| vars.iter().any(|(var, _)| var == name))
             };
             let other = self.tensors.keys().find(|key| !known(key));
-            let reason = format!(
-                "it holds `{}`, which the model does not train",
-                other.map_or("", String::as_str)
-            );
+            let other = other.map_or(String::new(), |name| shown(name));
+            let reason = format!("it holds `{other}`, which the model does not train");
             return Err(Error::file(&self.file, reason));
         }
         let mut moments = Vec::with_capacity(found.len());

@@ -2,7 +2,7 @@
 
 use crate::error::{Error, GradientReport, Result};
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 
 /// The gradients of one optimizer step, one sum for each variable.
 ///
@@ -33,8 +33,7 @@ impl Gradients {
     ///
     /// [`Error::Diverged`] when the loss is not finite; those of candle's `backward`.
     pub fn backward(&mut self, loss: &Tensor, weight: f64) -> Result<GradStore> {
-        let value = loss.detach().to_dtype(DType::F64)?.sum_all()?;
-        let value = value.to_scalar::<f64>()?;
+        let value = sum(&loss.detach())?;
         if !value.is_finite() {
             return self.diverged("the loss", value);
         }
@@ -75,8 +74,7 @@ impl Gradients {
         let mut total = 0.;
         for ((name, _), sum) in self.vars.iter().zip(&self.sums) {
             let Some(sum) = sum else { continue };
-            let square = sum.to_dtype(DType::F64)?.sqr()?.sum_all()?;
-            let square = square.to_scalar::<f64>()?;
+            let square = self::sum(&wide(sum)?.sqr()?)?;
             if !square.is_finite() {
                 return self.diverged(&format!("the squared gradient of `{name}`"), square);
             }
@@ -141,4 +139,18 @@ impl Gradients {
             found,
         })
     }
+}
+
+/// In f64, where the device has it: Metal has none.
+fn wide(tensor: &Tensor) -> Result<Tensor> {
+    let dtype = match tensor.device().is_metal() {
+        true => DType::F32,
+        false => DType::F64,
+    };
+    Ok(tensor.to_dtype(dtype)?)
+}
+
+fn sum(tensor: &Tensor) -> Result<f64> {
+    let sum = wide(tensor)?.sum_all()?.to_device(&Device::Cpu)?;
+    Ok(sum.to_dtype(DType::F64)?.to_scalar()?)
 }

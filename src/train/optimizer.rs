@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::params::names;
 use candle_core::{DType, Tensor, Var};
 use candle_nn::ParamsAdamW;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, HashSet};
 
 /// Variables that share a learning rate and a decay.
 ///
@@ -103,60 +103,26 @@ impl AdamW {
     /// [`Error::Argument`] when there are no variables, two have one name, one is no float tensor, or
     /// a parameter is out of its range.
     pub fn new(groups: Vec<Group>, params: ParamsAdamW) -> Result<Self> {
-        let refuse = |what, found: String, expected: &str| {
-            Err(Error::Argument {
-                function: "AdamW::new",
-                what,
-                found,
-                expected: expected.to_string(),
-            })
-        };
-        let ParamsAdamW {
-            lr,
-            beta1,
-            beta2,
-            eps,
-            weight_decay,
-        } = params;
-        for (what, value) in [("`beta1`", beta1), ("`beta2`", beta2)] {
-            if !(0. ..1.).contains(&value) {
-                return refuse(what, value.to_string(), "at least 0 and below 1");
-            }
+        check_params(&params)?;
+        for group in &groups {
+            check_rate("the rate of a group", group.rate)?;
+            check_rate("the decay of a group", group.weight_decay.unwrap_or(0.))?;
         }
-        let rates = groups
-            .iter()
-            .map(|group| ("the rate of a group", group.rate));
-        let decays = groups.iter().filter_map(|group| group.weight_decay);
-        let decays = decays.map(|decay| ("the decay of a group", decay));
-        let all = [
-            ("`lr`", lr),
-            ("`eps`", eps),
-            ("`weight_decay`", weight_decay),
-        ];
-        for (what, value) in all.into_iter().chain(rates).chain(decays) {
-            if !(value >= 0. && value.is_finite()) {
-                return refuse(what, value.to_string(), "a finite number from 0");
-            }
-        }
-        let mut seen = BTreeSet::new();
         let mut moments = BTreeMap::new();
         for (name, var) in groups.iter().flat_map(|group| &group.vars) {
-            if !seen.insert(name.as_str()) {
-                return refuse("a variable", format!("`{name}` twice"), "names that differ");
-            }
-            if !matches!(
-                var.dtype(),
-                DType::F16 | DType::BF16 | DType::F32 | DType::F64
-            ) {
+            let floats = [DType::F16, DType::BF16, DType::F32, DType::F64];
+            if !floats.contains(&var.dtype()) {
                 let found = format!("`{name}` of {:?}", var.dtype());
                 return refuse("a variable", found, "a float tensor");
             }
-            let zero = var.zeros_like()?.detach();
+            let zero = var.zeros_like()?.detach().to_dtype(moment_dtype(var))?;
             let start = Moments {
                 first: zero.clone(),
                 second: zero,
             };
-            moments.insert(name.clone(), start);
+            if moments.insert(name.clone(), start).is_some() {
+                return refuse("a variable", format!("`{name}` twice"), "names that differ");
+            }
         }
         if moments.is_empty() {
             return refuse("the variables", "none".into(), "at least one");
@@ -177,23 +143,20 @@ impl AdamW {
     /// Those of [`Adapter::check_complete`] and [`AdamW::new`]; a weight decay above 0 with a `Factor`
     /// or `Absolute` magnitude.
     pub fn for_adapter(adapter: &Adapter, params: ParamsAdamW) -> Result<Self> {
+        let ids = |vars: Vec<Var>| vars.iter().map(|var| var.id()).collect::<HashSet<_>>();
+        let (of_rotations, of_magnitudes) = (
+            ids(adapter.rotation_vars()?),
+            ids(adapter.magnitude_vars()?),
+        );
         let (mut rotations, mut magnitudes, mut extras) = (Vec::new(), Vec::new(), Vec::new());
         for (name, var) in adapter.named_vars()? {
-            let ends = |role: &str| name.ends_with(&format!(".{role}"));
-            if ends(names::ROTATION) || ends(names::EMBEDDING_ROTATION) {
+            if of_rotations.contains(&var.id()) {
                 rotations.push((name, var));
-            } else if [names::LOG, names::FACTOR, names::ABSOLUTE]
-                .into_iter()
-                .any(ends)
-            {
-                let shrinks = !ends(names::LOG) && params.weight_decay > 0.;
+            } else if of_magnitudes.contains(&var.id()) {
+                let shrinks = !name.ends_with(names::LOG) && params.weight_decay > 0.;
                 if shrinks {
-                    return Err(Error::Argument {
-                        function: "AdamW::for_adapter",
-                        what: "`weight_decay`",
-                        found: params.weight_decay.to_string(),
-                        expected: format!("0 with `{name}`, whose start is not 0, or own groups"),
-                    });
+                    let expected = format!("0 with `{name}`, whose start is not 0, or own groups");
+                    return refuse("`weight_decay`", params.weight_decay.to_string(), &expected);
                 }
                 magnitudes.push((name, var));
             } else {
@@ -216,7 +179,7 @@ impl AdamW {
         self.params.lr
     }
 
-    /// Sets the learning rate.
+    /// Sets the learning rate; [`AdamW::step`] refuses one that is negative or not finite.
     pub fn set_rate(&mut self, rate: f64) {
         self.params.lr = rate;
     }
@@ -244,10 +207,14 @@ impl AdamW {
     /// # Errors
     ///
     /// [`Error::Gradients`] when a variable got no gradient, [`Error::Diverged`] when one is not
-    /// finite.
+    /// finite, [`Error::Argument`] for a rate that is none.
     pub fn step(&mut self, gradients: &Gradients) -> Result<()> {
         gradients.norm()?;
         let each = gradients.each()?;
+        check_rate("the learning rate", self.params.lr)?;
+        for group in &self.groups {
+            check_rate("the rate of a group", group.rate)?;
+        }
         let ParamsAdamW {
             lr,
             beta1,
@@ -264,19 +231,16 @@ impl AdamW {
         let mut changes = Vec::with_capacity(each.len());
         for ((name, var, grad), (lr, decay)) in each.into_iter().zip(settings) {
             let Some(moments) = self.moments.get(name) else {
-                return Err(Error::Argument {
-                    function: "AdamW::step",
-                    what: "a variable",
-                    found: format!("`{name}`"),
-                    expected: "gradients made by this optimizer".into(),
-                });
+                let expected = "gradients made by this optimizer";
+                return refuse("a variable", format!("`{name}`"), expected);
             };
-            let first = ((&moments.first * beta1)? + (grad * (1. - beta1))?)?;
+            let grad = grad.to_dtype(moment_dtype(var))?;
+            let first = ((&moments.first * beta1)? + (&grad * (1. - beta1))?)?;
             let second = ((&moments.second * beta2)? + (grad.sqr()? * (1. - beta2))?)?;
             let down = ((&second * scale2)?.sqrt()? + eps)?;
             let change = (&first * (lr * scale1))?.div(&down)?;
-            let kept = (var.as_tensor() * (1. - lr * decay))?;
-            let moved = (kept - change)?;
+            let kept = (var.as_tensor().to_dtype(change.dtype())? * (1. - lr * decay))?;
+            let moved = (kept - change)?.to_dtype(var.dtype())?;
             // What is kept must not hold the steps before it.
             let (first, second) = (first.detach(), second.detach());
             changes.push((
@@ -308,4 +272,40 @@ impl AdamW {
             self.moments.insert(name, Moments { first, second });
         }
     }
+}
+
+/// The dtype of a variable's moments. Squares of gradients leave the range of f16, and a step in half
+/// precision is lost in rounding.
+pub(super) fn moment_dtype(var: &Var) -> DType {
+    match var.dtype() {
+        DType::F64 => DType::F64,
+        _ => DType::F32,
+    }
+}
+
+fn check_params(params: &ParamsAdamW) -> Result<()> {
+    for (what, value) in [("`beta1`", params.beta1), ("`beta2`", params.beta2)] {
+        if !(0. ..1.).contains(&value) {
+            return refuse(what, value.to_string(), "at least 0 and below 1");
+        }
+    }
+    check_rate("`lr`", params.lr)?;
+    check_rate("`eps`", params.eps)?;
+    check_rate("`weight_decay`", params.weight_decay)
+}
+
+fn check_rate(what: &'static str, value: f64) -> Result<()> {
+    match value >= 0. && value.is_finite() {
+        true => Ok(()),
+        false => refuse(what, value.to_string(), "a finite number from 0"),
+    }
+}
+
+fn refuse<T>(what: &'static str, found: String, expected: &str) -> Result<T> {
+    Err(Error::Argument {
+        function: "AdamW",
+        what,
+        found,
+        expected: expected.to_string(),
+    })
 }

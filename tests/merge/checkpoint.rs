@@ -256,3 +256,136 @@ fn a_partial_merge_is_a_choice_and_says_what_it_left_out() -> candle_doft::Resul
     );
     Ok(())
 }
+
+#[test]
+fn an_extra_tensor_that_the_base_lacks_is_added() -> candle_doft::Result<()> {
+    let home = tempfile::tempdir().unwrap();
+    let (from, to) = (home.path().join("model"), home.path().join("merged"));
+    std::fs::create_dir(&from).unwrap();
+    safetensors::save(&base(DType::F32)?, from.join("model.safetensors"))?;
+    let index = from.join("model.safetensors.index.json");
+    std::fs::write(
+        &index,
+        r#"{"weight_map": {"a.weight": "model.safetensors"}}"#,
+    )
+    .unwrap();
+    let adapter = adapter(DoftConfig::default(), 0.5)?;
+    let head = seeded((3, 5), 8).to_dtype(DType::F32)?;
+    adapter.extra("head.weight", &head)?;
+    adapter.extra("norm.weight", &Tensor::ones(12, DType::F32, &CPU)?)?;
+    let at = |s| Merge::new().with_adapter(&adapter, Strength::linear(s));
+    let report = at(1.)?.checkpoint(&from, &to, CheckpointOptions::default())?;
+    assert_eq!(report.added, ["head.weight"]);
+    assert_eq!(report.merged.len(), 3);
+    let merged = load(&to.join("model.safetensors"))?;
+    assert_eq!(bits(&merged["head.weight"]), bits(&head));
+    assert_eq!(merged["norm.weight"].to_vec1::<f32>()?, [1.; 12]);
+    let text = std::fs::read(to.join("model.safetensors.index.json")).unwrap();
+    let json: serde_json::Value = serde_json::from_slice(&text).unwrap();
+    assert_eq!(json["weight_map"]["head.weight"], "model.safetensors");
+    assert_eq!(json["weight_map"]["a.weight"], "model.safetensors");
+    // Of any strength but 0 it is there in full, and that is told.
+    let half = at(0.5)?;
+    half.checkpoint(&from, &to, CheckpointOptions::default())?;
+    let told: Vec<String> = half.warnings().iter().map(ToString::to_string).collect();
+    assert!(
+        told.iter()
+            .any(|t| t.contains("`head.weight`: the base has no such tensor"))
+    );
+    assert!(
+        told.iter()
+            .any(|t| t.starts_with("`norm.weight`: an extra tensor is there in full"))
+    );
+    at(0.)?.checkpoint(&from, &to, CheckpointOptions::default())?;
+    assert!(!load(&to.join("model.safetensors"))?.contains_key("head.weight"));
+    // Through a `VarBuilder`, with its shape checked.
+    let tensors = base(DType::F32)?;
+    let vb = at(1.)?.var_builder(VarBuilder::from_tensors(tensors, DType::F32, &CPU));
+    assert_eq!(bits(&vb.get((3, 5), "head.weight")?), bits(&head));
+    assert!(vb.get((5, 3), "head.weight").is_err());
+    Ok(())
+}
+
+#[test]
+fn an_index_that_is_none_stops_the_merge_and_leaves_no_folder() -> candle_doft::Result<()> {
+    let home = tempfile::tempdir().unwrap();
+    let (from, to) = (home.path().join("model"), home.path().join("new/merged"));
+    std::fs::create_dir(&from).unwrap();
+    safetensors::save(&base(DType::F32)?, from.join("model.safetensors"))?;
+    let adapter = adapter(DoftConfig::default(), 0.5)?;
+    adapter.extra("head.weight", &Tensor::ones((3, 5), DType::F32, &CPU)?)?;
+    let merge = Merge::new().with_adapter(&adapter, Strength::default())?;
+    for text in [r#"{"weight_map": "here"}"#, "{}", "[]", ""] {
+        std::fs::write(from.join("model.safetensors.index.json"), text).unwrap();
+        let error = merge.checkpoint(&from, &to, CheckpointOptions::default());
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("model.safetensors.index.json: "), "{error}");
+        let left = std::fs::read_dir(home.path()).unwrap().count();
+        assert_eq!(left, 1, "{text}: a folder is left");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_weight_goes_to_the_module_that_means_it_best() -> candle_doft::Result<()> {
+    let home = tempfile::tempdir().unwrap();
+    let (from, to) = (home.path().join("base"), home.path().join("merged"));
+    let theta = (seeded((4, 28), 3) * 0.4)?.to_dtype(DType::F32)?;
+    let file = home.path().join("adapter.safetensors");
+    safetensors::save(
+        &HashMap::from([("unet.a.oft_R.weight", theta.clone())]),
+        &file,
+    )?;
+    let weight = base(DType::F32)?["a.weight"].clone();
+    let merge = one(&file, &LoadOptions::default(), Strength::default())?;
+    let tensors = HashMap::from([
+        ("a.weight", weight.clone()),
+        ("unet.a.weight", weight.clone()),
+    ]);
+    safetensors::save(&tensors, &from)?;
+    let report = merge.checkpoint(&from, &to, CheckpointOptions::default())?;
+    assert_eq!(report.merged, ["unet.a.weight"]);
+    assert_eq!(bits(&load(&to)?["a.weight"]), bits(&weight));
+    // Two that it means equally well are for the caller to tell apart.
+    safetensors::save(&HashMap::from([("unet.a.b.oft_R.weight", theta)]), &file)?;
+    let merge = one(&file, &LoadOptions::default(), Strength::default())?;
+    let names = ["unet_a.b.weight", "unet.a_b.weight"];
+    safetensors::save(
+        &HashMap::from(names.map(|name| (name, weight.clone()))),
+        &from,
+    )?;
+    let error = merge.checkpoint(&from, &to, CheckpointOptions::default());
+    let error = error.unwrap_err().to_string();
+    let expected = "`unet.a_b` and `unet_a.b` both mean `unet.a.b`; rename";
+    assert!(error.ends_with(expected), "{error}");
+    Ok(())
+}
+
+#[test]
+fn a_loaded_adapter_that_was_trained_on_is_merged_as_it_is_now() -> candle_doft::Result<()> {
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("adapter.safetensors");
+    adapter(DoftConfig::default(), 0.5)?.save(&file)?;
+    let tensors = base(DType::F32)?;
+    let partial = LoadOptions::default().with_allow_partial(true);
+    let loaded = candle_doft::Adapter::load_with(&file, &CPU, &partial)?;
+    let weight = tensors["a.weight"].clone();
+    let layer = loaded.wrap_linear("a", candle_nn::Linear::new(weight, None))?;
+    let merged = |name: &str| -> candle_doft::Result<Tensor> {
+        let vb = VarBuilder::from_tensors(tensors.clone(), DType::F32, &CPU);
+        Ok(loaded.merged(vb)?.get(tensors[name].dims(), name)?)
+    };
+    let (a, b) = (merged("a.weight")?, merged("b.weight")?);
+    assert!(relative(&layer.effective_weight()?, &a) < 1e-6);
+    for var in loaded.vars()? {
+        var.set(&(var.as_tensor() * 0.5)?)?;
+    }
+    assert!(relative(&a, &layer.effective_weight()?) > 1e-2);
+    assert!(relative(&merged("a.weight")?, &layer.effective_weight()?) < 1e-6);
+    assert_eq!(
+        bits(&merged("b.weight")?),
+        bits(&b),
+        "not built: as in the file"
+    );
+    Ok(())
+}

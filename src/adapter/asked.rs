@@ -1,0 +1,59 @@
+//! [`Asked`]: which parts of an adapter a model has asked for so far.
+
+use super::locked;
+use super::stored::{Stored, StoredLayer};
+use crate::error::Result;
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+
+/// Modules and extra tensors that were asked for, with the rule and the path.
+#[derive(Debug, Default)]
+pub(crate) struct Asked(Mutex<BTreeMap<String, (u8, String)>>);
+
+impl Asked {
+    /// The module that means a path. None where it means one better that was asked for before; an
+    /// error where it means one that was asked for before no better.
+    pub(crate) fn find<'a>(
+        &self,
+        stored: &'a Stored,
+        path: &str,
+    ) -> Result<Option<(&'a str, &'a StoredLayer)>> {
+        let Some((rule, module, layer)) = stored.rank(path)? else {
+            return Ok(None);
+        };
+        match locked(&self.0).get(module) {
+            Some((_, other)) if other == path => Ok(Some((module, layer))),
+            Some((better, _)) if *better < rule => Ok(None),
+            Some((_, other)) => stored.ambiguous([other, path], module, "rename"),
+            None => Ok(Some((module, layer))),
+        }
+    }
+
+    /// Enters the module that means a path.
+    pub(crate) fn insert(&self, stored: &Stored, path: &str) -> Result<()> {
+        if let Some((rule, module, _)) = stored.rank(path)? {
+            locked(&self.0).insert(module.to_string(), (rule, path.to_string()));
+        }
+        Ok(())
+    }
+
+    /// Enters an extra tensor.
+    pub(crate) fn insert_extra(&self, name: &str) {
+        locked(&self.0).insert(name.to_string(), (0, name.to_string()));
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        locked(&self.0).is_empty()
+    }
+
+    pub(crate) fn clear(&self) {
+        locked(&self.0).clear();
+    }
+
+    /// Modules, then extra tensors, that were not asked for.
+    pub(crate) fn unused<'a>(&self, stored: &'a Stored) -> Vec<&'a String> {
+        let asked = locked(&self.0);
+        let all = stored.layers.keys().chain(stored.extras.keys());
+        all.filter(|name| !asked.contains_key(*name)).collect()
+    }
+}
