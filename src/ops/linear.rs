@@ -15,7 +15,7 @@
 //! vendor BLAS; the small ones are `gemm`'s. A half or quantized weight is widened in
 //! [panels](super::Weight::panels) that stay in cache, on the way forward and again on the way back;
 //! half activations are computed in f32 and rounded once. On other devices the
-//! [composed](super::composed) twin runs.
+//! [composed] twin runs.
 
 use super::Weight;
 use super::adapted::{Gradients, Kernel, Stored, apply, bias_values, swamped};

@@ -308,6 +308,13 @@ fn frozen_functions_equal_their_composed_twins() -> Result<()> {
                 twins(&format!("loss, {what}"), &[&logits], fused, twin, tolerance)?;
             }
         }
+    }
+    Ok(())
+}
+
+#[test]
+fn rotary_embedding_equals_its_composed_twin() -> Result<()> {
+    for (dtype, tolerance) in DTYPES {
         for (interleaved, batched) in [(false, false), (true, false), (false, true)] {
             let x = var((2, 3, 5, 8), 1, dtype)?;
             let table = |seed| match batched {
