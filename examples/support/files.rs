@@ -30,12 +30,15 @@ pub fn replace_by(
     write().with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// Makes a folder and all above it.
+/// Makes a folder and all above it, and sees that a file can be written there before the work begins.
 pub fn make_folder(path: &Path) -> Result<()> {
     ensure!(
         !path.is_file(),
         "{} is a file, expected a folder or a new name",
         path.display()
     );
-    std::fs::create_dir_all(path).with_context(|| format!("cannot make {}", path.display()))
+    std::fs::create_dir_all(path).with_context(|| format!("cannot make {}", path.display()))?;
+    let written = tempfile::tempfile_in(path);
+    written.with_context(|| format!("cannot write into {}", path.display()))?;
+    Ok(())
 }

@@ -13,18 +13,17 @@ pub fn status(name: &str) -> Option<u64> {
     Some(kilobytes << 10)
 }
 
-/// The memory in bytes that can still be had, in the whole system and under the limit of a container.
+/// The memory in bytes that can still be had at most: what the system has left, or the limit of a
+/// container, whose page cache would go when asked.
 pub fn available_bytes() -> Option<u64> {
     let system = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = system
         .lines()
         .find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    let number = |name: &str| -> Option<u64> {
+    let limits = ["memory.max", "memory/memory.limit_in_bytes"].map(|name| {
         let text = std::fs::read_to_string(format!("/sys/fs/cgroup/{name}")).ok()?;
-        text.trim().parse().ok()
-    };
-    let limit = number("memory.max").zip(number("memory.current"));
-    let under_limit = limit.map_or(u64::MAX, |(most, taken)| most.saturating_sub(taken));
-    Some((kilobytes << 10).min(under_limit))
+        text.trim().parse::<u64>().ok()
+    });
+    limits.into_iter().flatten().chain([kilobytes << 10]).min()
 }

@@ -151,7 +151,10 @@ pub enum Error {
     },
 
     /// Nothing was adapted.
-    #[error("the adapter has no layers; build the model through it first")]
+    #[error(
+        "the adapter has no layers; build the model through it first, with targets and excludes that \
+         leave some"
+    )]
     NoLayers,
 
     /// Adapter parameters got no gradient, or one that is not finite.

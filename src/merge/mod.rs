@@ -144,7 +144,8 @@ impl Merge {
     /// answers elsewhere. Each weight is computed once per get, at the cost of `b / in` of a product
     /// with itself, and nothing is kept.
     ///
-    /// A base that is not the one an adapter was trained on, by its row norms, is an error of the get.
+    /// A base that is not the one an adapter was trained on, by its row norms, is an error of the get. A
+    /// rotation leaves them as they are: a base that has it already is turned once more, untold.
     pub fn var_builder<'a>(&self, base: VarBuilder<'a>) -> VarBuilder<'a> {
         let (dtype, device) = (base.dtype, base.device().clone());
         let backend = backend::Merged::new(self.clone(), base);

@@ -208,3 +208,19 @@ fn a_peft_folder_without_its_configuration_is_read_with_a_warning() {
     let said = String::from_utf8(ended.stdout).unwrap();
     assert!(said.contains("no adapter_config.json beside it"), "{said}");
 }
+
+/// A folder that is there and takes no files, whoever asks.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_folder_that_cannot_be_written_to_is_told_before_the_work() {
+    let arguments = ["--out", "/proc/self", "--steps", "1000000"];
+    let Some(ended) = run("quickstart", &arguments) else {
+        return;
+    };
+    assert_eq!(ended.status.code(), Some(1));
+    let said = String::from_utf8(ended.stderr).unwrap();
+    assert!(
+        said.starts_with("error: cannot write into /proc/self"),
+        "{said}"
+    );
+}
