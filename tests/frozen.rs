@@ -41,81 +41,30 @@ fn pair(
 }
 
 fn pairs(dtype: DType) -> Result<Vec<Pair>> {
-    let of = move |shape: &[usize], seed| seeded(shape, seed).to_dtype(dtype);
-    let (scale, shift) = (of(&[32], 1)?, of(&[32], 2)?);
-    let (w, c) = (scale.clone(), shift.clone());
-    let layer_norm = candle_nn::LayerNorm::new(w.clone(), c.clone(), EPS);
-    let ours_layer_norm = frozen::LayerNorm::new(w, c, EPS);
-    let rms_norm = candle_nn::RmsNorm::new(scale.clone(), EPS);
-    let ours_rms_norm = frozen::RmsNorm::new(scale, EPS);
-    let (cos, sin) = (of(&[9, 4], 3)?, of(&[9, 4], 4)?);
-    let (cos_i, sin_i) = (cos.clone(), sin.clone());
-    let (cos_o, sin_o) = (cos.clone(), sin.clone());
-    let (cos_oi, sin_oi) = (cos.clone(), sin.clone());
-    let targets = Tensor::new(&[3u32, 0, 31, 7, 7], &CPU)?;
-    let targets_o = targets.clone();
-    let up = of(&[2, 5, 32], 5)?;
-    let up_o = up.clone();
-    use candle_nn::rotary_emb;
-    let mut all = vec![
-        pair(
-            "LayerNorm",
-            &[2, 5, 32],
-            // Its kernels have no f64; the slow functions that it has besides pass gradients.
-            move |x| match x.dtype() {
-                DType::F64 => candle_nn::ops::layer_norm_slow(
-                    x,
-                    layer_norm.weight(),
-                    layer_norm.bias().unwrap(),
-                    EPS as f32,
-                ),
-                _ => layer_norm.forward(x),
-            },
-            move |x| ours_layer_norm.forward(x),
-        ),
-        pair(
-            "RmsNorm",
-            &[2, 5, 32],
-            move |x| match x.dtype() {
-                DType::F64 => candle_nn::ops::rms_norm_slow(x, rms_norm.weight(), EPS as f32),
-                _ => rms_norm.forward(x),
-            },
-            move |x| ours_rms_norm.forward(x),
-        ),
-        pair(
-            "softmax_last_dim",
-            &[2, 5, 32],
-            candle_nn::ops::softmax_last_dim,
-            frozen::softmax_last_dim,
-        ),
-        pair(
-            "rope",
-            &[2, 3, 5, 8],
-            move |x| rotary_emb::rope(x, &cos, &sin),
-            move |x| frozen::rope(x, &cos_o, &sin_o),
-        ),
-        pair(
-            "rope_i",
-            &[2, 3, 5, 8],
-            move |x| rotary_emb::rope_i(x, &cos_i, &sin_i),
-            move |x| frozen::rope_i(x, &cos_oi, &sin_oi),
-        ),
-    ];
-    all[0].whole = dtype == DType::F64;
-    all[1].whole = dtype == DType::F64;
+    let mut all = Vec::from(norms(dtype)?);
+    all.push(pair(
+        "softmax_last_dim",
+        &[2, 5, 32],
+        candle_nn::ops::softmax_last_dim,
+        frozen::softmax_last_dim,
+    ));
+    all.extend(rotary(dtype)?);
     if dtype == DType::F32 {
         let quantized = seeded((16, 32), 6).to_dtype(dtype)?;
         let quantized = Arc::new(QTensor::quantize(&quantized, GgmlDType::Q8_0)?);
         let candle = QMatMul::from_arc(quantized.clone())?;
         let ours = frozen::Linear::quantized(quantized, None)?;
-        let product = pair(
+        all.push(pair(
             "QMatMul",
             &[2, 5, 32],
             move |x| candle.forward(x),
             move |x| ours.forward(x),
-        );
-        all.push(product);
+        ));
     }
+    let targets = Tensor::new(&[3u32, 0, 31, 7, 7], &CPU)?;
+    let targets_o = targets.clone();
+    let up = seeded((2, 5, 32), 5).to_dtype(dtype)?;
+    let up_o = up.clone();
     let loss = pair(
         "cross_entropy",
         &[5, 32],
@@ -133,6 +82,60 @@ fn pairs(dtype: DType) -> Result<Vec<Pair>> {
         ..pair
     }));
     Ok(all)
+}
+
+/// candle's kernels have no f64; the slow functions that it has besides pass gradients.
+fn norms(dtype: DType) -> Result<[Pair; 2]> {
+    let (scale, shift) = (
+        seeded(32, 1).to_dtype(dtype)?,
+        seeded(32, 2).to_dtype(dtype)?,
+    );
+    let slow = dtype == DType::F64;
+    let (w, c) = (scale.clone(), shift.clone());
+    let theirs = candle_nn::LayerNorm::new(scale.clone(), shift.clone(), EPS);
+    let ours = frozen::LayerNorm::new(scale.clone(), shift, EPS);
+    let layer_norm = pair(
+        "LayerNorm",
+        &[2, 5, 32],
+        move |x| match slow {
+            true => candle_nn::ops::layer_norm_slow(x, &w, &c, EPS as f32),
+            false => theirs.forward(x),
+        },
+        move |x| ours.forward(x),
+    );
+    let w = scale.clone();
+    let theirs = candle_nn::RmsNorm::new(scale.clone(), EPS);
+    let ours = frozen::RmsNorm::new(scale, EPS);
+    let rms_norm = pair(
+        "RmsNorm",
+        &[2, 5, 32],
+        move |x| match slow {
+            true => candle_nn::ops::rms_norm_slow(x, &w, EPS as f32),
+            false => theirs.forward(x),
+        },
+        move |x| ours.forward(x),
+    );
+    Ok([layer_norm, rms_norm].map(|pair| Pair {
+        whole: slow,
+        ..pair
+    }))
+}
+
+type Turn = fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>;
+
+fn rotary(dtype: DType) -> Result<[Pair; 2]> {
+    let table = |seed| seeded((9, 4), seed).to_dtype(dtype);
+    let (cos, sin) = (table(3)?, table(4)?);
+    let turned = |turn: Turn| {
+        let (cos, sin) = (cos.clone(), sin.clone());
+        move |x: &Tensor| turn(x, &cos, &sin)
+    };
+    let shape = [2, 3, 5, 8];
+    use candle_nn::rotary_emb::{rope, rope_i};
+    Ok([
+        pair("rope", &shape, turned(rope), turned(frozen::rope)),
+        pair("rope_i", &shape, turned(rope_i), turned(frozen::rope_i)),
+    ])
 }
 
 #[test]

@@ -142,15 +142,13 @@ fn run(flags: &Flags) -> Result<()> {
         max_orthogonality_error: orthogonality,
         seconds,
     };
-    files::replace(
-        &flags.out.join("quickstart.svg"),
-        draw::picture(&outcome)?.as_bytes(),
-    )?;
+    let picture = flags.out.join("quickstart.svg");
+    files::replace(&picture, draw::picture(&outcome)?.as_bytes())?;
     let text = serde_json::to_string_pretty(&report)? + "\n";
     files::replace(&flags.out.join("report.json"), text.as_bytes())?;
 
     say(&summary, &report);
-    println!("see {}", flags.out.join("quickstart.svg").display());
+    println!("see {}", picture.display());
     Ok(())
 }
 

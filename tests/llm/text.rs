@@ -93,7 +93,11 @@ fn text_becomes_sequences_and_unusable_text_an_error() -> Result<()> {
     // Each row holds the token before its target.
     let targets = batch.targets.to_vec1::<u32>()?;
     assert_eq!(picked[1..4], targets[..3]);
+    Ok(())
+}
 
+#[test]
+fn an_order_goes_by_the_number_drawn_and_an_epoch_takes_all() {
     let mut order = Order::new(3, 5);
     let first: Vec<usize> = (0..10).map(|i| order.at(i)).collect();
     let again: Vec<usize> = (0..10).rev().map(|i| order.at(i)).collect();
@@ -102,7 +106,6 @@ fn text_becomes_sequences_and_unusable_text_an_error() -> Result<()> {
     epoch.sort_unstable();
     assert_eq!(epoch, [0, 1, 2, 3, 4]);
     assert_ne!(first[..5], first[5..]);
-    Ok(())
 }
 
 #[test]

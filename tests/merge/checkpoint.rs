@@ -104,10 +104,8 @@ fn what_does_not_fit_stops_before_anything_is_written() -> candle_doft::Result<(
             .to_string()
             .replace(&home.path().display().to_string(), "HOME")
     };
-    let merge = |scale| {
-        Merge::new().with_adapter(&adapter(DoftConfig::default(), scale)?, Strength::default())
-    };
-    let trained = merge(0.5)?;
+    let trained =
+        Merge::new().with_adapter(&adapter(DoftConfig::default(), 0.5)?, Strength::default())?;
     let mut less = base(DType::F32)?;
     less.remove("b.weight");
     assert_eq!(
@@ -151,12 +149,23 @@ fn what_does_not_fit_stops_before_anything_is_written() -> candle_doft::Result<(
     options.allow_changed_base = true;
     trained.checkpoint(&from, &to, options)?;
     assert!(to.exists());
-    std::fs::remove_file(&to).unwrap();
-    // A cut base.
+    Ok(())
+}
+
+#[test]
+fn a_base_that_is_cut_short_is_refused() -> candle_doft::Result<()> {
+    let home = tempfile::tempdir().unwrap();
+    let (from, to) = (
+        home.path().join("base.safetensors"),
+        home.path().join("out"),
+    );
+    let merge =
+        Merge::new().with_adapter(&adapter(DoftConfig::default(), 0.5)?, Strength::default())?;
+    safetensors::save(&base(DType::F32)?, &from)?;
     let bytes = std::fs::read(&from).unwrap();
     for length in [0, 5, 9, 100, bytes.len() - 1] {
         std::fs::write(&from, &bytes[..length]).unwrap();
-        let found = trained
+        let found = merge
             .checkpoint(&from, &to, CheckpointOptions::default())
             .unwrap_err();
         assert!(
