@@ -3,16 +3,12 @@
 use super::support::tensors::CPU;
 use super::support::{assert_close, orthogonal_maps, uneven};
 use super::{entries, tensor};
+use approx::assert_abs_diff_eq;
 use candle_core::{DType, Tensor};
 use candle_doft::rotation::{
     angles, cayley, cayley_neumann, exponential, geodesic, orthogonality_error, rotation, skew,
 };
 use candle_doft::{DoftConfig, Result};
-
-fn near(found: f64, expected: f64) {
-    let off = (found - expected).abs();
-    assert!(off <= 1e-14, "{found}, expected {expected}, off by {off:e}");
-}
 
 #[test]
 fn angles_are_those_put_in() -> Result<()> {
@@ -29,7 +25,7 @@ fn angles_are_those_put_in() -> Result<()> {
     let found = angles(&r)?;
     assert_eq!(found.len(), 1);
     for (found, expected) in found[0].iter().zip([3.1, 0.7, 1e-9]) {
-        near(*found, expected);
+        assert_abs_diff_eq!(*found, expected, epsilon = 1e-14);
     }
     // The identity, a half turn in every plane, equal planes, and the series.
     let eye = Tensor::eye(4, DType::F32, &CPU)?.unsqueeze(0)?;
@@ -37,11 +33,11 @@ fn angles_are_those_put_in() -> Result<()> {
     assert_eq!(angles(&eye.neg()?)?, [[std::f64::consts::PI; 2]]);
     let q = skew(&tensor(&[1., 0., 0., 0., 0., 1.], (1, 6)), 4)?;
     for angle in &angles(&cayley(&q)?)?[0] {
-        near(*angle, std::f64::consts::FRAC_PI_2);
+        assert_abs_diff_eq!(*angle, std::f64::consts::FRAC_PI_2, epsilon = 1e-14);
     }
     let series = cayley_neumann(&skew(&tensor(&[0.5], (1, 1)), 2)?, 5, 1)?;
     let expected = 0.75f64.atan2(0.5625);
-    near(angles(&series)?[0][0], expected);
+    assert_abs_diff_eq!(angles(&series)?[0][0], expected, epsilon = 1e-14);
     assert_eq!(
         angles(&Tensor::ones((3, 1, 1), DType::F64, &CPU)?)?,
         [[0f64; 0]; 3]
