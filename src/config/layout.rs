@@ -71,21 +71,10 @@ impl BlockLayout {
 /// assert_eq!(nearest_divisor(10, 3), 2); // of 2 and 5
 /// ```
 pub fn nearest_divisor(width: usize, asked: usize) -> usize {
-    if asked >= width {
-        return width;
-    }
-    let down = (1..=asked)
-        .rev()
-        .find(|d| width.is_multiple_of(*d))
-        .unwrap_or(1);
-    let up = (asked..=width)
-        .find(|d| width.is_multiple_of(*d))
-        .unwrap_or(width);
-    if asked.abs_diff(down) <= up - asked {
-        down
-    } else {
-        up
-    }
+    let small = (1..=width.isqrt()).filter(|d| width.is_multiple_of(*d));
+    let divisors = small.flat_map(|d| [d, width / d]);
+    let nearest = divisors.min_by_key(|d| (d.abs_diff(asked), *d));
+    nearest.unwrap_or(width)
 }
 
 impl DoftConfig {
