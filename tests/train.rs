@@ -64,6 +64,11 @@ fn groups_have_their_own_rate_and_decay() -> candle_doft::Result<()> {
     let expected = grad.div(&(grad.abs()? + 1e-8)?)?;
     let moved = (&before[1] - all[1].1.as_tensor())?;
     assert!(relative(&moved, &(expected * 1e-2)?) < 5e-14);
+    let error = optimizer.set_group_rate(2, 0.5).unwrap_err().to_string();
+    assert!(
+        error.contains("the group is 2, expected below 2"),
+        "{error}"
+    );
     Ok(())
 }
 

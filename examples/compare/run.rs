@@ -32,7 +32,7 @@ impl Adapted {
         let optimizer = match tuner.adapter() {
             Some(adapter) => {
                 let mut optimizer = AdamW::for_adapter(adapter, params)?;
-                optimizer.set_group_rate(1, job.magnitude_rate);
+                optimizer.set_group_rate(AdamW::MAGNITUDES, job.magnitude_rate)?;
                 optimizer
             }
             None => AdamW::new(vec![Group::new(tuner.named_vars()?)], params)?,

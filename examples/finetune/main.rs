@@ -123,6 +123,9 @@ pub(crate) struct Flags {
     /// Highest learning rate
     #[arg(long, default_value_t = 1e-3, value_parser = positive)]
     pub(crate) lr: f64,
+    /// Rate of the magnitudes of doft, over that of the rotations
+    #[arg(long, default_value_t = 1., value_parser = positive)]
+    pub(crate) magnitude_rate: f64,
     /// Micro-batches of a step
     #[arg(long, default_value_t = 1, value_parser = count())]
     pub(crate) accumulate: usize,
@@ -174,6 +177,9 @@ fn main() -> std::process::ExitCode {
         return support::cli::wrong_arguments(&format!(
             "--stop-after {end} is beyond --steps {steps}, the whole schedule; give more --steps"
         ));
+    }
+    if flags.magnitude_rate != 1. && flags.method != MethodName::Doft {
+        return support::cli::wrong_arguments("--magnitude-rate is for --method doft");
     }
     support::cli::run(|| run::run(&flags))
 }

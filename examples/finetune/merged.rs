@@ -35,8 +35,12 @@ pub(crate) fn write(
     }
     // The weights last: a folder without them is not taken for a model.
     files::replace_by(&folder.join("model.safetensors"), |file| {
+        let permissions = file.as_file().metadata()?.permissions();
         safetensors::serialize_to_file(tensors.iter(), Some(format()), file.path())?;
-        Ok(())
+        // It put a file of its own there, which others may not read and which is not on disk yet.
+        let written = std::fs::File::open(file.path())?;
+        written.set_permissions(permissions)?;
+        Ok(written.sync_all()?)
     })
 }
 

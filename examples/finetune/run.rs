@@ -8,10 +8,10 @@ use crate::support::llm::tokenizer::Text;
 use crate::support::llm::train::{StepOptions, Trainer};
 use crate::support::llm::weights::Weights;
 use crate::support::{files, memory, pages, progress};
-use crate::{Flags, draw, merged};
+use crate::{Flags, MethodName, draw, merged};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::Device;
-use candle_doft::train::{Checkpoint, Schedule};
+use candle_doft::train::{AdamW, Checkpoint, Schedule};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::io::Write;
@@ -99,7 +99,10 @@ impl<'a> Session<'a> {
         device: Device,
     ) -> Result<Self> {
         let targets = targets(flags);
-        let trainer = Trainer::new(&weights, method(flags), flags.seed, &targets, &device)?;
+        let mut trainer = Trainer::new(&weights, method(flags), flags.seed, &targets, &device)?;
+        if let (Some(optimizer), MethodName::Doft) = (&mut trainer.optimizer, flags.method) {
+            optimizer.set_group_rate(AdamW::MAGNITUDES, flags.magnitude_rate)?;
+        }
         check_targets(flags, &trainer.model)?;
         let schedule = Schedule {
             decay: flags.decay.into(),

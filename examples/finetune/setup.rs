@@ -61,6 +61,7 @@ pub(crate) fn identity(flags: &Flags, weights: &Weights, data: &Data) -> Value {
         "batch": flags.batch,
         "seq": flags.seq,
         "lr": flags.lr,
+        "magnitude_rate": flags.magnitude_rate,
         "accumulate": flags.accumulate,
         "decay": flags.decay,
         "warmup": flags.warmup,

@@ -28,7 +28,7 @@ use std::collections::{BTreeMap, HashSet};
 /// let mut optimizer = AdamW::new(groups, params.clone())?;
 ///
 /// let mut optimizer = AdamW::for_adapter(&adapter, params)?;
-/// optimizer.set_group_rate(1, 0.1);
+/// optimizer.set_group_rate(AdamW::MAGNITUDES, 0.1)?;
 /// # Ok::<(), candle_doft::Error>(())
 /// ```
 #[derive(Clone, Debug)]
@@ -96,6 +96,15 @@ pub struct AdamW {
 }
 
 impl AdamW {
+    /// The group of all rotations in [`AdamW::for_adapter`].
+    pub const ROTATIONS: usize = 0;
+
+    /// The group of all magnitudes in [`AdamW::for_adapter`].
+    pub const MAGNITUDES: usize = 1;
+
+    /// The group of the extra tensors in [`AdamW::for_adapter`].
+    pub const EXTRAS: usize = 2;
+
     /// An optimizer of the given groups.
     ///
     /// # Errors
@@ -135,8 +144,8 @@ impl AdamW {
         })
     }
 
-    /// An optimizer of everything that an adapter trains: rotations, magnitudes, extra tensors, a
-    /// group each in this order, for [`AdamW::set_group_rate`].
+    /// An optimizer of everything that an adapter trains, in the groups [`AdamW::ROTATIONS`],
+    /// [`AdamW::MAGNITUDES`] and [`AdamW::EXTRAS`].
     ///
     /// # Errors
     ///
@@ -184,11 +193,24 @@ impl AdamW {
         self.params.lr = rate;
     }
 
-    /// Sets the factor of a group. Nothing happens when there is no such group.
-    pub fn set_group_rate(&mut self, group: usize, factor: f64) {
-        if let Some(group) = self.groups.get_mut(group) {
-            group.rate = factor;
-        }
+    /// Sets the factor of a group, by its place; [`AdamW::step`] refuses one that is negative or not
+    /// finite.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Argument`] when there is no such group.
+    pub fn set_group_rate(&mut self, group: usize, factor: f64) -> Result<()> {
+        let groups = self.groups.len();
+        let Some(group) = self.groups.get_mut(group) else {
+            return Err(Error::argument(
+                "AdamW::set_group_rate",
+                "the group",
+                group.to_string(),
+                format!("below {groups}, the number of groups"),
+            ));
+        };
+        group.rate = factor;
+        Ok(())
     }
 
     /// The variables with their names, group by group.

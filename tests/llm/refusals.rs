@@ -111,6 +111,8 @@ fn flags_that_fit_neither_model_nor_run() -> Result<()> {
     refuse(&["--seq", "4096"], 1, &["--seq 4096", "128", "smaller"]);
     let beyond = ["--stop-after 7", "--steps 6"];
     refuse(&["--stop-after", "7"], 2, &beyond);
+    let magnitudes = ["--method", "lora", "--magnitude-rate", "0.1"];
+    refuse(&magnitudes, 2, &["--magnitude-rate is for --method doft"]);
     for method in ["doft", "lora", "dora"] {
         let flags = ["--method", method, "--targets", "q_proj", "w_proj"];
         refuse(&flags, 1, &["w_proj", "q_proj"]);

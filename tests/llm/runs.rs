@@ -97,6 +97,41 @@ fn a_merged_model_and_an_unmerged_one_answer_alike() -> Result<()> {
         &logits(&Model::new(&base, &tuner, &CPU)?, &ids()?)?,
     );
     assert!(off < 1e-5, "merged is {off:e} away");
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        let mode = |name: &str| -> Result<u32> {
+            Ok(std::fs::metadata(home.path("merged").join(name))?
+                .permissions()
+                .mode())
+        };
+        assert_eq!(mode("model.safetensors")?, mode("config.json")?);
+    }
+    Ok(())
+}
+
+#[test]
+fn magnitudes_train_at_a_rate_of_their_own() -> Result<()> {
+    let Some(home) = Home::new()? else {
+        return Ok(());
+    };
+    // By the largest change of a magnitude of the run; the gradient's sign rules the first steps.
+    let moved = |out: &str, rate: &str| -> Result<f64> {
+        home.finetune(&["--out", &home.at(out), "--magnitude-rate", rate]);
+        let adapter = home.path(out).join("adapter.safetensors");
+        let all = candle_core::safetensors::load(adapter, &CPU)?;
+        let mut most = 0f64;
+        for (_, values) in all
+            .iter()
+            .filter(|(name, _)| name.ends_with("dora_log_multiplier"))
+        {
+            most = most.max(f64::from(values.abs()?.max_all()?.to_scalar::<f32>()?));
+        }
+        Ok(most)
+    };
+    let (one, tenth) = (moved("one", "1")?, moved("tenth", "0.1")?);
+    let ratio = tenth / one;
+    assert!((0.05..0.2).contains(&ratio), "{tenth:e} of {one:e}");
     Ok(())
 }
 

@@ -46,9 +46,10 @@ impl Trainer {
             weight_decay: 0.,
             ..Default::default()
         };
-        let optimizer = match nothing {
-            true => None,
-            false => Some(AdamW::new(vec![Group::new(tuner.named_vars()?)], params)?),
+        let optimizer = match (nothing, tuner.adapter()) {
+            (true, _) => None,
+            (false, Some(adapter)) => Some(AdamW::for_adapter(adapter, params)?),
+            (false, None) => Some(AdamW::new(vec![Group::new(tuner.named_vars()?)], params)?),
         };
         Ok(Self {
             tuner,
