@@ -57,7 +57,7 @@ pub(super) fn read(found: &Found, options: &LoadOptions) -> Result<Stored> {
 
 fn grouped(found: &Found, options: &LoadOptions, warnings: &mut Vec<Warning>) -> Result<Groups> {
     let (tensors, file) = (&found.tensors, found.tensors.file());
-    let third_party = found.has("scaled_oft_metadata") || found.has("oft_block_size_metadata");
+    let third_party = found.any(|_, role| role.ends_with("_metadata"));
     let mut groups = Groups::new();
     let (mut unknown, mut side) = (Vec::new(), 0);
     for key in tensors.names() {
