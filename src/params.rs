@@ -29,7 +29,7 @@ pub mod names {
     pub fn rotation(kind: LayerKind) -> &'static str {
         match kind {
             LayerKind::Embedding => EMBEDDING_ROTATION,
-            _ => ROTATION,
+            LayerKind::Linear | LayerKind::Conv1d | LayerKind::Conv2d => ROTATION,
         }
     }
 
