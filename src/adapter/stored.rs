@@ -4,7 +4,7 @@ use super::matching::{component, rule};
 use crate::config::{BlockLayout, DoftConfig, LayerKind, Magnitude, Map};
 use crate::error::{Error, Result, nearest, shown};
 use crate::params::{self, names};
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
@@ -123,7 +123,11 @@ impl StoredLayer {
         let Some(stored) = &self.norms else {
             return Ok(false);
         };
-        let wide = |t: &Tensor| t.to_dtype(DType::F64)?.to_vec1::<f64>();
+        // On the host, for Metal has no f64.
+        let wide = |t: &Tensor| {
+            let host = t.to_device(&Device::Cpu)?;
+            host.to_dtype(DType::F64)?.to_vec1::<f64>()
+        };
         let (stored, found) = (wide(stored)?, wide(norms)?);
         Ok(stored
             .iter()

@@ -7,7 +7,7 @@ use crate::adapter::{
 use crate::config::LayerKind;
 use crate::error::{Error, Result, shown};
 use crate::rotation;
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeSet;
 use std::sync::Mutex;
 
@@ -175,11 +175,9 @@ impl Part {
             let (from, to) = (weight.to_dtype(wide)?, merged.to_dtype(wide)?);
             merged = (&from + ((to - &from)? * s)?)?.to_dtype(weight.dtype())?;
         }
-        let sum = merged
-            .abs()?
-            .to_dtype(DType::F64)?
-            .sum_all()?
-            .to_scalar::<f64>()?;
+        // On the host, for Metal has no f64.
+        let sizes = merged.to_device(&Device::Cpu)?.abs()?;
+        let sum: f64 = sizes.to_dtype(DType::F64)?.sum_all()?.to_scalar()?;
         match sum.is_finite() {
             true => Ok(merged),
             false => self.refuse(&format!("the merged `{path}` is not finite")),
