@@ -235,7 +235,7 @@ impl DoftConfig {
     pub(crate) fn magnitude_of(&self, kind: LayerKind) -> Magnitude {
         match kind {
             LayerKind::Embedding => self.embedding_magnitude,
-            _ => self.magnitude,
+            LayerKind::Linear | LayerKind::Conv1d | LayerKind::Conv2d => self.magnitude,
         }
     }
 

@@ -225,7 +225,7 @@ fn layer(group: &Group, settings: &DoftConfig, entry: LayerEntry) -> Result<Stor
         _ => return group.refuse(format!("expected one rotation, `{rotation}` or `{other}`")),
     };
     if let Some(kind) = entry.kind
-        && (kind == LayerKind::Embedding) != embedding
+        && names::rotation(kind) != rotation
     {
         return group.refuse(format!(
             "`{rotation}` is not the rotation of a {kind:?} layer"
