@@ -124,6 +124,20 @@ impl Source {
         warnings
     }
 
+    /// What a file of the layers that were built so far leaves out.
+    fn left_out(&self) -> Option<Warning> {
+        let unused = self.asked.unused(&self.stored);
+        let (first, more) = unused.split_first()?;
+        let more = match more.len() {
+            0 => String::new(),
+            count => format!(", as {count} more"),
+        };
+        Some(Warning {
+            subject: shown(first),
+            message: format!("left out, for it matches no layer or tensor of the model{more}"),
+        })
+    }
+
     /// Refuses a model that left a part of the file unused.
     pub(super) fn check_used<'a>(&self, paths: impl Iterator<Item = &'a str>) -> Result<()> {
         let unused = self.asked.unused(&self.stored);
@@ -148,13 +162,15 @@ impl Adapter {
         Ok(Self::with_source(config, device, Some(source)))
     }
 
-    /// Everything that a file has to hold.
+    /// Everything that a file has to hold, and a warning where that is less than the file that it was
+    /// loaded from has.
     pub(crate) fn to_stored(&self, file: PathBuf) -> Result<Stored> {
         self.check_complete()?;
         let mut layers = BTreeMap::new();
         for layer in self.inner.adapted() {
             layers.insert(layer.path().to_string(), stored_layer(&layer)?);
         }
+        let source = self.inner.source.as_ref();
         let cpu = |var: &Var| var.as_tensor().detach().to_device(&Device::Cpu);
         let mut extras = BTreeMap::new();
         for (name, var) in self.inner.extras().iter() {
@@ -165,7 +181,7 @@ impl Adapter {
             config: self.inner.config.clone(),
             layers,
             extras,
-            warnings: Vec::new(),
+            warnings: source.and_then(Source::left_out).into_iter().collect(),
             allow_partial: false,
         })
     }
