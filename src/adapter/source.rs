@@ -6,7 +6,7 @@ use super::fingerprint::{differs, fingerprint};
 use super::stored::{NORMS_DIFFER, Stored, StoredLayer, Warning};
 use super::{Adapter, locked};
 use crate::config::{DoftConfig, LayerKind, Magnitude};
-use crate::error::{Error, Result, shown};
+use crate::error::{Error, Result};
 use crate::frozen::Base;
 use crate::layer::Adaptation;
 use crate::params::row_norms_of;
@@ -59,10 +59,7 @@ impl Source {
 
     fn compare_base(&self, path: &str, layer: &StoredLayer, norms: &Tensor) -> Result<()> {
         let warn = |message: &str| {
-            locked(&self.warnings).push(Warning {
-                subject: path.to_string(),
-                message: message.into(),
-            });
+            locked(&self.warnings).push(Warning::new(path, message));
         };
         if let (Some(stored), Some(found)) = (layer.base, fingerprint(norms)?)
             && differs(&stored, &found)
@@ -113,13 +110,8 @@ impl Source {
         warnings.extend(locked(&self.warnings).iter().cloned());
         let unused = self.asked.unused(&self.stored);
         if let (true, Some(first)) = (self.stored.allow_partial, unused.first()) {
-            warnings.push(Warning {
-                subject: shown(first),
-                message: format!(
-                    "{} modules match no layer so far, this one first",
-                    unused.len()
-                ),
-            });
+            let message = "modules match no layer so far, this one first";
+            warnings.push(Warning::new(first, format!("{} {message}", unused.len())));
         }
         warnings
     }
@@ -132,10 +124,8 @@ impl Source {
             0 => String::new(),
             count => format!(", as {count} more"),
         };
-        Some(Warning {
-            subject: shown(first),
-            message: format!("left out, for it matches no layer or tensor of the model{more}"),
-        })
+        let message = format!("left out, for it matches no layer or tensor of the model{more}");
+        Some(Warning::new(first, message))
     }
 
     /// Refuses a model that left a part of the file unused.

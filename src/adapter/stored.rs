@@ -18,6 +18,15 @@ pub struct Warning {
     pub message: String,
 }
 
+impl Warning {
+    pub(crate) fn new(subject: &str, message: impl Into<String>) -> Self {
+        Self {
+            subject: shown(subject),
+            message: message.into(),
+        }
+    }
+}
+
 impl std::fmt::Display for Warning {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "`{}`: {}", self.subject, self.message)
@@ -64,6 +73,11 @@ impl StoredLayer {
         })
     }
 
+    /// Stored blocks; 1 may be one that is shared.
+    pub(crate) fn rows(&self) -> usize {
+        self.packed.dims()[0]
+    }
+
     /// Whether its blocks are of a size that rotates.
     pub(super) fn rotates(&self) -> bool {
         self.block_size > 1
@@ -77,7 +91,7 @@ impl StoredLayer {
                 true => self.block_size,
                 false => DoftConfig::default().block_size,
             },
-            block_share: self.packed.dims()[0] == 1 && width > self.block_size,
+            block_share: self.rows() == 1 && width > self.block_size,
             map: self.map,
             scaled: self.scaled,
             max_norm: self.max_norm,
@@ -160,7 +174,7 @@ impl StoredLayer {
             return fail(name, found, format!("{weight:?} of `{path}.weight`"));
         }
         let width: usize = weight.iter().skip(1).product();
-        let (rows, b) = (self.packed.dims()[0], self.block_size);
+        let (rows, b) = (self.rows(), self.block_size);
         if b > width || !width.is_multiple_of(b) || (rows != 1 && rows != width / b) {
             let found = format!("{rows} rows of block size {b}");
             let blocks = width as f64 / b as f64;

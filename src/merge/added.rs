@@ -3,7 +3,7 @@
 
 use super::Merge;
 use super::header::Source;
-use crate::error::{Error, Result, shown};
+use crate::error::{Error, Result};
 use candle_core::Tensor;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -37,7 +37,7 @@ impl Added {
         for part in merge.parts.iter().filter(|part| part.strength.value != 0.) {
             for name in part.stored.extras.keys() {
                 if let (None, Some(first)) = (holder(name), sources.first()) {
-                    part.warn(&shown(name), "the base has no such tensor; it was added");
+                    part.warn(name, "the base has no such tensor; it was added");
                     files.insert(name.clone(), first.file_name());
                 }
             }

@@ -5,7 +5,7 @@ use crate::adapter::{
     Asked, NORMS_DIFFER, Stored, StoredLayer, Warning, differs, fingerprint, locked,
 };
 use crate::config::LayerKind;
-use crate::error::{Error, Result, shown};
+use crate::error::{Error, Result};
 use crate::rotation;
 use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeSet;
@@ -37,10 +37,7 @@ impl Part {
     }
 
     pub(super) fn warn(&self, path: &str, message: &str) {
-        locked(&self.met).insert(Warning {
-            subject: path.to_string(),
-            message: message.into(),
-        });
+        locked(&self.met).insert(Warning::new(path, message));
     }
 
     /// What is worth knowing about its file, its weights, and what went unused.
@@ -49,10 +46,8 @@ impl Part {
         warnings.extend(locked(&self.met).iter().cloned());
         if self.stored.allow_partial && !self.asked.is_empty() {
             let unused = self.asked.unused(&self.stored).into_iter();
-            warnings.extend(unused.map(|name| Warning {
-                subject: shown(name),
-                message: "it matches no weight and was not merged".into(),
-            }));
+            let message = "it matches no weight and was not merged";
+            warnings.extend(unused.map(|name| Warning::new(name, message)));
         }
         warnings
     }
