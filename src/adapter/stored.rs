@@ -173,6 +173,12 @@ impl StoredLayer {
             let found = format!("a base weight {shape:?} on record");
             return fail(name, found, format!("{weight:?} of `{path}.weight`"));
         }
+        if let Some(kind) = self.kind
+            && kind.rank() != weight.len()
+        {
+            let found = format!("the kind {kind:?} on record");
+            return fail(name, found, format!("{weight:?} of `{path}.weight`"));
+        }
         let width: usize = weight.iter().skip(1).product();
         let (rows, b) = (self.rows(), self.block_size);
         if b > width || !width.is_multiple_of(b) || (rows != 1 && rows != width / b) {

@@ -53,6 +53,10 @@ struct Plan {
 
 impl Plan {
     fn new(stored: &Stored, drop_magnitude: bool, warnings: &mut Vec<Warning>) -> Result<Self> {
+        if stored.layers.is_empty() {
+            let reason = "it has no adapted layer, without which there is no PEFT folder";
+            return refused(&stored.file, reason);
+        }
         let mut map = None;
         for (path, layer) in &stored.layers {
             let refuse = |reason: &str| {
