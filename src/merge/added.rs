@@ -92,8 +92,8 @@ impl Added {
     }
 
     /// The new text of a file beside the checkpoint that has to know: its configuration, or the index
-    /// of its shards.
-    pub(super) fn edited(&self, path: &Path) -> Result<Option<Vec<u8>>> {
+    /// of its shards. `size` are the bytes of all tensors.
+    pub(super) fn edited(&self, path: &Path, size: u64) -> Result<Option<Vec<u8>>> {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let index = name.ends_with(".safetensors.index.json");
         let concerned = index && !self.files.is_empty() || self.untied && name == "config.json";
@@ -110,6 +110,9 @@ impl Added {
                     .iter()
                     .map(|(name, file)| (name.clone(), json!(file))),
             );
+            if let Some(total) = json.pointer_mut("/metadata/total_size") {
+                *total = json!(size);
+            }
         } else {
             json["tie_word_embeddings"] = json!(false);
         }
