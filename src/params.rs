@@ -254,12 +254,7 @@ fn absolute(norms: &Tensor, vb: &VarBuilder) -> Result<Tensor> {
 /// ```
 pub fn row_norms(weight: &Tensor) -> Result<Tensor> {
     let refuse = |what, found: String, expected: &str| {
-        Err(Error::Argument {
-            function: "row_norms",
-            what,
-            found,
-            expected: expected.to_string(),
-        })
+        Err(Error::argument("row_norms", what, found, expected))
     };
     if weight.rank() < 2 || weight.elem_count() == 0 {
         let found = format!("{:?}", weight.dims());

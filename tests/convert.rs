@@ -3,6 +3,7 @@
 mod support;
 
 use candle_core::{DType, Result, Tensor};
+use candle_doft::Adapter;
 use candle_doft::file::{Dialect, LoadOptions, Target, convert};
 use candle_doft::merge::{CheckpointOptions, Merge, Strength, inspect, weight_shapes};
 use std::collections::{BTreeMap, HashMap};
@@ -154,6 +155,41 @@ fn what_peft_cannot_hold_is_refused_and_said() -> Result<()> {
             .iter()
             .any(|w| w.message == "its magnitude was dropped")
     );
+    Ok(())
+}
+
+#[test]
+fn a_layer_of_another_kind_than_its_weight_is_refused() -> candle_doft::Result<()> {
+    let home = tempfile::tempdir().unwrap();
+    let (doft, again) = (home.path().join("a"), home.path().join("b"));
+    let folder = golden("peft/conv3x3");
+    let options = LoadOptions::default();
+    // Nothing tells that it is a kernel, so it becomes a linear layer.
+    let none = BTreeMap::new();
+    let warnings = convert(&folder, &doft, Target::Doft, &options, &none)?;
+    assert!(warnings.iter().any(|w| w.message.starts_with("taken as")));
+    let shapes = weight_shapes(folder.join("base.safetensors"))?;
+    let error = convert(&doft, &again, Target::Doft, &options, &shapes).unwrap_err();
+    let text = error.to_string();
+    assert!(text.contains("has the kind Linear on record"), "{text}");
+    assert!(!again.exists());
+    Ok(())
+}
+
+#[test]
+fn extra_tensors_alone_make_no_peft_folder() -> candle_doft::Result<()> {
+    let home = tempfile::tempdir().unwrap();
+    let (file, out) = (home.path().join("a"), home.path().join("peft"));
+    let adapter = Adapter::new(Default::default(), &CPU)?;
+    adapter.extra("head.weight", &Tensor::ones((2, 2), DType::F32, &CPU)?)?;
+    adapter.save(&file)?;
+    let options = LoadOptions::default();
+    let error = convert(&file, &out, PEFT, &options, &BTreeMap::new()).unwrap_err();
+    assert!(
+        error.to_string().contains("has no adapted layer"),
+        "{error}"
+    );
+    assert!(!out.exists());
     Ok(())
 }
 

@@ -489,3 +489,24 @@ fn a_file_without_its_metadata_reads_by_its_markers() -> Result<()> {
     assert_eq!(bits(&model.head), bits(&loaded.head));
     Ok(())
 }
+
+/// Readers of OneTrainer's keys tell the map by its marker alone.
+#[test]
+fn a_map_is_told_by_its_marker_where_the_metadata_is_gone() -> Result<()> {
+    for map in MAPS {
+        let folder = Folder::new();
+        let adapter = Adapter::new(config().with_map(map), &CPU)?;
+        let layer = adapter.wrap_linear("q", base(48, 64, DType::F32))?;
+        disturb_all(adapter.vars()?, 0.3)?;
+        adapter.save(folder.file())?;
+        let tensors = candle_core::safetensors::load(folder.file(), &CPU)?;
+        candle_core::safetensors::save(&tensors, folder.file())?;
+        let loaded = Adapter::load(folder.file(), &CPU)?;
+        let again = loaded.wrap_linear("q", base(48, 64, DType::F32))?;
+        assert!(
+            bits(&again.effective_weight()?) == bits(&layer.effective_weight()?),
+            "{map}"
+        );
+    }
+    Ok(())
+}

@@ -2,7 +2,8 @@
 
 mod support;
 
-use candle_core::DType;
+use candle_core::{DType, Tensor};
+use candle_doft::file::LoadOptions;
 use candle_doft::{Adapter, DoftConfig, DoftLinear, Error, Result};
 use std::path::PathBuf;
 use support::tensors::{CPU, bits, linear, seeded};
@@ -69,5 +70,48 @@ fn a_module_means_one_layer_of_the_model() -> Result<()> {
     let error = wrap(&adapter, "text_encoder.q").unwrap_err().to_string();
     let expected = "`q` and `text_encoder.q` both mean `text_encoder.q`; rename";
     assert!(error.ends_with(expected), "{error}");
+    Ok(())
+}
+
+/// Also where other tools would mean something by it.
+#[test]
+fn an_extra_tensor_may_have_any_name() -> Result<()> {
+    let (_home, file) = place();
+    let names = ["head.oft_r", "head.oft_blocks", "head.dora_scale"];
+    let (adapter, _) = wrapped(Adapter::new(config(), &CPU)?, "q")?;
+    let value = Tensor::ones((2, 3), DType::F32, &CPU)?;
+    for name in names {
+        adapter.extra(name, &value)?;
+    }
+    adapter.save(&file)?;
+    let (loaded, _) = wrapped(Adapter::load(&file, &CPU)?, "q")?;
+    for name in names {
+        let found = loaded.extra(name, &value.zeros_like()?)?;
+        assert_eq!(bits(&found), bits(&value), "{name}");
+    }
+    loaded.check_complete()
+}
+
+/// A file of which a model uses a part is saved as that part, and says so.
+#[test]
+fn what_a_model_left_of_a_file_is_not_saved_in_silence() -> Result<()> {
+    let (home, file) = place();
+    let (adapter, _) = wrapped(Adapter::new(config(), &CPU)?, "q")?;
+    for path in ["k", "v"] {
+        wrapped(adapter.clone(), path)?;
+    }
+    adapter.save(&file)?;
+    let partial = LoadOptions::default().with_allow_partial(true);
+    let (adapter, _) = wrapped(Adapter::load_with(&file, &CPU, &partial)?, "q")?;
+    let part = home.path().join("part.safetensors");
+    let warnings = adapter.save(&part)?;
+    assert_eq!(warnings.len(), 1);
+    assert_eq!(
+        warnings[0].to_string(),
+        "`k`: left out, for it matches no layer or tensor of the model, as 1 more"
+    );
+    let (again, _) = wrapped(Adapter::load(&part, &CPU)?, "q")?;
+    again.check_complete()?;
+    assert!(again.save(&part)?.is_empty());
     Ok(())
 }

@@ -2,12 +2,14 @@
 
 use crate::error::Result;
 use crate::rng::SplitMix64;
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 /// The first number is `N = sqrt(sum n0²)`, the others four sums of `n0` under the signs of a hash.
 /// None where all norms are zero.
 pub(crate) fn fingerprint(norms: &Tensor) -> Result<Option<[f64; 5]>> {
-    let norms: Vec<f64> = norms.to_dtype(DType::F64)?.to_vec1()?;
+    // On the host, for Metal has no f64.
+    let norms = norms.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
+    let norms: Vec<f64> = norms.to_vec1()?;
     let mut rng = SplitMix64::new(0);
     let mut sums = [0f64; 5];
     for n in &norms {
@@ -31,7 +33,6 @@ pub(crate) fn differs(a: &[f64; 5], b: &[f64; 5]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::Device;
 
     #[test]
     fn the_fingerprint_is_that_of_the_format() -> Result<()> {

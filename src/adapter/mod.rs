@@ -26,6 +26,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 /// All adapted layers of one fine-tune.
@@ -70,6 +71,8 @@ struct Inner {
     varmap: VarMap,
     layers: Mutex<BTreeMap<String, Entry>>,
     extras: Mutex<BTreeMap<String, Var>>,
+    /// Whether the model was complete once. Layers are added and never go, so it stays that.
+    complete: AtomicBool,
     /// The file that layers take their parameters from, of a loaded adapter.
     source: Option<source::Source>,
 }
@@ -111,6 +114,7 @@ impl Adapter {
                 varmap: VarMap::new(),
                 layers: Mutex::default(),
                 extras: Mutex::default(),
+                complete: AtomicBool::new(false),
                 source,
             }),
         }
@@ -179,6 +183,10 @@ impl Adapter {
     ///
     /// [`Error::NoLayers`]; [`Error::NoMatch`] or [`Error::FileUnused`] with the nearest names.
     pub fn check_complete(&self) -> Result<()> {
+        // Patterns are matched with every path, too much for each token of a sample.
+        if self.inner.complete.load(Ordering::Relaxed) {
+            return Ok(());
+        }
         let layers = self.inner.layers();
         let paths = layers.keys().map(String::as_str);
         if layers.is_empty() && self.inner.extras().is_empty() {
@@ -192,6 +200,7 @@ impl Adapter {
         if !adapted && self.inner.extras().is_empty() {
             return Err(Error::NoLayers);
         }
+        self.inner.complete.store(true, Ordering::Relaxed);
         Ok(())
     }
 

@@ -6,7 +6,7 @@ use super::fingerprint::{differs, fingerprint};
 use super::stored::{NORMS_DIFFER, Stored, StoredLayer, Warning};
 use super::{Adapter, locked};
 use crate::config::{DoftConfig, LayerKind, Magnitude};
-use crate::error::{Error, Result, shown};
+use crate::error::{Error, Result};
 use crate::frozen::Base;
 use crate::layer::Adaptation;
 use crate::params::row_norms_of;
@@ -59,10 +59,7 @@ impl Source {
 
     fn compare_base(&self, path: &str, layer: &StoredLayer, norms: &Tensor) -> Result<()> {
         let warn = |message: &str| {
-            locked(&self.warnings).push(Warning {
-                subject: path.to_string(),
-                message: message.into(),
-            });
+            locked(&self.warnings).push(Warning::new(path, message));
         };
         if let (Some(stored), Some(found)) = (layer.base, fingerprint(norms)?)
             && differs(&stored, &found)
@@ -113,15 +110,22 @@ impl Source {
         warnings.extend(locked(&self.warnings).iter().cloned());
         let unused = self.asked.unused(&self.stored);
         if let (true, Some(first)) = (self.stored.allow_partial, unused.first()) {
-            warnings.push(Warning {
-                subject: shown(first),
-                message: format!(
-                    "{} modules match no layer so far, this one first",
-                    unused.len()
-                ),
-            });
+            let message = "modules match no layer so far, this one first";
+            warnings.push(Warning::new(first, format!("{} {message}", unused.len())));
         }
         warnings
+    }
+
+    /// What a file of the layers that were built so far leaves out.
+    fn left_out(&self) -> Option<Warning> {
+        let unused = self.asked.unused(&self.stored);
+        let (first, more) = unused.split_first()?;
+        let more = match more.len() {
+            0 => String::new(),
+            count => format!(", as {count} more"),
+        };
+        let message = format!("left out, for it matches no layer or tensor of the model{more}");
+        Some(Warning::new(first, message))
     }
 
     /// Refuses a model that left a part of the file unused.
@@ -148,13 +152,15 @@ impl Adapter {
         Ok(Self::with_source(config, device, Some(source)))
     }
 
-    /// Everything that a file has to hold.
+    /// Everything that a file has to hold, and a warning where that is less than the file that it was
+    /// loaded from has.
     pub(crate) fn to_stored(&self, file: PathBuf) -> Result<Stored> {
         self.check_complete()?;
         let mut layers = BTreeMap::new();
         for layer in self.inner.adapted() {
             layers.insert(layer.path().to_string(), stored_layer(&layer)?);
         }
+        let source = self.inner.source.as_ref();
         let cpu = |var: &Var| var.as_tensor().detach().to_device(&Device::Cpu);
         let mut extras = BTreeMap::new();
         for (name, var) in self.inner.extras().iter() {
@@ -165,7 +171,7 @@ impl Adapter {
             config: self.inner.config.clone(),
             layers,
             extras,
-            warnings: Vec::new(),
+            warnings: source.and_then(Source::left_out).into_iter().collect(),
             allow_partial: false,
         })
     }

@@ -4,7 +4,7 @@ use super::matching::{component, rule};
 use crate::config::{BlockLayout, DoftConfig, LayerKind, Magnitude, Map};
 use crate::error::{Error, Result, nearest, shown};
 use crate::params::{self, names};
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
@@ -16,6 +16,15 @@ pub struct Warning {
     pub subject: String,
     /// What there is to know.
     pub message: String,
+}
+
+impl Warning {
+    pub(crate) fn new(subject: &str, message: impl Into<String>) -> Self {
+        Self {
+            subject: shown(subject),
+            message: message.into(),
+        }
+    }
 }
 
 impl std::fmt::Display for Warning {
@@ -64,6 +73,11 @@ impl StoredLayer {
         })
     }
 
+    /// Stored blocks; 1 may be one that is shared.
+    pub(crate) fn rows(&self) -> usize {
+        self.packed.dims()[0]
+    }
+
     /// Whether its blocks are of a size that rotates.
     pub(super) fn rotates(&self) -> bool {
         self.block_size > 1
@@ -77,7 +91,7 @@ impl StoredLayer {
                 true => self.block_size,
                 false => DoftConfig::default().block_size,
             },
-            block_share: self.packed.dims()[0] == 1 && width > self.block_size,
+            block_share: self.rows() == 1 && width > self.block_size,
             map: self.map,
             scaled: self.scaled,
             max_norm: self.max_norm,
@@ -123,7 +137,11 @@ impl StoredLayer {
         let Some(stored) = &self.norms else {
             return Ok(false);
         };
-        let wide = |t: &Tensor| t.to_dtype(DType::F64)?.to_vec1::<f64>();
+        // On the host, for Metal has no f64.
+        let wide = |t: &Tensor| {
+            let host = t.to_device(&Device::Cpu)?;
+            host.to_dtype(DType::F64)?.to_vec1::<f64>()
+        };
         let (stored, found) = (wide(stored)?, wide(norms)?);
         Ok(stored
             .iter()
@@ -155,8 +173,14 @@ impl StoredLayer {
             let found = format!("a base weight {shape:?} on record");
             return fail(name, found, format!("{weight:?} of `{path}.weight`"));
         }
+        if let Some(kind) = self.kind
+            && kind.rank() != weight.len()
+        {
+            let found = format!("the kind {kind:?} on record");
+            return fail(name, found, format!("{weight:?} of `{path}.weight`"));
+        }
         let width: usize = weight.iter().skip(1).product();
-        let (rows, b) = (self.packed.dims()[0], self.block_size);
+        let (rows, b) = (self.rows(), self.block_size);
         if b > width || !width.is_multiple_of(b) || (rows != 1 && rows != width / b) {
             let found = format!("{rows} rows of block size {b}");
             let blocks = width as f64 / b as f64;

@@ -100,12 +100,8 @@ impl DoftConfig {
     pub fn layout(&self, path: &str, width: usize) -> Result<BlockLayout> {
         self.validate()?;
         if width == 0 {
-            return Err(Error::Shape {
-                layer: path.to_string(),
-                what: "the weight",
-                found: vec![0],
-                expected: "an input width of at least 1".to_string(),
-            });
+            let expected = "an input width of at least 1";
+            return Err(Error::shape(path, "the weight", &[0], expected));
         }
         let asked = self.block_size;
         let block_size = nearest_divisor(width, asked);

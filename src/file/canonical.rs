@@ -2,7 +2,7 @@
 
 use super::group::Group;
 use super::keys::{self, EXTRA, Groups, unknown_keys};
-use super::layer::{idle, warning};
+use super::layer::idle;
 use super::metadata::{self, LayerEntry};
 use super::options::LoadOptions;
 use super::read::Found;
@@ -85,7 +85,7 @@ fn settled(stored: &Stored, warnings: &mut Vec<Warning>) -> Result<Stored> {
             None => {
                 layer.kind = Some(LayerKind::Linear);
                 let message = "taken as a linear layer; give the base if it is a convolution";
-                warnings.push(warning(path, message));
+                warnings.push(Warning::new(path, message));
             }
         }
         layer.kernel_factor = -1.;
@@ -109,7 +109,7 @@ fn layer_tensors(
     if matches!(layer.map, Map::CayleyNeumann { .. }) && layer.map != Map::SERIES {
         let message =
             "a series of other terms than OneTrainer's five reads right in this crate alone";
-        warnings.push(warning(path, message));
+        warnings.push(Warning::new(path, message));
     }
     tensors.extend(magnitude_tensors(path, layer, warnings)?);
     Ok(tensors)
@@ -129,7 +129,7 @@ fn magnitude_tensors(
             if wide.iter().any(|f| *f <= 0.) {
                 let message =
                     "a factor of 0 or below has no logarithm; some readers skip `dora_multiplier`";
-                warnings.push(warning(path, message));
+                warnings.push(Warning::new(path, message));
                 return Ok(vec![(names::FACTOR.into(), value.clone())]);
             }
             let logs: Vec<f64> = wide.iter().map(|f| f.ln()).collect();
@@ -225,7 +225,7 @@ fn layer(group: &Group, settings: &DoftConfig, entry: LayerEntry) -> Result<Stor
         _ => return group.refuse(format!("expected one rotation, `{rotation}` or `{other}`")),
     };
     if let Some(kind) = entry.kind
-        && (kind == LayerKind::Embedding) != embedding
+        && names::rotation(kind) != rotation
     {
         return group.refuse(format!(
             "`{rotation}` is not the rotation of a {kind:?} layer"

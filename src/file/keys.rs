@@ -1,6 +1,5 @@
 //! Keys of adapter files: which module, which role; and modules in two spellings made one.
 
-use super::layer::warning;
 use super::options::LoadOptions;
 use super::tensors::{Tensors, refused};
 use crate::adapter::{Warning, flat};
@@ -186,7 +185,7 @@ pub(super) fn unknown_keys(
     let count = unknown.len();
     let first = unknown[..count.min(5)].join("`, `");
     if options.allow_unknown {
-        warnings.push(warning(
+        warnings.push(Warning::new(
             &unknown[0],
             format!("{count} unknown keys were skipped"),
         ));

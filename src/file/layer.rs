@@ -5,7 +5,7 @@ use super::options::{Divisor, LoadOptions};
 use super::tensors::refused;
 use crate::adapter::{Stored, StoredLayer, Warning};
 use crate::config::{DoftConfig, LayerKind, Magnitude, Map};
-use crate::error::{Result, shown};
+use crate::error::Result;
 use candle_core::{DType, Tensor};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -147,7 +147,7 @@ pub(super) fn stored(
 /// Layers whose blocks are too small to rotate anything.
 pub(super) fn idle(layers: &BTreeMap<String, StoredLayer>) -> impl Iterator<Item = Warning> {
     let idle = layers.iter().filter(|(_, layer)| layer.block_size == 1);
-    idle.map(|(module, _)| warning(module, "its blocks are of size 1 and rotate nothing"))
+    idle.map(|(module, _)| Warning::new(module, "its blocks are of size 1 and rotate nothing"))
 }
 
 /// The most common value; of several, the one that comes first.
@@ -162,11 +162,4 @@ fn common<T: PartialEq + Default>(values: impl Iterator<Item = T>) -> T {
     let most = counted.iter().map(|(_, count)| *count).max();
     let first = counted.into_iter().find(|(_, count)| Some(*count) == most);
     first.map(|(value, _)| value).unwrap_or_default()
-}
-
-pub(super) fn warning(subject: &str, message: impl Into<String>) -> Warning {
-    Warning {
-        subject: shown(subject),
-        message: message.into(),
-    }
 }

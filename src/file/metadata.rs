@@ -1,6 +1,5 @@
 //! The metadata of a canonical file: configuration and layers as sorted, compact JSON.
 
-use super::layer::warning;
 use super::tensors::refused;
 use crate::adapter::{Stored, StoredLayer, Warning};
 use crate::config::{DoftConfig, LayerKind, Magnitude, Map};
@@ -167,7 +166,7 @@ pub(super) fn read(file: &Path, metadata: &HashMap<String, String>) -> Result<Re
             .filter(|field| !of_this_version.contains_key(*field))
         {
             let message = "this field of `doft_config` is not known here and was ignored";
-            warnings.push(warning(field, message));
+            warnings.push(Warning::new(field, message));
         }
     }
     Ok(Read {

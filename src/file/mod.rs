@@ -47,7 +47,8 @@ use std::path::Path;
 
 impl Adapter {
     /// Writes the adapter to one file, through a temporary one beside it: on any error the old file
-    /// stays as it was. Answers what readers of the file should know; mostly nothing.
+    /// stays as it was. Answers what readers of the file should know, and what a partial use of a loaded
+    /// one leaves out; mostly nothing.
     ///
     /// Magnitudes of kind `Log` and `Absolute` come back bit for bit, `Factor` to rounding.
     ///
@@ -81,7 +82,7 @@ impl Adapter {
         let stored = self.to_stored(path.to_path_buf())?;
         let (bytes, warnings) = canonical::to_bytes(&stored)?;
         write::replace(path, &bytes)?;
-        Ok(warnings)
+        Ok([stored.warnings, warnings].concat())
     }
 
     /// Reads an adapter of this crate, of OneTrainer or of PEFT (a file or a folder). Layers built or

@@ -3,7 +3,7 @@
 
 use super::group::Group;
 use super::keys::{self, EXTRA, Groups, unknown_keys};
-use super::layer::{Description, stored, warning};
+use super::layer::{Description, stored};
 use super::options::{Divisor, LoadOptions};
 use super::read::Found;
 use super::tensors::Marker;
@@ -74,7 +74,7 @@ fn grouped(found: &Found, options: &LoadOptions, warnings: &mut Vec<Warning>) ->
     }
     if side > 0 {
         let message = format!("{side} tensors of side data were skipped");
-        warnings.push(warning("bundle_emb", message));
+        warnings.push(Warning::new("bundle_emb", message));
     }
     unknown_keys(tensors, unknown, options, warnings)?;
     keys::join(file, groups, |role| role == "oft_R.weight")
@@ -157,7 +157,7 @@ fn divisor(
     let Some(marker) = group.marker("oft_R.scaled_oft")? else {
         return Ok(Divisor::None);
     };
-    let mut warn = |message: String| warnings.push(warning(group.module, message));
+    let mut warn = |message: String| warnings.push(Warning::new(group.module, message));
     match marker {
         Marker::Bool(true) => Ok(Divisor::TwoSqrt),
         Marker::Int(1) => Ok(Divisor::SqrtEntries),
@@ -198,7 +198,7 @@ fn cap(group: &Group, warnings: &mut Vec<Warning>) -> Result<Option<f64>> {
         None => Ok(None),
         Some(Marker::Bool(true)) => {
             let message = format!("`clipped_oft` is true, read as a cap of {BOOL_CAP}");
-            warnings.push(warning(group.module, message));
+            warnings.push(Warning::new(group.module, message));
             Ok(Some(BOOL_CAP))
         }
         Some(Marker::Float(cap)) if cap > 0. => Ok(Some(cap)),
@@ -240,7 +240,7 @@ fn third_party(
     match number("coft_eps_metadata")? {
         Some(eps) if eps >= 0. => {
             let message = "its values are projected by COFT before use";
-            warnings.push(warning(group.module, message));
+            warnings.push(Warning::new(group.module, message));
             Ok((shared, Some(eps)))
         }
         _ => group.refuse("`oft_coft_metadata` is 1 without a usable `coft_eps_metadata`"),
@@ -271,7 +271,7 @@ fn magnitude(
                 return Ok((Magnitude::Absolute, Some(value), Some(norms)));
             }
             let message = "it has no `initial_norm`; the norms of the base weight stand in for it";
-            warnings.push(warning(group.module, message));
+            warnings.push(Warning::new(group.module, message));
             Ok((Magnitude::Absolute, Some(value), None))
         }
         [(role, _)] if norms => group.refuse(format!("it has `initial_norm` beside `{role}`")),

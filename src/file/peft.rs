@@ -2,7 +2,7 @@
 
 use super::group::Group;
 use super::keys::{self, Groups, unknown_keys};
-use super::layer::{Description, stored, warning};
+use super::layer::{Description, stored};
 use super::onetrainer;
 use super::options::LoadOptions;
 use super::read::Found;
@@ -167,11 +167,11 @@ pub(super) fn read(found: &Found, options: &LoadOptions) -> Result<Stored> {
                 false => " as the series of five terms, last coefficient 1,",
             };
             let message = format!("no {CONFIG} beside it: read{map} without COFT");
-            warnings.push(warning(CONFIG, message));
+            warnings.push(Warning::new(CONFIG, message));
         }
         Some(config) if !config.exact && config.terms < 2 => {
             let message = format!("{} terms rotate nothing", config.terms);
-            warnings.push(warning("num_cayley_neumann_terms", message));
+            warnings.push(Warning::new("num_cayley_neumann_terms", message));
         }
         Some(_) => {}
     }

@@ -1,6 +1,5 @@
 //! Writing a PEFT OFT folder, for what such a folder can hold.
 
-use super::layer::warning;
 use super::peft::{CONFIG, TENSORS};
 use super::tensors::{check_finite, refused};
 use super::write;
@@ -54,6 +53,10 @@ struct Plan {
 
 impl Plan {
     fn new(stored: &Stored, drop_magnitude: bool, warnings: &mut Vec<Warning>) -> Result<Self> {
+        if stored.layers.is_empty() {
+            let reason = "it has no adapted layer, without which there is no PEFT folder";
+            return refused(&stored.file, reason);
+        }
         let mut map = None;
         for (path, layer) in &stored.layers {
             let refuse = |reason: &str| {
@@ -71,7 +74,7 @@ impl Plan {
                 if !drop_magnitude {
                     return refuse("has no magnitude; drop it to go on without");
                 }
-                warnings.push(warning(path, "its magnitude was dropped"));
+                warnings.push(Warning::new(path, "its magnitude was dropped"));
             }
         }
         let extras = || stored.extras.keys();
@@ -80,7 +83,7 @@ impl Plan {
         Ok(Self {
             map: map.unwrap_or_default(),
             block_size: common_block_size(stored)?,
-            share: stored.layers.values().all(|layer| rows(layer) == 1),
+            share: stored.layers.values().all(|layer| layer.rows() == 1),
             modules_to_save: modules.collect(),
             biases: extras().any(|name| bias_of(stored, name).is_some()),
         })
@@ -118,7 +121,7 @@ impl Plan {
         layer: &StoredLayer,
         packed: Tensor,
     ) -> Result<Tensor> {
-        if self.share || rows(layer) > 1 {
+        if self.share || layer.rows() > 1 {
             return Ok(packed);
         }
         let Some(shape) = &layer.shape else {
@@ -194,10 +197,6 @@ fn beyond(layer: &StoredLayer) -> Option<&'static str> {
     unknown.then_some("turns kernels the other way; give the base, to tell them")
 }
 
-fn rows(layer: &StoredLayer) -> usize {
-    layer.packed.dims()[0]
-}
-
 /// The adapted layer whose bias an extra tensor is.
 fn bias_of<'a>(stored: &Stored, name: &'a str) -> Option<&'a str> {
     let layer = name.strip_suffix(".bias")?;
@@ -238,7 +237,7 @@ fn scales(layer: &StoredLayer) -> Result<bool> {
 /// The one block size from which PEFT derives those of all layers.
 fn common_block_size(stored: &Stored) -> Result<usize> {
     // A layer of one row and unknown width is taken to be given the size that is asked for.
-    let given = |layer: &StoredLayer, asked: usize| match (&layer.shape, rows(layer)) {
+    let given = |layer: &StoredLayer, asked: usize| match (&layer.shape, layer.rows()) {
         (Some(shape), _) => nearest_divisor(shape.iter().skip(1).product(), asked),
         (None, 1) => asked,
         (None, rows) => nearest_divisor(rows * layer.block_size, asked),

@@ -79,10 +79,10 @@ impl Found<'_> {
 
     /// Whether a key and its role are such.
     pub(super) fn any(&self, is: impl Fn(&str, &str) -> bool) -> bool {
-        let names = self.tensors.names();
-        let mut roles = names
-            .iter()
-            .filter_map(|key| Some((key, keys::parse(key)?.1)));
+        let names = self.tensors.names().into_iter();
+        // What an extra tensor is called is its own business.
+        let names = names.filter(|key| !key.starts_with(keys::EXTRA));
+        let mut roles = names.filter_map(|key| Some((key, keys::parse(key)?.1)));
         roles.any(|(key, role)| is(key, role))
     }
 }

@@ -53,12 +53,13 @@ fn append(tensor: &Tensor, data: &mut Vec<u8>) -> Result<()> {
         DType::F16 => extend(data, &flat.to_vec1()?, half::f16::to_le_bytes),
         DType::BF16 => extend(data, &flat.to_vec1()?, half::bf16::to_le_bytes),
         found => {
-            return Err(Error::DType {
-                layer: "an adapter file".into(),
-                what: "a tensor to save",
+            let expected = "f64, f32, f16 or bf16";
+            return Err(Error::dtype(
+                "an adapter file",
+                "a tensor to save",
                 found,
-                expected: "f64, f32, f16 or bf16".into(),
-            });
+                expected,
+            ));
         }
     }
     Ok(())

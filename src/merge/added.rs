@@ -3,7 +3,7 @@
 
 use super::Merge;
 use super::header::Source;
-use crate::error::{Error, Result, shown};
+use crate::error::{Error, Result};
 use candle_core::Tensor;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -37,7 +37,7 @@ impl Added {
         for part in merge.parts.iter().filter(|part| part.strength.value != 0.) {
             for name in part.stored.extras.keys() {
                 if let (None, Some(first)) = (holder(name), sources.first()) {
-                    part.warn(&shown(name), "the base has no such tensor; it was added");
+                    part.warn(name, "the base has no such tensor; it was added");
                     files.insert(name.clone(), first.file_name());
                 }
             }
@@ -92,8 +92,8 @@ impl Added {
     }
 
     /// The new text of a file beside the checkpoint that has to know: its configuration, or the index
-    /// of its shards.
-    pub(super) fn edited(&self, path: &Path) -> Result<Option<Vec<u8>>> {
+    /// of its shards. `size` are the bytes of all tensors.
+    pub(super) fn edited(&self, path: &Path, size: u64) -> Result<Option<Vec<u8>>> {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let index = name.ends_with(".safetensors.index.json");
         let concerned = index && !self.files.is_empty() || self.untied && name == "config.json";
@@ -110,6 +110,9 @@ impl Added {
                     .iter()
                     .map(|(name, file)| (name.clone(), json!(file))),
             );
+            if let Some(total) = json.pointer_mut("/metadata/total_size") {
+                *total = json!(size);
+            }
         } else {
             json["tie_word_embeddings"] = json!(false);
         }

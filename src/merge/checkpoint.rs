@@ -128,7 +128,7 @@ impl Merge {
         self.check_used()?;
         for from in others {
             let to = target(&from);
-            match added.edited(&from)? {
+            match added.edited(&from, report.bytes)? {
                 Some(text) => written.push((filled(&to, &text)?, to)),
                 None if from != to => written.push((copied(&from, &to)?, to)),
                 None => {}

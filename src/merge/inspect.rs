@@ -118,7 +118,7 @@ pub fn inspect(
 
 fn alone(module: &str, layer: &StoredLayer) -> Result<LayerInspection> {
     let (mut angle, mut error) = (0f64, 0.);
-    let (blocks, b) = (layer.packed.dims()[0], layer.block_size);
+    let (blocks, b) = (layer.rows(), layer.block_size);
     // As many blocks as there are rows: where they stand changes nothing here.
     if let Some(layout) = layer.layout(&[1, blocks * b])? {
         let theta = layer.theta(layer.kind.unwrap_or(LayerKind::Linear))?;

@@ -5,9 +5,9 @@ use crate::adapter::{
     Asked, NORMS_DIFFER, Stored, StoredLayer, Warning, differs, fingerprint, locked,
 };
 use crate::config::LayerKind;
-use crate::error::{Error, Result, shown};
+use crate::error::{Error, Result};
 use crate::rotation;
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeSet;
 use std::sync::Mutex;
 
@@ -37,10 +37,7 @@ impl Part {
     }
 
     pub(super) fn warn(&self, path: &str, message: &str) {
-        locked(&self.met).insert(Warning {
-            subject: path.to_string(),
-            message: message.into(),
-        });
+        locked(&self.met).insert(Warning::new(path, message));
     }
 
     /// What is worth knowing about its file, its weights, and what went unused.
@@ -49,10 +46,8 @@ impl Part {
         warnings.extend(locked(&self.met).iter().cloned());
         if self.stored.allow_partial && !self.asked.is_empty() {
             let unused = self.asked.unused(&self.stored).into_iter();
-            warnings.extend(unused.map(|name| Warning {
-                subject: shown(name),
-                message: "it matches no weight and was not merged".into(),
-            }));
+            let message = "it matches no weight and was not merged";
+            warnings.extend(unused.map(|name| Warning::new(name, message)));
         }
         warnings
     }
@@ -175,11 +170,9 @@ impl Part {
             let (from, to) = (weight.to_dtype(wide)?, merged.to_dtype(wide)?);
             merged = (&from + ((to - &from)? * s)?)?.to_dtype(weight.dtype())?;
         }
-        let sum = merged
-            .abs()?
-            .to_dtype(DType::F64)?
-            .sum_all()?
-            .to_scalar::<f64>()?;
+        // On the host, for Metal has no f64.
+        let sizes = merged.to_device(&Device::Cpu)?.abs()?;
+        let sum: f64 = sizes.to_dtype(DType::F64)?.sum_all()?.to_scalar()?;
         match sum.is_finite() {
             true => Ok(merged),
             false => self.refuse(&format!("the merged `{path}` is not finite")),

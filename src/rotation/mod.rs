@@ -86,12 +86,12 @@ pub fn rotation(theta: &Tensor, layout: &BlockLayout) -> Result<Tensor> {
 
 fn check_theta(function: &'static str, theta: &Tensor, layout: &BlockLayout) -> Result<()> {
     if theta.dims() != [layout.rows(), layout.entries()] {
-        return Err(Error::Argument {
+        return Err(Error::argument(
             function,
-            what: "the shape of `theta`",
-            found: format!("{:?}", theta.dims()),
-            expected: format!("[{}, {}]", layout.rows(), layout.entries()),
-        });
+            "the shape of `theta`",
+            format!("{:?}", theta.dims()),
+            format!("[{}, {}]", layout.rows(), layout.entries()),
+        ));
     }
     check_dtype(function, theta)
 }
@@ -109,23 +109,23 @@ pub(crate) fn generator(theta: &Tensor, layout: &BlockLayout) -> Result<Tensor> 
 fn check_blocks(function: &'static str, what: &'static str, blocks: &Tensor) -> Result<usize> {
     match *blocks.dims() {
         [_, b, columns] if b == columns && b > 0 => check_dtype(function, blocks).map(|()| b),
-        ref dims => Err(Error::Argument {
+        ref dims => Err(Error::argument(
             function,
             what,
-            found: format!("{dims:?}"),
-            expected: "square blocks (D, b, b) with b from 1".into(),
-        }),
+            format!("{dims:?}"),
+            "square blocks (D, b, b) with b from 1",
+        )),
     }
 }
 
 fn check_dtype(function: &'static str, x: &Tensor) -> Result<()> {
     match x.dtype() {
         DType::F32 | DType::F64 => Ok(()),
-        found => Err(Error::Argument {
+        found => Err(Error::argument(
             function,
-            what: "the dtype",
-            found: format!("{found:?}"),
-            expected: "F32 or F64; convert it with `to_dtype`".into(),
-        }),
+            "the dtype",
+            format!("{found:?}"),
+            "F32 or F64; convert it with `to_dtype`",
+        )),
     }
 }

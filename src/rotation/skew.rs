@@ -40,12 +40,12 @@ pub fn skew(theta: &Tensor, b: usize) -> Result<Tensor> {
     match theta.dims() {
         [_, entries] if *entries == n && b > 0 => {}
         dims => {
-            return Err(Error::Argument {
-                function: "skew",
-                what: "the shape of `theta`",
-                found: format!("{dims:?}"),
-                expected: format!("(D, {n}) for blocks of size {b}, which is from 1"),
-            });
+            return Err(Error::argument(
+                "skew",
+                "the shape of `theta`",
+                format!("{dims:?}"),
+                format!("(D, {n}) for blocks of size {b}, which is from 1"),
+            ));
         }
     }
     check_dtype("skew", theta)?;

@@ -33,7 +33,7 @@ impl Gradients {
     ///
     /// [`Error::Diverged`] when the loss is not finite; those of candle's `backward`.
     pub fn backward(&mut self, loss: &Tensor, weight: f64) -> Result<GradStore> {
-        let value = sum(&loss.detach())?;
+        let value: f64 = wide(&loss.detach())?.sum_all()?.to_scalar()?;
         if !value.is_finite() {
             return self.diverged("the loss", value);
         }
@@ -74,7 +74,7 @@ impl Gradients {
         let mut total = 0.;
         for ((name, _), sum) in self.vars.iter().zip(&self.sums) {
             let Some(sum) = sum else { continue };
-            let square = self::sum(&wide(sum)?.sqr()?)?;
+            let square: f64 = wide(sum)?.sqr()?.sum_all()?.to_scalar()?;
             if !square.is_finite() {
                 return self.diverged(&format!("the squared gradient of `{name}`"), square);
             }
@@ -90,12 +90,12 @@ impl Gradients {
     /// Those of [`Gradients::norm`]; [`Error::Argument`] for a `max_norm` that is not above 0.
     pub fn clip(&mut self, max_norm: f64) -> Result<f64> {
         if max_norm.is_nan() || max_norm <= 0. {
-            return Err(Error::Argument {
-                function: "Gradients::clip",
-                what: "`max_norm`",
-                found: max_norm.to_string(),
-                expected: "a number above 0".into(),
-            });
+            return Err(Error::argument(
+                "Gradients::clip",
+                "`max_norm`",
+                max_norm.to_string(),
+                "a number above 0",
+            ));
         }
         let norm = self.norm()?;
         if norm > max_norm {
@@ -141,16 +141,7 @@ impl Gradients {
     }
 }
 
-/// In f64, where the device has it: Metal has none.
+/// In f64, on the host, for Metal has none, and squares of f32 leave its range.
 fn wide(tensor: &Tensor) -> Result<Tensor> {
-    let dtype = match tensor.device().is_metal() {
-        true => DType::F32,
-        false => DType::F64,
-    };
-    Ok(tensor.to_dtype(dtype)?)
-}
-
-fn sum(tensor: &Tensor) -> Result<f64> {
-    let sum = wide(tensor)?.sum_all()?.to_device(&Device::Cpu)?;
-    Ok(sum.to_dtype(DType::F64)?.to_scalar()?)
+    Ok(tensor.to_device(&Device::Cpu)?.to_dtype(DType::F64)?)
 }

@@ -324,10 +324,5 @@ fn check_rate(what: &'static str, value: f64) -> Result<()> {
 }
 
 fn refuse<T>(what: &'static str, found: String, expected: &str) -> Result<T> {
-    Err(Error::Argument {
-        function: "AdamW",
-        what,
-        found,
-        expected: expected.to_string(),
-    })
+    Err(Error::argument("AdamW", what, found, expected))
 }

@@ -275,7 +275,7 @@ fn an_extra_tensor_that_the_base_lacks_is_added() -> candle_doft::Result<()> {
     let index = from.join("model.safetensors.index.json");
     std::fs::write(
         &index,
-        r#"{"weight_map": {"a.weight": "model.safetensors"}}"#,
+        r#"{"metadata": {"total_size": 1}, "weight_map": {"a.weight": "model.safetensors"}}"#,
     )
     .unwrap();
     let adapter = adapter(DoftConfig::default(), 0.5)?;
@@ -293,6 +293,9 @@ fn an_extra_tensor_that_the_base_lacks_is_added() -> candle_doft::Result<()> {
     let json: serde_json::Value = serde_json::from_slice(&text).unwrap();
     assert_eq!(json["weight_map"]["head.weight"], "model.safetensors");
     assert_eq!(json["weight_map"]["a.weight"], "model.safetensors");
+    let bytes = |t: &Tensor| t.elem_count() * t.dtype().size_in_bytes();
+    let all: usize = merged.values().map(bytes).sum();
+    assert_eq!(json["metadata"]["total_size"], all);
     // Of any strength but 0 it is there in full, and that is told.
     let half = at(0.5)?;
     half.checkpoint(&from, &to, CheckpointOptions::default())?;
