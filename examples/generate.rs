@@ -92,9 +92,10 @@ fn run(flags: &Flags) -> Result<()> {
         seed: flags.seed,
         max_tokens: flags.max_tokens,
     };
+    let prompt = text.prompt(&flags.prompt)?;
     let mut printed = Printed::default();
     let each = |ids: &[u32]| printed.add(ids.len(), text.decode(ids)?);
-    let answered = tuner.inference(|| answer(&model, &text, &flags.prompt, sampling, each))??;
+    let answered = tuner.inference(|| answer(&model, &text, &prompt, sampling, each))??;
     printed.finish(&answered);
     Ok(())
 }
@@ -134,7 +135,8 @@ impl Printed {
         if let (Some(first), 2..) = (self.first, self.tokens) {
             let speed = (self.tokens - 1) as f64 / first.elapsed().as_secs_f64();
             let peak = memory::peak_bytes();
-            let peak = peak.map_or(String::new(), |bytes| format!(", {bytes} bytes at most"));
+            let megabytes = |bytes: u64| format!(", {:.1} MB at most", bytes as f64 / 1e6);
+            let peak = peak.map_or(String::new(), megabytes);
             eprintln!("{speed:.1} tokens/s{peak}");
         }
     }

@@ -2,7 +2,9 @@
 // counts, and that is its path among the sources of the package there.
 #![doc = concat!(
     "[quickstart]: /crate/candle-doft/", env!("CARGO_PKG_VERSION"),
-    "/source/examples/data/quickstart.svg\n"
+    "/source/examples/data/quickstart.svg\n",
+    "[curves]: /crate/candle-doft/", env!("CARGO_PKG_VERSION"),
+    "/source/examples/data/compare-curves.svg\n"
 )]
 #![doc = include_str!("../README.md")]
 #![warn(clippy::unwrap_used, clippy::expect_used)]

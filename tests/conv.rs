@@ -8,8 +8,8 @@ use candle_doft::config::Rule;
 use candle_doft::{Adapter, DoftConfig, DoftConv1d, DoftConv2d, Magnitude, Pattern, frozen};
 use candle_nn::{Conv1d, Conv1dConfig, Conv2d, Conv2dConfig, Module, VarBuilder, VarMap};
 use support::golden::golden;
-use support::slopes::{check_slopes, named};
-use support::tensors::{CPU, bits, disturb, disturb_all, relative, seeded, values};
+use support::slopes::check_slopes;
+use support::tensors::{CPU, bits, disturb, disturb_all, named, relative, seeded, values};
 use support::tolerance::{self, GOLDEN_GRADIENTS, GOLDEN_VALUES};
 
 const KINDS: [Magnitude; 4] = [

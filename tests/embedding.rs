@@ -9,8 +9,8 @@ use candle_doft::{Adapter, DoftConfig, DoftEmbedding, Magnitude, Pattern, frozen
 use candle_nn::{Embedding, Module, VarBuilder, VarMap};
 use std::sync::Arc;
 use support::golden::golden;
-use support::slopes::{check_slopes, named};
-use support::tensors::{CPU, bits, disturb, disturb_all, relative, seeded, values};
+use support::slopes::check_slopes;
+use support::tensors::{CPU, bits, disturb, disturb_all, named, relative, seeded, values};
 use support::tolerance::{self, GOLDEN_WEIGHTS};
 
 fn table(dtype: DType) -> Result<Tensor> {

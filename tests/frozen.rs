@@ -7,8 +7,8 @@ use candle_core::{DType, Result, Tensor, Var};
 use candle_doft::{Adapter, DoftConfig, frozen};
 use candle_nn::{Linear, Module, VarBuilder};
 use std::sync::Arc;
-use support::slopes::{check_slopes, named};
-use support::tensors::{CPU, bits, relative, seeded};
+use support::slopes::check_slopes;
+use support::tensors::{CPU, bits, named, relative, seeded};
 
 /// 2^-17, which f32 holds.
 const EPS: f64 = 7.62939453125e-6;

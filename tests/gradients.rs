@@ -5,8 +5,8 @@ mod support;
 use candle_core::{DType, Result, Tensor, Var};
 use candle_doft::{DoftConfig, Magnitude, Map};
 use candle_nn::{Linear, Module};
-use support::slopes::{check_slopes, named};
-use support::tensors::{CPU, disturb, linear, seeded, values, wrapped};
+use support::slopes::check_slopes;
+use support::tensors::{CPU, disturb, linear, named, seeded, values, wrapped};
 use support::{MAPS, assert_close};
 
 /// Compares every gradient of the layer with the slope of the loss.

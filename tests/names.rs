@@ -6,7 +6,7 @@ use candle_core::{DType, Tensor};
 use candle_doft::file::LoadOptions;
 use candle_doft::{Adapter, DoftConfig, DoftLinear, Error, Result};
 use std::path::PathBuf;
-use support::tensors::{CPU, bits, linear, seeded};
+use support::tensors::{CPU, bits, disturb_all, linear};
 
 fn wrapped(adapter: Adapter, path: &str) -> Result<(Adapter, DoftLinear)> {
     let layer = adapter.wrap_linear(path, linear(4, 16, false, DType::F32)?)?;
@@ -29,9 +29,7 @@ fn paths_of_any_letters_come_back_and_those_that_could_not_are_not_saved() -> Re
     let odd = ["a\"b", "line\nbreak", "ü.q", "a.default.b", "oft_R", "a_b."];
     for path in odd {
         let (adapter, layer) = wrapped(Adapter::new(config(), &CPU)?, path)?;
-        for (seed, var) in adapter.vars()?.iter().enumerate() {
-            var.set(&seeded(var.dims(), seed as u64).to_dtype(DType::F32)?)?;
-        }
+        disturb_all(adapter.vars()?, 1.)?;
         adapter.save(&file)?;
         let (loaded, again) = wrapped(Adapter::load(&file, &CPU)?, path)?;
         loaded.check_complete()?;

@@ -162,7 +162,8 @@ pub(crate) struct Flags {
     /// Of the split, the order of the data, the start of LoRA and DoRA, and dropout
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
-    /// Shown with the model's answer before and after [default: one of the held-out prompts]
+    /// Shown with the model's answer before and after [default: a held-out prompt, or
+    /// the start of a held-out text]
     #[arg(long)]
     pub(crate) prompt: Option<String>,
     /// Tokens of such an answer; 0 shows none

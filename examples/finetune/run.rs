@@ -1,7 +1,7 @@
 //! The run: model, data, steps, and what is left behind.
 
 use crate::setup::{check_memory, check_targets, identity, method, targets, warn_of_another_run};
-use crate::support::llm::data::{Batch, Data, Order, Sequence};
+use crate::support::llm::data::{Batch, Data, Order, Prompt, Sequence};
 use crate::support::llm::open;
 use crate::support::llm::sample::{Sampling, answer};
 use crate::support::llm::tokenizer::Text;
@@ -42,13 +42,12 @@ pub(crate) fn run(flags: &Flags) -> Result<()> {
     check_memory(flags, &weights.config, &data)?;
     let mut session = Session::new(flags, weights, text, data, device)?;
     warn_of_another_run(flags, &session.checkpoint());
-    let prompt = flags.prompt.clone().or_else(|| session.data.prompt.clone());
-    let before = match session.step {
-        0 => session.sample(prompt.as_deref())?,
-        _ => None,
+    let prompt = match &flags.prompt {
+        Some(prompt) => Prompt::new(prompt, &session.text)?,
+        None => session.data.prompt(&session.text)?,
     };
-    if let (Some(prompt), Some(before)) = (&prompt, &before) {
-        println!("> {prompt}\n  before: {}", indented(before));
+    if session.step == 0 {
+        session.show("before:", &prompt)?;
     }
     session.train()?;
     if session.stopped() {
@@ -58,13 +57,7 @@ pub(crate) fn run(flags: &Flags) -> Result<()> {
         }
         return Ok(());
     }
-    if let Some(after) = session.sample(prompt.as_deref())? {
-        println!(
-            "> {}\n  now:    {}",
-            prompt.unwrap_or_default(),
-            indented(&after)
-        );
-    }
+    session.show("now:", &prompt)?;
     session.finish()
 }
 
@@ -74,6 +67,9 @@ const KEPT: i32 = 150;
 fn indented(text: &str) -> String {
     text.trim().replace('\n', "\n          ")
 }
+
+/// Steps between two lines of progress, where standard error is no terminal and shows no bar.
+const TOLD: u64 = 10;
 
 struct Session<'a> {
     flags: &'a Flags,
@@ -207,13 +203,10 @@ impl<'a> Session<'a> {
         while self.step < end && !self.stopped() {
             let made = self.one_step(&mut order, &mut metrics)?;
             bar.set_position(self.step);
-            bar.set_message(format!(
-                "loss {:.3}, rate {:.1e}, {:.0} tokens/s, {} MB",
-                made.loss,
-                made.rate,
-                made.tokens_per_second,
-                memory::peak_bytes().unwrap_or(0) >> 20
-            ));
+            if bar.is_hidden() && self.step.is_multiple_of(TOLD) {
+                eprintln!("step {} of {end}: {made}", self.step);
+            }
+            bar.set_message(made.to_string());
             let due = self.step.is_multiple_of(self.flags.every as u64) && self.step < end;
             if due {
                 self.validate(&mut metrics)?;
@@ -342,25 +335,25 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    fn sample(&self, prompt: Option<&str>) -> Result<Option<String>> {
-        let (Some(prompt), 1..) = (prompt, self.flags.sample_tokens) else {
-            return Ok(None);
-        };
+    /// Prints what the model makes of a prompt.
+    fn show(&self, when: &str, prompt: &Prompt) -> Result<()> {
+        if self.flags.sample_tokens == 0 {
+            return Ok(());
+        }
         let sampling = Sampling {
             temperature: 0.,
             seed: self.flags.seed,
             max_tokens: self.flags.sample_tokens,
         };
-        let answered = self.trainer.tuner.inference(|| {
-            answer(
-                &self.trainer.model,
-                &self.text,
-                prompt,
-                sampling,
-                |_| Ok(()),
-            )
-        })?;
-        answered.map(Some)
+        let (model, text) = (&self.trainer.model, &self.text);
+        let answer = || answer(model, text, &prompt.ids, sampling, |_| Ok(()));
+        let answered = self.trainer.tuner.inference(answer)??;
+        println!(
+            "> {}\n  {when:7} {}",
+            indented(&prompt.shown),
+            indented(&answered)
+        );
+        Ok(())
     }
 
     fn finish(&self) -> Result<()> {
@@ -379,6 +372,21 @@ struct Made {
     loss: f64,
     rate: f64,
     tokens_per_second: f64,
+}
+
+impl std::fmt::Display for Made {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self {
+            loss,
+            rate,
+            tokens_per_second: speed,
+        } = self;
+        let peak = memory::peak_bytes().unwrap_or(0) as f64 / 1e6;
+        write!(
+            f,
+            "loss {loss:.3}, rate {rate:.1e}, {speed:.0} tokens/s, {peak:.0} MB"
+        )
+    }
 }
 
 fn name(path: &Path) -> String {

@@ -235,7 +235,7 @@ impl Weights {
 ///
 /// # Errors
 ///
-/// [`Error::Io`], and [`Error::File`] for a file that is not whole.
+/// [`Error::Io`](crate::Error::Io), and [`Error::File`](crate::Error::File) for a file that is not whole.
 ///
 /// # Examples
 ///

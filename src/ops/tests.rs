@@ -14,23 +14,30 @@ pub(super) fn seeded(shape: impl Into<Shape>, seed: u64, dtype: DType) -> Result
     Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)
 }
 
+/// Each entry within `tolerance` of the largest of `b`; a NaN never is.
 pub(super) fn assert_near(what: &str, a: &Tensor, b: &Tensor, tolerance: f64) -> Result<()> {
+    assert_near_from(what, a, b, tolerance, 0.)
+}
+
+/// The same, of the largest of `b` or of `least`.
+pub(super) fn assert_near_from(
+    what: &str,
+    a: &Tensor,
+    b: &Tensor,
+    tolerance: f64,
+    least: f64,
+) -> Result<()> {
     assert_eq!(a.dims(), b.dims(), "{what}");
-    if a.elem_count() == 0 {
-        return Ok(());
+    let flat = |x: &Tensor| x.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>();
+    let (a, b) = (flat(a)?, flat(b)?);
+    let scale = b.iter().fold(least, |most, b| most.max(b.abs()));
+    for (i, (a, b)) in a.iter().zip(&b).enumerate() {
+        let off = (a - b).abs();
+        assert!(
+            off <= tolerance * scale,
+            "{what}: entry {i} is {a:e}, expected {b:e}, off by {off:e} of {scale:e}"
+        );
     }
-    let largest = |t: Tensor| {
-        t.abs()?
-            .flatten_all()?
-            .max(0)?
-            .to_dtype(DType::F64)?
-            .to_scalar::<f64>()
-    };
-    let (off, scale) = (largest((a - b)?)?, largest(b.clone())?);
-    assert!(
-        off <= tolerance * scale,
-        "{what}: off by {off:e} of {scale:e}"
-    );
     Ok(())
 }
 

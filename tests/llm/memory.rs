@@ -42,7 +42,8 @@ fn a_long_answer_takes_no_more_than_its_keys_and_values() -> Result<()> {
         let ended = Ended::from(output.unwrap());
         assert_eq!(ended.code, Some(0), "{}", ended.err);
         let told = ended.err.split(", ").last().unwrap();
-        told.split(' ').next().unwrap().parse().expect(&ended.err)
+        let megabytes = told.strip_suffix(" MB at most\n").expect(&ended.err);
+        (megabytes.parse::<f64>().unwrap() * 1e6) as u64
     };
     let (short, long) = (peak("100"), peak("500"));
     // 2 blocks, 2 heads of 64, keys and values in f32; a longer one is made beside that which it replaces.

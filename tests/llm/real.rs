@@ -58,6 +58,6 @@ fn the_real_model_has_the_tokens_loss_and_logits_of_transformers() -> Result<()>
         seed: 0,
         max_tokens: 8,
     };
-    assert!(!answer(&model, &text, "Define Happiness.", sampling, |_| Ok(()))?.is_empty());
+    assert!(!answer(&model, &text, &start, sampling, |_| Ok(()))?.is_empty());
     Ok(())
 }

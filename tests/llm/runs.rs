@@ -66,6 +66,39 @@ fn a_run_that_is_replaced_is_named_before() -> Result<()> {
 }
 
 #[test]
+fn progress_is_told_where_there_is_no_terminal() -> Result<()> {
+    let Some(home) = Home::new()? else {
+        return Ok(());
+    };
+    let flags = ["--out", &home.at("out"), "--steps", "12", "--every", "12"];
+    let ended = home.try_finetune(&flags);
+    assert_eq!(ended.code, Some(0), "{}", ended.err);
+    let told = ended
+        .err
+        .lines()
+        .filter(|line| line.contains("of 12: loss"));
+    let told: Vec<&str> = told.collect();
+    assert_eq!(told.len(), 1, "{}", ended.err);
+    assert!(told[0].starts_with("step 10 of 12: loss "), "{}", told[0]);
+    Ok(())
+}
+
+#[test]
+fn plain_text_is_gone_on_with_before_and_after() -> Result<()> {
+    let Some(home) = Home::new()? else {
+        return Ok(());
+    };
+    std::fs::write(home.path("own.txt"), "abc def ghi jkl mno\n".repeat(20))?;
+    let data = home.at("own.txt");
+    let out = home.finetune(&["--out", &home.at("out"), "--data", &data]);
+    for (start, count) in [("> ", 2), ("  before: ", 1), ("  now:    ", 1)] {
+        let found = out.lines().filter(|line| line.starts_with(start)).count();
+        assert_eq!(found, count, "`{start}` in {out}");
+    }
+    Ok(())
+}
+
+#[test]
 fn a_merged_model_and_an_unmerged_one_answer_alike() -> Result<()> {
     let Some(home) = Home::new()? else {
         return Ok(());

@@ -63,6 +63,10 @@ fn text_becomes_sequences_and_unusable_text_an_error() -> Result<()> {
     let data = Data::open(Some(&long), &text, 16, 0)?;
     assert!(data.train.iter().all(|s| s.ids.len() == 16));
     assert_eq!(data.train.len() + data.validation.len(), 23);
+    // Without a prompt the model goes on from where a held-out sequence begins.
+    let prompt = data.prompt(&text)?;
+    assert_eq!(prompt.ids, data.validation[0].ids[..8]);
+    assert_eq!(prompt.shown, text.decode(&prompt.ids)?);
 
     // The loss is of the completion and of the token that ends it.
     let lines: String = (0..20)
@@ -73,6 +77,9 @@ fn text_becomes_sequences_and_unusable_text_an_error() -> Result<()> {
     // JSON lines are what they are under any name.
     let unnamed = Data::open(Some(&write("pairs.txt", &lines)), &text, 64, 0)?;
     assert_eq!(unnamed.checksum(), data.checksum());
+    let prompt = data.prompt(&text)?;
+    assert!(prompt.shown.starts_with('p'), "{}", prompt.shown);
+    assert_eq!(prompt.ids, text.prompt(&prompt.shown)?);
     let sequence = &data.train[0];
     let learned: Vec<u32> = sequence
         .ids

@@ -4,18 +4,6 @@ use super::tensors::{CPU, seeded, values};
 use super::tolerance::{SLOPE, SLOPE_FLOOR};
 use super::{assert_close, central_difference};
 use candle_core::{Result, Tensor, Var};
-use candle_nn::VarMap;
-
-/// The parameters of a layer, and what it is fed, by name.
-pub fn named<'a>(
-    varmap: &VarMap,
-    inputs: impl IntoIterator<Item = (&'a str, &'a Var)>,
-) -> Vec<(String, Var)> {
-    let mut vars = super::tensors::named(varmap);
-    let inputs = inputs.into_iter();
-    vars.extend(inputs.map(|(name, var)| (name.to_string(), var.clone())));
-    vars
-}
 
 /// Compares the gradient of `sum(f() * upstream)` with respect to each variable with its slope, for a
 /// seeded upstream gradient.

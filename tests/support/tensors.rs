@@ -28,17 +28,22 @@ pub fn wrapped(base: &Linear, config: &DoftConfig) -> Result<(DoftLinear, VarMap
     Ok((DoftLinear::new(base.clone(), config, vb)?, varmap))
 }
 
-/// What a map holds, in the order of the names.
-pub fn named(varmap: &VarMap) -> Vec<(String, Var)> {
+/// What a map holds, in the order of the names, and what its layer is fed.
+pub fn named<'a>(
+    varmap: &VarMap,
+    inputs: impl IntoIterator<Item = (&'a str, &'a Var)>,
+) -> Vec<(String, Var)> {
     let data = varmap.data().lock().unwrap();
     let mut all: Vec<_> = data.iter().map(|(n, v)| (n.clone(), v.clone())).collect();
     all.sort_by(|a, b| a.0.cmp(&b.0));
+    let inputs = inputs.into_iter();
+    all.extend(inputs.map(|(name, var)| (name.to_string(), var.clone())));
     all
 }
 
 /// Moves every parameter away from the start by normal noise, as training would.
 pub fn disturb(varmap: &VarMap, scale: f64) -> Result<()> {
-    disturb_all(named(varmap).into_iter().map(|(_, var)| var), scale)
+    disturb_all(named(varmap, []).into_iter().map(|(_, var)| var), scale)
 }
 
 /// The same of variables in an order of their own.

@@ -15,6 +15,9 @@ const DEFAULT: &[u8] = include_bytes!("../../data/devil.jsonl.gz");
 /// The share of the data that is held out.
 const HELD_OUT: f64 = 0.1;
 
+/// Tokens of a sequence that are shown where there is no prompt.
+const START: usize = 16;
+
 /// One sequence: `ids`, and for each whether it is to be predicted.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sequence {
@@ -28,8 +31,24 @@ pub struct Data {
     pub validation: Vec<Sequence>,
     /// Examples without a token to learn, such as one whose prompt fills the sequence.
     pub left_out: usize,
-    /// A prompt of the held-out part, to show what the model makes of it.
-    pub prompt: Option<String>,
+    /// A prompt of the held-out part.
+    prompt: Option<String>,
+}
+
+/// What the model is shown, to see what it makes of it: as text and as tokens.
+pub struct Prompt {
+    pub shown: String,
+    pub ids: Vec<u32>,
+}
+
+impl Prompt {
+    /// A question, put to the model as it expects one.
+    pub fn new(question: &str, text: &Text) -> Result<Self> {
+        Ok(Self {
+            shown: question.to_string(),
+            ids: text.prompt(question)?,
+        })
+    }
 }
 
 /// A line of a JSON lines file.
@@ -79,6 +98,20 @@ impl Data {
             false => Self::from_text(&content, text, length),
         };
         data.with_context(|| name)
+    }
+
+    /// A held-out prompt; where there is none, the start of a held-out sequence, for the model to go on
+    /// from.
+    pub fn prompt(&self, text: &Text) -> Result<Prompt> {
+        if let Some(prompt) = &self.prompt {
+            return Prompt::new(prompt, text);
+        }
+        let ids = self.validation.first().map_or(&[][..], |held| &held.ids);
+        let ids = &ids[..START.min(ids.len().div_ceil(2))];
+        Ok(Prompt {
+            shown: text.decode(ids)?,
+            ids: ids.to_vec(),
+        })
     }
 
     /// Tells one set of sequences from another.

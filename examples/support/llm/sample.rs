@@ -14,15 +14,14 @@ pub struct Sampling {
     pub max_tokens: usize,
 }
 
-/// The answer to a prompt, up to its end or `max_tokens`. `each` sees every new token.
+/// What follows the tokens of a prompt, up to its end or `max_tokens`. `each` sees every new token.
 pub fn answer(
     model: &Model,
     text: &Text,
-    prompt: &str,
+    prompt: &[u32],
     sampling: Sampling,
     mut each: impl FnMut(&[u32]) -> Result<()>,
 ) -> Result<String> {
-    let prompt = text.prompt(prompt)?;
     ensure!(!prompt.is_empty(), "the prompt has no tokens");
     let room = model.config.context.saturating_sub(prompt.len());
     ensure!(
@@ -33,7 +32,7 @@ pub fn answer(
     );
     let mut rng = SplitMix64::new(sampling.seed);
     let mut cache = Cache::default();
-    let mut logits = model.next(&prompt, &mut cache)?;
+    let mut logits = model.next(prompt, &mut cache)?;
     let mut ids = Vec::new();
     for _ in 0..sampling.max_tokens.min(room) {
         let id = choose(&logits.to_vec1::<f32>()?, sampling.temperature, &mut rng);

@@ -4,29 +4,18 @@ use super::clip::spectral_norm;
 use super::exponential::composed_in;
 use super::packed::{Capped, Rotation};
 use super::{Blockwise, Cayley, Clip, Exponential, Series, Skew, apply, rotation};
-use crate::rng::SplitMix64;
+use crate::ops::tests::{assert_near_from, seeded};
 use candle_core::{DType, Device, Result, Shape, Tensor, Var};
 
 const SERIES: fn() -> Series = || Series::cayley_neumann(5, 1);
 
 fn normal(shape: impl Into<Shape>, scale: f64, seed: u64, dtype: DType) -> Result<Tensor> {
-    let (shape, mut rng) = (shape.into(), SplitMix64::new(seed));
-    let values: Vec<f64> = (0..shape.elem_count())
-        .map(|_| rng.normal() * scale)
-        .collect();
-    Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)
+    (seeded(shape, seed, DType::F64)? * scale)?.to_dtype(dtype)
 }
 
+/// Relative to the largest entry, or to 1, the size of those of a rotation.
 fn assert_near(what: &str, a: &Tensor, b: &Tensor, tolerance: f64) -> Result<()> {
-    let flat = |x: &Tensor| x.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>();
-    let (x, y) = (flat(a)?, flat(b)?);
-    let size = y.iter().fold(1f64, |m, v| m.max(v.abs()));
-    assert_eq!(a.dims(), b.dims(), "{what}");
-    for (i, (x, y)) in x.iter().zip(&y).enumerate() {
-        let off = (x - y).abs();
-        assert!(off <= tolerance * size, "{what}, entry {i}: {x} and {y}");
-    }
-    Ok(())
+    assert_near_from(what, a, b, tolerance, 1.)
 }
 
 /// Two answers from one packed parameter, and its gradients from them for one uneven upstream.
