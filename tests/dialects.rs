@@ -319,11 +319,7 @@ fn one_component_can_be_read_and_modules_renamed() -> candle_doft::Result<()> {
     adapter.check_complete()?;
     let warnings = adapter.warnings();
     assert_eq!(warnings.len(), 1);
-    assert!(
-        warnings[0]
-            .message
-            .starts_with("1 modules match no layer so far")
-    );
+    assert_eq!(warnings[0].message, "it matches no layer so far");
     Ok(())
 }
 

@@ -110,8 +110,11 @@ impl Source {
         warnings.extend(locked(&self.warnings).iter().cloned());
         let unused = self.asked.unused(&self.stored);
         if let (true, Some(first)) = (self.stored.allow_partial, unused.first()) {
-            let message = "modules match no layer so far, this one first";
-            warnings.push(Warning::new(first, format!("{} {message}", unused.len())));
+            let message = match unused.len() {
+                1 => "it matches no layer so far".to_string(),
+                count => format!("{count} modules match no layer so far, this one first"),
+            };
+            warnings.push(Warning::new(first, message));
         }
         warnings
     }
