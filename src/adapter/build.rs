@@ -196,7 +196,8 @@ impl Adapter {
         self.wrap(path, base.into())
     }
 
-    /// Wraps the weight of a `QMatMul`, quantized or dense.
+    /// Wraps the weight of a `QMatMul`, quantized or dense. A fresh layer over a quantized one does not
+    /// answer bit for bit what it did: see [`frozen::Linear::from_qmatmul`].
     ///
     /// # Errors
     ///

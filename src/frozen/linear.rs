@@ -131,7 +131,8 @@ impl Linear {
         Ok(layer)
     }
 
-    /// A layer over the weight of a `QMatMul`, quantized or dense.
+    /// A layer over the weight of a `QMatMul`, quantized or dense. On CPU a quantized `QMatMul` rounds the
+    /// activations to 8 bits and this layer does not, so their answers differ by that.
     ///
     /// # Errors
     ///
