@@ -164,16 +164,11 @@ impl Adapter {
             layers.insert(layer.path().to_string(), stored_layer(&layer)?);
         }
         let source = self.inner.source.as_ref();
-        let cpu = |var: &Var| var.as_tensor().detach().to_device(&Device::Cpu);
-        let mut extras = BTreeMap::new();
-        for (name, var) in self.inner.extras().iter() {
-            extras.insert(name.clone(), cpu(var)?);
-        }
         Ok(Stored {
             file,
             config: self.inner.config.clone(),
             layers,
-            extras,
+            extras: self.stored_extras()?,
             warnings: source.and_then(Source::left_out).into_iter().collect(),
             allow_partial: false,
         })
@@ -193,11 +188,18 @@ impl Adapter {
             let path = layer.path().to_string();
             stored.layers.insert(path, stored_layer(&layer)?);
         }
+        stored.extras.extend(self.stored_extras()?);
+        Ok(stored)
+    }
+
+    /// The values of the extra tensors that were made or asked for.
+    fn stored_extras(&self) -> Result<BTreeMap<String, Tensor>> {
+        let mut extras = BTreeMap::new();
         for (name, var) in self.inner.extras().iter() {
             let value = var.as_tensor().detach().to_device(&Device::Cpu)?;
-            stored.extras.insert(name.clone(), value);
+            extras.insert(name.clone(), value);
         }
-        Ok(stored)
+        Ok(extras)
     }
 
     /// What is worth knowing about the file that the adapter was loaded from, and about how it fits

@@ -2,7 +2,7 @@
 
 use super::group::Group;
 use super::keys::{self, EXTRA, Groups, unknown_keys};
-use super::layer::idle;
+use super::layer::with_config;
 use super::metadata::{self, LayerEntry};
 use super::options::LoadOptions;
 use super::read::Found;
@@ -154,7 +154,7 @@ fn magnitude_tensors(
 }
 
 pub(super) fn recognises(found: &Found) -> bool {
-    metadata::is_canonical(found.tensors.metadata())
+    metadata::has_format(found.tensors.metadata(), metadata::FORMAT)
 }
 
 /// Reads and checks a whole file.
@@ -197,18 +197,10 @@ pub(super) fn read(found: &Found, options: &LoadOptions) -> Result<Stored> {
         let reason = format!("`doft_layers` names `{path}`, of which it holds no tensors");
         return refused(file, reason);
     }
-    warnings.extend(idle(&layers));
     if layers.is_empty() && extras.is_empty() {
         return refused(file, "it holds no adapter tensors");
     }
-    Ok(Stored {
-        file: file.to_path_buf(),
-        config,
-        layers,
-        extras,
-        warnings,
-        allow_partial: false,
-    })
+    Ok(with_config(file, config, layers, extras, warnings))
 }
 
 /// Whether this crate writes a role.

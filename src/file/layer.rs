@@ -119,12 +119,11 @@ pub(super) fn stored(
     file: &Path,
     layers: BTreeMap<String, StoredLayer>,
     extras: BTreeMap<String, Tensor>,
-    mut warnings: Vec<Warning>,
+    warnings: Vec<Warning>,
 ) -> Result<Stored> {
     if layers.is_empty() {
         return refused(file, "it holds no adapted layer");
     }
-    warnings.extend(idle(&layers));
     let all = || layers.values();
     let config = DoftConfig {
         block_size: common(all().map(|l| l.block_size.max(2))),
@@ -134,20 +133,29 @@ pub(super) fn stored(
         magnitude: common(all().map(|l| l.magnitude)),
         ..DoftConfig::default()
     };
-    Ok(Stored {
+    Ok(with_config(file, config, layers, extras, warnings))
+}
+
+/// What a file holds, with a warning for layers whose blocks are too small to rotate anything.
+pub(super) fn with_config(
+    file: &Path,
+    config: DoftConfig,
+    layers: BTreeMap<String, StoredLayer>,
+    extras: BTreeMap<String, Tensor>,
+    mut warnings: Vec<Warning>,
+) -> Stored {
+    let idle = layers.iter().filter(|(_, layer)| layer.block_size == 1);
+    let idle =
+        idle.map(|(module, _)| Warning::new(module, "its blocks are of size 1 and rotate nothing"));
+    warnings.extend(idle);
+    Stored {
         file: file.to_path_buf(),
         config,
         layers,
         extras,
         warnings,
         allow_partial: false,
-    })
-}
-
-/// Layers whose blocks are too small to rotate anything.
-pub(super) fn idle(layers: &BTreeMap<String, StoredLayer>) -> impl Iterator<Item = Warning> {
-    let idle = layers.iter().filter(|(_, layer)| layer.block_size == 1);
-    idle.map(|(module, _)| Warning::new(module, "its blocks are of size 1 and rotate nothing"))
+    }
 }
 
 /// The most common value; of several, the one that comes first.

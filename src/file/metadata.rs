@@ -10,20 +10,15 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 /// The format that this crate writes.
-const FORMAT: &str = "doft";
+pub(super) const FORMAT: &str = "doft";
 const VERSION: &str = "1";
 
 /// The format of a checkpoint of a training run, which is no adapter.
 pub(crate) const CHECKPOINT: &str = "doft-checkpoint";
 
-/// Whether the metadata is that of a file of this crate.
-pub(super) fn is_canonical(metadata: &HashMap<String, String>) -> bool {
-    metadata.get("format").map(String::as_str) == Some(FORMAT)
-}
-
-/// Whether it is that of a checkpoint.
-pub(super) fn is_checkpoint(metadata: &HashMap<String, String>) -> bool {
-    metadata.get("format").map(String::as_str) == Some(CHECKPOINT)
+/// Whether the metadata is that of a file of this format.
+pub(super) fn has_format(metadata: &HashMap<String, String>, format: &str) -> bool {
+    metadata.get("format").is_some_and(|found| found == format)
 }
 
 /// What `doft_layers` says of one layer. Settings are there where they differ from the configuration.

@@ -106,7 +106,7 @@ pub(super) fn read(path: &Path, options: &LoadOptions) -> Result<(Dialect, Store
         tensors: Tensors::new(&file, &bytes)?,
         config: None,
     };
-    if metadata::is_checkpoint(found.tensors.metadata()) {
+    if metadata::has_format(found.tensors.metadata(), metadata::CHECKPOINT) {
         let reason = "a checkpoint, to resume a run from; the adapter of a run is another file";
         return refused(&file, reason);
     }

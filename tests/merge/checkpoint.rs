@@ -9,6 +9,13 @@ use candle_doft::merge::{CheckpointOptions, Merge, Strength};
 use candle_doft::{DoftConfig, Magnitude};
 use candle_nn::VarBuilder;
 use std::collections::HashMap;
+use std::path::PathBuf;
+
+/// Where a base file is and where it is merged to.
+fn paths(home: &tempfile::TempDir) -> (PathBuf, PathBuf) {
+    let base = home.path().join("base.safetensors");
+    (base, home.path().join("out"))
+}
 
 #[test]
 fn merging_an_identity_adapter_reproduces_the_checkpoint_byte_for_byte() -> candle_doft::Result<()>
@@ -17,10 +24,7 @@ fn merging_an_identity_adapter_reproduces_the_checkpoint_byte_for_byte() -> cand
     for dtype in [DType::F32, DType::F16, DType::BF16] {
         for magnitude in [Magnitude::Log, Magnitude::Absolute, Magnitude::None] {
             let config = DoftConfig::default().with_magnitude(magnitude);
-            let (from, to) = (
-                home.path().join("base.safetensors"),
-                home.path().join("out"),
-            );
+            let (from, to) = paths(&home);
             safetensors::save(&base(dtype)?, &from)?;
             let merge = Merge::new().with_adapter(&adapter(config, 0.)?, Strength::default())?;
             let report = merge.checkpoint(&from, &to, CheckpointOptions::default())?;
@@ -85,10 +89,7 @@ fn a_folder_of_shards_is_merged_whole_and_its_other_files_come_along() -> candle
 #[test]
 fn what_does_not_fit_stops_before_anything_is_written() -> candle_doft::Result<()> {
     let home = tempfile::tempdir().unwrap();
-    let (from, to) = (
-        home.path().join("base.safetensors"),
-        home.path().join("out"),
-    );
+    let (from, to) = paths(&home);
     let error = |tensors: HashMap<String, Tensor>, merge: &Merge| {
         safetensors::save(&tensors, &from).unwrap();
         let error = merge
@@ -155,10 +156,7 @@ fn what_does_not_fit_stops_before_anything_is_written() -> candle_doft::Result<(
 #[test]
 fn a_base_that_is_cut_short_is_refused() -> candle_doft::Result<()> {
     let home = tempfile::tempdir().unwrap();
-    let (from, to) = (
-        home.path().join("base.safetensors"),
-        home.path().join("out"),
-    );
+    let (from, to) = paths(&home);
     let merge =
         Merge::new().with_adapter(&adapter(DoftConfig::default(), 0.5)?, Strength::default())?;
     safetensors::save(&base(DType::F32)?, &from)?;
