@@ -7,7 +7,7 @@ use crate::support::network::{BATCH, Net};
 use crate::task::{DigitsTask, Prepared, Task};
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
-use candle_doft::train::{AdamW, Group, Schedule};
+use candle_doft::train::{AdamW, Schedule};
 use candle_doft::{DoftLinear, Error, rotation};
 use candle_nn::{Linear, ParamsAdamW, loss};
 use std::time::Instant;
@@ -29,14 +29,10 @@ impl Adapted {
             weight_decay: 0.,
             ..Default::default()
         };
-        let optimizer = match tuner.adapter() {
-            Some(adapter) => {
-                let mut optimizer = AdamW::for_adapter(adapter, params)?;
-                optimizer.set_group_rate(AdamW::MAGNITUDES, job.magnitude_rate)?;
-                optimizer
-            }
-            None => AdamW::new(vec![Group::new(tuner.named_vars()?)], params)?,
-        };
+        let mut optimizer = tuner.optimizer(params)?;
+        if tuner.adapter().is_some() {
+            optimizer.set_group_rate(AdamW::MAGNITUDES, job.magnitude_rate)?;
+        }
         Ok(Self {
             tuner,
             net,

@@ -3,8 +3,9 @@
 
 use candle_core::{DType, Device, Result, Tensor, Var, bail};
 use candle_doft::rng::SplitMix64;
+use candle_doft::train::{AdamW, Group};
 use candle_doft::{Adapter, DoftConfig, DoftLinear, Pattern, frozen};
-use candle_nn::{Linear, Module};
+use candle_nn::{Linear, Module, ParamsAdamW};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -101,6 +102,14 @@ impl Tuner {
                 .iter()
                 .map(|(n, v)| (n.clone(), v.clone()))
                 .collect()),
+        }
+    }
+
+    /// An optimizer of them: in the groups of [`AdamW::for_adapter`] for DOFT and OFT, in one for others.
+    pub fn optimizer(&self, params: ParamsAdamW) -> candle_doft::Result<AdamW> {
+        match &self.adapter {
+            Some(adapter) => AdamW::for_adapter(adapter, params),
+            None => AdamW::new(vec![Group::new(self.named_vars()?)], params),
         }
     }
 

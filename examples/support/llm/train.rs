@@ -7,7 +7,7 @@ use super::weights::Weights;
 use anyhow::{Result, ensure};
 use candle_core::{Device, Tensor, Var};
 use candle_doft::Pattern;
-use candle_doft::train::{AdamW, Group};
+use candle_doft::train::AdamW;
 use candle_nn::ParamsAdamW;
 
 pub struct Trainer {
@@ -46,10 +46,9 @@ impl Trainer {
             weight_decay: 0.,
             ..Default::default()
         };
-        let optimizer = match (nothing, tuner.adapter()) {
-            (true, _) => None,
-            (false, Some(adapter)) => Some(AdamW::for_adapter(adapter, params)?),
-            (false, None) => Some(AdamW::new(vec![Group::new(tuner.named_vars()?)], params)?),
+        let optimizer = match nothing {
+            true => None,
+            false => Some(tuner.optimizer(params)?),
         };
         Ok(Self {
             tuner,
