@@ -21,7 +21,7 @@ use support::llm::sample::{Sampling, answer};
 use support::llm::tokenizer::Text;
 use support::llm::weights::Weights;
 use support::memory;
-use support::methods::{Method, Tuner};
+use support::methods::{Method, TunerBuilder};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -67,22 +67,22 @@ fn run(flags: &Flags) -> Result<()> {
     let device = Device::Cpu;
     let mut weights = Weights::open(&open::locate(&flags.model)?, flags.dequantize, &device)?;
     let text = Text::open(&weights)?;
-    let tuner = match &flags.adapter {
-        None => Tuner::new(Method::Frozen, 0, &device)?,
+    let builder = match &flags.adapter {
+        None => TunerBuilder::new(Method::Frozen, 0, &device)?,
         Some(file) if flags.merge || flags.strength != 1. => {
             let strength = Strength::linear(flags.strength);
             let merge = Merge::new().with_file(file, &LoadOptions::default(), strength)?;
             weights = weights.merged(&merge)?;
-            Tuner::new(Method::Frozen, 0, &device)?
+            TunerBuilder::new(Method::Frozen, 0, &device)?
         }
         Some(file) => {
             let method = Method::Doft(Box::default());
-            Tuner::with_adapter(method, Adapter::load(file, &device)?)
+            TunerBuilder::with_adapter(method, Adapter::load(file, &device)?)
         }
     };
-    let model = Model::new(&weights, &tuner, &device)?;
+    let model = Model::new(&weights, &builder, &device)?;
+    let tuner = builder.finish()?;
     if let Some(adapter) = tuner.adapter() {
-        adapter.check_complete()?;
         for warning in adapter.warnings() {
             eprintln!("note: {warning}");
         }
@@ -95,7 +95,7 @@ fn run(flags: &Flags) -> Result<()> {
     let prompt = text.prompt(&flags.prompt)?;
     let mut printed = Printed::default();
     let each = |ids: &[u32]| printed.add(ids.len(), text.decode(ids)?);
-    let answered = tuner.inference(|| answer(&model, &text, &prompt, sampling, each))??;
+    let answered = tuner.eval(|| answer(&model, &text, &prompt, sampling, each))?;
     printed.finish(&answered);
     Ok(())
 }

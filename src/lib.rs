@@ -46,10 +46,10 @@ pub mod rotation;
 pub mod train;
 
 #[doc(inline)]
-pub use adapter::Adapter;
+pub use adapter::{Adapter, AdapterBuilder};
 #[doc(inline)]
 pub use config::{DoftConfig, Magnitude, Map, Pattern, Targets};
 #[doc(inline)]
 pub use error::{Error, Result};
 #[doc(inline)]
-pub use layer::{DoftConv1d, DoftConv2d, DoftEmbedding, DoftLinear};
+pub use layer::{DoftConv1d, DoftConv2d, DoftEmbedding, DoftLinear, Mode};

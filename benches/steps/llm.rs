@@ -5,7 +5,7 @@ use super::Run;
 use crate::support::llm::config::{Architecture, Config};
 use crate::support::llm::model::Model;
 use crate::support::llm::weights::Weights;
-use crate::support::methods::{Method, Tuner};
+use crate::support::methods::{Method, TunerBuilder};
 use candle_core::{Device, Result, Shape, Tensor, Var};
 use candle_doft::DoftConfig;
 use candle_doft::rng::SplitMix64;
@@ -100,9 +100,9 @@ pub fn run(method: &str, weights: &Weights) -> anyhow::Result<Run> {
         _ => Method::Frozen,
     };
     let frozen = matches!(method, Method::Frozen);
-    let tuner = Tuner::new(method, 0, &Device::Cpu)?;
-    let model = Model::new(weights, &tuner, &Device::Cpu)?;
-    let vars = tuner.named_vars()?;
+    let builder = TunerBuilder::new(method, 0, &Device::Cpu)?;
+    let model = Model::new(weights, &builder, &Device::Cpu)?;
+    let vars = builder.finish()?.named_vars();
     Ok(Box::new(move || {
         let mut embedded = model.embed(&ids)?;
         let tokens = Var::from_tensor(&embedded)?;

@@ -11,7 +11,7 @@ pub mod parts;
 mod plain;
 pub mod quantized;
 
-use crate::support::methods::{Method, Tuned, Tuner};
+use crate::support::methods::{Method, Tuned, TunerBuilder};
 use candle_core::{Device, Module, Result, Tensor, Var};
 use candle_doft::DoftConfig;
 use candle_doft::rng::SplitMix64;
@@ -211,8 +211,12 @@ fn layer(method: &str, weight: &Tensor, block_size: usize) -> Result<(Layer, Vec
         "dora" => Method::Dora { rank: RANK, alpha },
         other => candle_core::bail!("no method `{other}`"),
     };
-    let tuner = Tuner::new(method, 0, &Device::Cpu)?;
-    let layer = tuner.wrap_linear("layer", Linear::new(weight.clone(), None))?;
-    let vars = tuner.named_vars()?.into_iter().map(|(_, var)| var);
+    let builder = TunerBuilder::new(method, 0, &Device::Cpu)?;
+    let layer = builder.wrap_linear("layer", Linear::new(weight.clone(), None))?;
+    let vars = builder
+        .finish()?
+        .named_vars()
+        .into_iter()
+        .map(|(_, var)| var);
     Ok((Layer::Crate(layer), vars.collect()))
 }

@@ -2,9 +2,9 @@
 
 use super::plain::series;
 use super::{Run, seeded};
-use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_doft::{DoftConfig, DoftLinear, Map, rotation};
-use candle_nn::{Linear, Module, VarBuilder, VarMap};
+use candle_core::{Device, Result, Tensor, Var};
+use candle_doft::{Adapter, DoftConfig, DoftLinear, Map, Mode, rotation};
+use candle_nn::{Linear, Module};
 use std::hint::black_box;
 
 /// Width of the layer whose rotations are made.
@@ -79,17 +79,16 @@ fn newton(q: &Tensor) -> Result<Tensor> {
     (x * 2.)? - eye(q)?
 }
 
-fn layer(width: usize, out: usize) -> Result<(Linear, DoftLinear)> {
+fn layer(width: usize, out: usize) -> Result<(Linear, DoftLinear, Adapter)> {
     let base = Linear::new((seeded((out, width), 1)? / (width as f64).sqrt())?, None);
-    let varmap = VarMap::new();
-    let vb = VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu);
-    let layer = DoftLinear::new(base.clone(), &DoftConfig::default(), vb)?;
-    let vars = varmap.all_vars();
-    for var in &vars {
+    let builder = Adapter::builder(DoftConfig::default(), &Device::Cpu)?;
+    let layer = builder.wrap("layer", base.clone())?;
+    let adapter = builder.finish()?;
+    for var in adapter.vars() {
         let values = seeded(var.shape().clone(), 3)?;
         var.set(&(values * 0.1)?)?;
     }
-    Ok((base, layer))
+    Ok((base, layer, adapter))
 }
 
 /// Ways to decode one token.
@@ -99,27 +98,29 @@ pub const DECODE: [&str; 3] = ["merged", "cached", "rebuilt"];
 /// or with them `rebuilt` from the parameters.
 pub fn decode(name: &str, (rows, width, out): super::Shape) -> Result<Run> {
     let x = seeded((rows, width), 2)?;
-    let (_, layer) = layer(width, out)?;
+    let (_, layer, adapter) = layer(width, out)?;
     let merged = layer.merge()?;
     let expected = merged.forward(&x)?;
-    let cached = layer.inference()?;
-    let off = (cached.forward(&x)? - expected)?.abs()?.max_all()?;
+    let held = adapter.scope(Mode::Eval)?;
+    let off = (held.run(|| layer.forward(&x))? - expected)?
+        .abs()?
+        .max_all()?;
     assert!(off.to_scalar::<f32>()? < 1e-4, "unmerged is off by {off}");
-    let module: Box<dyn Module> = match name {
-        "merged" => Box::new(merged),
-        "cached" => Box::new(cached),
-        "rebuilt" => Box::new(layer),
+    let forward: Box<dyn Fn() -> Result<Tensor>> = match name {
+        "merged" => Box::new(move || merged.forward(&x)),
+        "cached" => Box::new(move || held.run(|| layer.forward(&x))),
+        "rebuilt" => Box::new(move || layer.forward(&x)),
         other => candle_core::bail!("no way `{other}`"),
     };
     Ok(Box::new(move || {
-        black_box(module.forward(&x)?);
+        black_box(forward()?);
         Ok(())
     }))
 }
 
 /// The merge of one layer, and for comparison the copy of its weight.
 pub fn merge(name: &str, (width, out): (usize, usize)) -> Result<Run> {
-    let (base, layer) = layer(width, out)?;
+    let (base, layer, _) = layer(width, out)?;
     let copy = match name {
         "doft" => false,
         "copy" => true,

@@ -2,7 +2,7 @@
 
 use crate::record::{Job, Look, Quality, Run};
 use crate::support::digits::Batches;
-use crate::support::methods::{Tuned, Tuner};
+use crate::support::methods::{Tuned, Tuner, TunerBuilder};
 use crate::support::network::{BATCH, Net};
 use crate::task::{DigitsTask, Prepared, Task};
 use anyhow::{Context, Result};
@@ -22,8 +22,9 @@ pub struct Adapted {
 impl Adapted {
     pub fn new(base: &Net<Linear>, job: &Job) -> Result<Self> {
         let method = job.entry.method(job.seed);
-        let tuner = Tuner::new(method, job.seed, &Device::Cpu)?;
-        let net = base.each(|name, layer| tuner.wrap_linear(name, layer.clone()))?;
+        let builder = TunerBuilder::new(method, job.seed, &Device::Cpu)?;
+        let net = base.each(|name, layer| builder.wrap_linear(name, layer.clone()))?;
+        let tuner = builder.finish()?;
         let params = ParamsAdamW {
             lr: job.lr,
             weight_decay: 0.,
@@ -82,9 +83,9 @@ pub fn adapt(task: &DigitsTask, job: &Job) -> Result<Run> {
         losses.push(loss);
         seconds += start.elapsed().as_secs_f64();
         if due(step + 1, steps) {
-            let seen = adapted.tuner.inference(|| {
-                prepared.validation_and_test(&|images| adapted.net.forward(images))
-            })??;
+            let seen = adapted
+                .tuner
+                .eval(|| prepared.validation_and_test(&|images| adapted.net.forward(images)))?;
             curve.push((step + 1, seen.0, seen.1));
             if job.traced {
                 trace.extend(look(&adapted.net, step + 1)?);
@@ -92,7 +93,7 @@ pub fn adapt(task: &DigitsTask, job: &Job) -> Result<Run> {
         }
     }
     let quality = || prepared.quality(&|images| adapted.net.forward(images));
-    let quality = adapted.tuner.inference(quality)??;
+    let quality = adapted.tuner.eval(quality)?;
     let reached = |at: fn(&(usize, f64, f64)) -> f64| {
         let hit = curve.iter().find(|point| at(point) >= task.target());
         hit.map(|point| point.0)
@@ -100,7 +101,7 @@ pub fn adapt(task: &DigitsTask, job: &Job) -> Result<Run> {
     Ok(Run {
         task: task.name().into(),
         job: *job,
-        trainable_parameters: adapted.tuner.trainable()?,
+        trainable_parameters: adapted.tuner.trainable(),
         steps_to_target: reached(|point| point.2),
         validation_steps_to_target: reached(|point| point.1),
         frozen: prepared.frozen,

@@ -171,7 +171,7 @@ impl Task for TextTask {
         Ok(Run {
             task: self.name().into(),
             job: *job,
-            trainable_parameters: trainer.tuner.trainable()?,
+            trainable_parameters: trainer.tuner.trainable(),
             steps_to_target: reached(|point| point.2),
             validation_steps_to_target: reached(|point| point.1),
             quality,

@@ -175,7 +175,7 @@ impl<'a> Session<'a> {
                 }
             }
             None => {
-                let named = self.trainer.tuner.named_vars()?;
+                let named = self.trainer.tuner.named_vars();
                 let tensors = named
                     .iter()
                     .map(|(n, v)| (n.clone(), v.as_tensor().clone()));
@@ -233,7 +233,7 @@ impl<'a> Session<'a> {
     }
 
     fn announce(&self) -> Result<()> {
-        let trainable = self.trainer.tuner.trainable()?;
+        let trainable = self.trainer.tuner.trainable();
         eprintln!(
             "{} layers, weights of {} MB; {trainable} parameters train; {} sequences, {} held out",
             self.weights.config.layers,
@@ -347,7 +347,7 @@ impl<'a> Session<'a> {
         };
         let (model, text) = (&self.trainer.model, &self.text);
         let answer = || answer(model, text, &prompt.ids, sampling, |_| Ok(()));
-        let answered = self.trainer.tuner.inference(answer)??;
+        let answered = self.trainer.tuner.eval(answer)?;
         println!(
             "> {}\n  {when:7} {}",
             indented(&prompt.shown),

@@ -9,7 +9,7 @@ mod support;
 use anyhow::{Context, Result};
 use candle_core::Device;
 use candle_doft::train::Schedule;
-use candle_doft::{Adapter, DoftConfig, DoftLinear, adapter, rotation};
+use candle_doft::{Adapter, DoftConfig, DoftLinear, Mode, adapter, rotation};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, loss};
 use clap::Parser;
 use serde::Serialize;
@@ -101,25 +101,26 @@ fn run(flags: &Flags) -> Result<()> {
     let test = turned.test.examples(&device)?;
     let frozen = base.forward(&test.images)?;
 
-    // The three lines that adapt a network: an adapter, its layers, its variables.
+    // The lines that adapt a network: a builder, the layers, the adapter with its variables.
     let config = DoftConfig::default()
         .with_block_size(flags.block_size as usize)
         .with_seed(flags.seed);
-    let adapter = Adapter::new(config, &device)?;
-    let net = base.each(|name, layer| adapter.wrap_linear(name, layer.clone()))?;
+    let builder = Adapter::builder(config, &device)?;
+    let net = base.each(|name, layer| builder.wrap(name, layer.clone()))?;
+    let adapter = builder.finish()?;
     let curve = adapt(&adapter, &net, &turned, flags, &device)?;
-    let adapted = adapter.inference(|| net.forward(&test.images))??;
+    let adapted = adapter.with_mode(Mode::Eval, || net.forward(&test.images))?;
     let seconds = start.elapsed().as_secs_f64();
 
     let file = flags.out.join("adapter.safetensors");
     adapter.save(&file)?;
-    let loaded = Adapter::load(&file, &device)?;
-    let reloaded = base.each(|name, layer| loaded.wrap_linear(name, layer.clone()))?;
-    loaded.check_complete()?;
+    let builder = Adapter::load(&file, &device)?;
+    let reloaded = base.each(|name, layer| builder.wrap(name, layer.clone()))?;
+    builder.finish()?;
     let reloaded = reloaded.forward(&test.images)?;
     let merged = net.each(|_, layer| layer.merge())?.forward(&test.images)?;
 
-    let summary = adapter.report()?;
+    let summary = adapter.report();
     let (angles, orthogonality) = rotations(&net)?;
     let outcome = Outcome {
         curve,
@@ -197,7 +198,7 @@ fn adapt(
     let steps = flags.steps as usize;
     let validation = turned.validation.examples(device)?;
     let validate = || -> Result<f64> {
-        let logits = adapter.inference(|| net.forward(&validation.images))??;
+        let logits = adapter.with_mode(Mode::Eval, || net.forward(&validation.images))?;
         accuracy(&logits, &validation.labels)
     };
     let params = ParamsAdamW {
@@ -205,7 +206,7 @@ fn adapt(
         weight_decay: 0.,
         ..Default::default()
     };
-    let mut optimizer = AdamW::new(adapter.vars()?, params)?;
+    let mut optimizer = AdamW::new(adapter.vars(), params)?;
     let train = turned.train.examples(device)?;
     let mut batches = Batches::new(&train, BATCH, flags.seed.wrapping_add(1));
     let mut curve = vec![(0, validate()?)];

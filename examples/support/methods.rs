@@ -4,10 +4,10 @@
 use candle_core::{DType, Device, Result, Tensor, Var, bail};
 use candle_doft::rng::SplitMix64;
 use candle_doft::train::{AdamW, Group};
-use candle_doft::{Adapter, DoftConfig, DoftLinear, Pattern, frozen};
+use candle_doft::{Adapter, AdapterBuilder, DoftConfig, DoftLinear, Mode, Pattern, frozen};
 use candle_nn::{Linear, Module, ParamsAdamW};
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Mutex, MutexGuard};
 
 /// How a frozen layer is adapted.
 #[derive(Clone, Debug)]
@@ -25,43 +25,57 @@ pub enum Method {
     Frozen,
 }
 
-/// The trainable tensors of one model under one method. Clones share them.
-#[derive(Clone)]
-pub struct Tuner {
+/// Builds the layers of one model under one method, as [`AdapterBuilder`] does for the crate's own.
+pub struct TunerBuilder {
     method: Method,
     device: Device,
     seed: u64,
-    adapter: Option<Adapter>,
+    builder: Option<AdapterBuilder>,
     targets: Vec<Pattern>,
-    vars: Arc<Mutex<BTreeMap<String, Var>>>,
+    vars: Mutex<BTreeMap<String, Var>>,
 }
 
-impl Tuner {
+/// The trainable tensors of one model under one method. Clones share them.
+#[derive(Clone)]
+pub struct Tuner {
+    adapter: Option<Adapter>,
+    vars: BTreeMap<String, Var>,
+}
+
+impl TunerBuilder {
     pub fn new(method: Method, seed: u64, device: &Device) -> candle_doft::Result<Self> {
-        let adapter = match &method {
-            Method::Doft(config) => Some(Adapter::new(config.as_ref().clone(), device)?),
+        let builder = match &method {
+            Method::Doft(config) => Some(Adapter::builder(config.as_ref().clone(), device)?),
             _ => None,
         };
         Ok(Self {
             method,
             device: device.clone(),
             seed,
-            adapter,
+            builder,
             targets: Vec::new(),
-            vars: Arc::default(),
+            vars: Mutex::default(),
         })
     }
 
-    /// The layers of an adapter that exists.
-    pub fn with_adapter(method: Method, adapter: Adapter) -> Self {
+    /// The layers of an adapter that was loaded.
+    pub fn with_adapter(method: Method, builder: AdapterBuilder) -> Self {
         Self {
             method,
-            device: adapter.device().clone(),
+            device: builder.device().clone(),
             seed: 0,
-            adapter: Some(adapter),
+            builder: Some(builder),
             targets: Vec::new(),
-            vars: Arc::default(),
+            vars: Mutex::default(),
         }
+    }
+
+    /// Ends building: the crate's adapter is complete, or the error says what is missing.
+    pub fn finish(self) -> candle_doft::Result<Tuner> {
+        Ok(Tuner {
+            adapter: self.builder.map(AdapterBuilder::finish).transpose()?,
+            vars: self.vars.into_inner().unwrap_or_else(|e| e.into_inner()),
+        })
     }
 
     /// Adapts only layers that one of these means, for the methods that are not the crate's; none means
@@ -80,44 +94,6 @@ impl Tuner {
         Ok(self.targets.is_empty())
     }
 
-    /// The crate's adapter, for DOFT and OFT.
-    pub fn adapter(&self) -> Option<&Adapter> {
-        self.adapter.as_ref()
-    }
-
-    /// Runs `f` with rotations as constants, so that no graph is built.
-    pub fn inference<T>(&self, f: impl FnOnce() -> T) -> candle_doft::Result<T> {
-        match &self.adapter {
-            Some(adapter) => adapter.inference(f),
-            None => Ok(f()),
-        }
-    }
-
-    /// The trainable tensors by name, in the order of their names.
-    pub fn named_vars(&self) -> candle_doft::Result<Vec<(String, Var)>> {
-        match &self.adapter {
-            Some(adapter) => adapter.named_vars(),
-            None => Ok(self
-                .own()
-                .iter()
-                .map(|(n, v)| (n.clone(), v.clone()))
-                .collect()),
-        }
-    }
-
-    /// An optimizer of them: in the groups of [`AdamW::for_adapter`] for DOFT and OFT, in one for others.
-    pub fn optimizer(&self, params: ParamsAdamW) -> candle_doft::Result<AdamW> {
-        match &self.adapter {
-            Some(adapter) => AdamW::for_adapter(adapter, params),
-            None => AdamW::new(vec![Group::new(self.named_vars()?)], params),
-        }
-    }
-
-    /// Number of trainable parameters.
-    pub fn trainable(&self) -> candle_doft::Result<usize> {
-        Ok(self.named_vars()?.iter().map(|(_, v)| v.elem_count()).sum())
-    }
-
     /// Wraps the layer at `path`, candle's or a frozen one, dense or quantized.
     pub fn wrap_linear(
         &self,
@@ -126,8 +102,8 @@ impl Tuner {
     ) -> candle_doft::Result<Tuned> {
         let base = base.into();
         Ok(match &self.method {
-            Method::Doft(_) => match &self.adapter {
-                Some(adapter) => Tuned::Doft(adapter.wrap_linear(path, base)?),
+            Method::Doft(_) => match &self.builder {
+                Some(builder) => Tuned::Doft(builder.wrap(path, base)?),
                 None => Tuned::Frozen(base),
             },
             _ if !self.wants(path)? => Tuned::Frozen(base),
@@ -210,6 +186,45 @@ fn param_dtype(dtype: DType) -> DType {
         DType::F64
     } else {
         DType::F32
+    }
+}
+
+impl Tuner {
+    /// The crate's adapter, for DOFT and OFT.
+    pub fn adapter(&self) -> Option<&Adapter> {
+        self.adapter.as_ref()
+    }
+
+    /// Runs `f` with rotations as constants, so that no graph is built.
+    pub fn eval<T, E: From<candle_doft::Error>>(
+        &self,
+        f: impl FnOnce() -> candle_doft::Result<T, E>,
+    ) -> candle_doft::Result<T, E> {
+        match &self.adapter {
+            Some(adapter) => adapter.with_mode(Mode::Eval, f),
+            None => f(),
+        }
+    }
+
+    /// The trainable tensors by name, in the order of their names.
+    pub fn named_vars(&self) -> Vec<(String, Var)> {
+        match &self.adapter {
+            Some(adapter) => adapter.named_vars(),
+            None => self.vars.clone().into_iter().collect(),
+        }
+    }
+
+    /// An optimizer of them: in the groups of [`AdamW::for_adapter`] for DOFT and OFT, in one for others.
+    pub fn optimizer(&self, params: ParamsAdamW) -> candle_doft::Result<AdamW> {
+        match &self.adapter {
+            Some(adapter) => AdamW::for_adapter(adapter, params),
+            None => AdamW::new(vec![Group::new(self.named_vars())], params),
+        }
+    }
+
+    /// Number of trainable parameters.
+    pub fn trainable(&self) -> usize {
+        self.named_vars().iter().map(|(_, v)| v.elem_count()).sum()
     }
 }
 

@@ -1,22 +1,181 @@
-//! Building and wrapping layers by module path.
+//! [`AdapterBuilder`]: building and wrapping layers by module path, until the model is finished.
 
-use super::{Adapter, Entry, select};
-use crate::config::LayerKind;
+use super::source::Source;
+use super::wrap::{WeightSource, Wrap};
+use super::{Adapter, Entry, Inner, extra, locked, select, trained};
+use crate::config::{DoftConfig, LayerKind, Targets};
 use crate::error::{Error, Result};
-use crate::frozen::{self, Frozen, QuantizedVarBuilder};
-use crate::layer::{DoftConv1d, DoftConv2d, DoftEmbedding, DoftLinear, Layer};
-use candle_core::Device;
-use candle_core::quantized::QMatMul;
-use candle_nn::{Conv1dConfig, Conv2dConfig, VarBuilder};
-use std::collections::btree_map;
+use crate::layer::{Adaptable, Control, Doft, DoftConv1d, DoftConv2d, DoftEmbedding, DoftLinear};
+use candle_core::{DType, Device, Tensor, Var};
+use candle_nn::{Conv1dConfig, Conv2dConfig, VarBuilder, VarMap};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+/// Builds the layers of one model: those that the configuration (or the loaded file) means are adapted,
+/// the others are plain frozen layers. It stands beside candle's [`VarBuilder`] and its functions have
+/// the names of `candle_nn`'s; the path of a layer is the whole prefix of its `VarBuilder`.
+///
+/// Made by [`Adapter::builder`] and [`Adapter::load`]. [`AdapterBuilder::finish`] checks that everything
+/// fits and returns the [`Adapter`]; before that, a layer that is run returns [`Error::Unfinished`].
+///
+/// # Examples
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_doft::{Adapter, AdapterBuilder, DoftConfig, DoftLinear, Result};
+/// use candle_nn::{Module, VarBuilder};
+///
+/// struct Mlp {
+///     up: DoftLinear,
+///     down: DoftLinear,
+/// }
+///
+/// impl Mlp {
+///     fn new(builder: &AdapterBuilder, vb: VarBuilder) -> Result<Self> {
+///         Ok(Self {
+///             up: builder.linear(64, 128, vb.pp("up"))?,
+///             down: builder.linear_no_bias(128, 64, vb.pp("down"))?,
+///         })
+///     }
+/// }
+///
+/// let vb = VarBuilder::zeros(DType::F32, &Device::Cpu);
+/// let builder = Adapter::builder(DoftConfig::default(), &Device::Cpu)?;
+/// let mlp = Mlp::new(&builder, vb.pp("mlp"))?;
+/// let adapter = builder.finish()?;
+/// assert_eq!(adapter.report().layers[0].path, "mlp.down");
+/// let x = Tensor::zeros((1, 64), DType::F32, &Device::Cpu)?;
+/// mlp.down.forward(&mlp.up.forward(&x)?.relu()?)?;
+/// # Ok::<(), candle_doft::Error>(())
+/// ```
+#[must_use = "layers cannot be run before `finish`"]
+pub struct AdapterBuilder {
+    parts: Arc<Parts>,
+}
+
+/// What was built so far. Shared with the `VarBuilder`s of extra tensors.
+pub(super) struct Parts {
+    pub(super) config: DoftConfig,
+    pub(super) device: Device,
+    varmap: VarMap,
+    layers: Mutex<BTreeMap<String, Entry>>,
+    pub(super) extras: Mutex<BTreeMap<String, Var>>,
+    pub(super) source: Option<Arc<Source>>,
+    control: Arc<Control>,
+}
+
+impl std::fmt::Debug for AdapterBuilder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let paths: Vec<String> = locked(&self.parts.layers).keys().cloned().collect();
+        f.debug_struct("AdapterBuilder")
+            .field("config", &self.parts.config)
+            .field("layers", &paths)
+            .finish_non_exhaustive()
+    }
+}
 
 impl Adapter {
-    /// A linear layer with bias, as [`candle_nn::linear()`] makes it; its path is the prefix of `vb`.
+    /// Starts a fresh adapter: its layers change nothing until they are trained.
     ///
     /// # Errors
     ///
-    /// Those of [`candle_nn::linear()`] and [`Adapter::wrap_linear`].
-    pub fn linear(&self, in_dim: usize, out_dim: usize, vb: VarBuilder) -> Result<DoftLinear> {
+    /// [`Error::Config`] or [`Error::Pattern`] if a value of the configuration is out of its range.
+    pub fn builder(config: DoftConfig, device: &Device) -> Result<AdapterBuilder> {
+        config.validate()?;
+        Ok(AdapterBuilder::new(config, device, None))
+    }
+}
+
+impl AdapterBuilder {
+    pub(super) fn new(config: DoftConfig, device: &Device, source: Option<Source>) -> Self {
+        Self {
+            parts: Arc::new(Parts {
+                config,
+                device: device.clone(),
+                varmap: VarMap::new(),
+                layers: Mutex::default(),
+                extras: Mutex::default(),
+                source: source.map(Arc::new),
+                control: Arc::default(),
+            }),
+        }
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &DoftConfig {
+        &self.parts.config
+    }
+
+    /// The device of the parameters.
+    pub fn device(&self) -> &Device {
+        &self.parts.device
+    }
+
+    pub(super) fn source(&self) -> Option<&Source> {
+        self.parts.source.as_deref()
+    }
+
+    /// Ends building: checks that the model is complete, and returns the adapter with all its trainable
+    /// tensors. From here on the layers can be run.
+    ///
+    /// # Errors
+    ///
+    /// * [`Error::NoLayers`] if nothing was adapted and no extra tensor made, unless the targets are
+    ///   [`Targets::None`].
+    /// * [`Error::NoMatch`] if a pattern matches no layer, with the nearest paths.
+    /// * [`Error::FileUnused`] if a layer or an extra tensor of the loaded file was not asked for, with
+    ///   the nearest paths. [`LoadOptions::allow_partial`](crate::file::LoadOptions) allows it.
+    ///
+    /// The layers of a model that fails here cannot be run.
+    pub fn finish(self) -> Result<Adapter> {
+        let parts = &self.parts;
+        let layers = std::mem::take(&mut *locked(&parts.layers));
+        let extras = std::mem::take(&mut *locked(&parts.extras));
+        let adapted = || {
+            layers
+                .values()
+                .filter_map(|layer| layer.adaptation.as_ref())
+        };
+        let paths = layers.keys().map(String::as_str);
+        // Without any layer every pattern matches nothing, and the first would be blamed.
+        let built = !(layers.is_empty() && extras.is_empty());
+        if built {
+            match &parts.source {
+                None => select::check_patterns(&parts.config, paths)?,
+                Some(source) => source.check_used(paths)?,
+            }
+        }
+        let empty = adapted().next().is_none() && extras.is_empty();
+        if empty && parts.config.targets != Targets::None {
+            return Err(Error::NoLayers);
+        }
+        let trained = trained(adapted(), &extras)?;
+        parts.control.set_complete();
+        Ok(Adapter {
+            inner: Arc::new(Inner {
+                config: parts.config.clone(),
+                device: parts.device.clone(),
+                layers,
+                extras,
+                trained,
+                source: parts.source.clone(),
+                control: parts.control.clone(),
+            }),
+        })
+    }
+
+    /// A linear layer with bias, as [`candle_nn::linear()`] makes it, over a [`VarBuilder`] or a
+    /// [`QuantizedVarBuilder`](crate::frozen::QuantizedVarBuilder).
+    ///
+    /// # Errors
+    ///
+    /// If `vb` lacks the weight or the bias, or they have another shape; and as [`AdapterBuilder::wrap`].
+    pub fn linear(
+        &self,
+        in_dim: usize,
+        out_dim: usize,
+        vb: impl WeightSource,
+    ) -> Result<DoftLinear> {
         self.linear_b(in_dim, out_dim, true, vb)
     }
 
@@ -24,12 +183,12 @@ impl Adapter {
     ///
     /// # Errors
     ///
-    /// Those of [`candle_nn::linear_no_bias`] and [`Adapter::wrap_linear`].
+    /// As [`AdapterBuilder::linear`].
     pub fn linear_no_bias(
         &self,
         in_dim: usize,
         out_dim: usize,
-        vb: VarBuilder,
+        vb: impl WeightSource,
     ) -> Result<DoftLinear> {
         self.linear_b(in_dim, out_dim, false, vb)
     }
@@ -38,47 +197,16 @@ impl Adapter {
     ///
     /// # Errors
     ///
-    /// Those of [`candle_nn::linear_b`] and [`Adapter::wrap_linear`].
+    /// As [`AdapterBuilder::linear`].
     pub fn linear_b(
         &self,
         in_dim: usize,
         out_dim: usize,
         bias: bool,
-        vb: VarBuilder,
+        vb: impl WeightSource,
     ) -> Result<DoftLinear> {
-        let path = vb.prefix();
-        self.wrap_linear(&path, candle_nn::linear_b(in_dim, out_dim, bias, vb)?)
-    }
-
-    /// A linear layer with bias over quantized rows.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`frozen::quantized_linear`] and [`Adapter::wrap_linear`].
-    pub fn quantized_linear(
-        &self,
-        in_dim: usize,
-        out_dim: usize,
-        vb: QuantizedVarBuilder,
-    ) -> Result<DoftLinear> {
-        let path = vb.prefix();
-        self.wrap_linear(&path, frozen::quantized_linear(in_dim, out_dim, vb)?)
-    }
-
-    /// A linear layer without bias over quantized rows.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`frozen::quantized_linear_no_bias`] and [`Adapter::wrap_linear`].
-    pub fn quantized_linear_no_bias(
-        &self,
-        in_dim: usize,
-        out_dim: usize,
-        vb: QuantizedVarBuilder,
-    ) -> Result<DoftLinear> {
-        let path = vb.prefix();
-        let base = frozen::quantized_linear_no_bias(in_dim, out_dim, vb)?;
-        self.wrap_linear(&path, base)
+        let path = vb.path();
+        self.layer(&path, vb.linear(in_dim, out_dim, bias)?)
     }
 
     /// A two-dimensional convolution with bias and a square kernel, as [`candle_nn::conv2d()`] makes
@@ -86,7 +214,7 @@ impl Adapter {
     ///
     /// # Errors
     ///
-    /// Those of [`candle_nn::conv2d()`] and [`Adapter::wrap_conv2d`].
+    /// If `vb` lacks the kernel or the bias, or they have another shape; and as [`AdapterBuilder::wrap`].
     pub fn conv2d(
         &self,
         in_channels: usize,
@@ -97,14 +225,14 @@ impl Adapter {
     ) -> Result<DoftConv2d> {
         let path = vb.prefix();
         let base = candle_nn::conv2d(in_channels, out_channels, kernel_size, config, vb)?;
-        self.wrap_conv2d(&path, base)
+        self.wrap(&path, base)
     }
 
     /// A two-dimensional convolution without bias, as [`candle_nn::conv2d_no_bias`] makes it.
     ///
     /// # Errors
     ///
-    /// Those of [`candle_nn::conv2d_no_bias`] and [`Adapter::wrap_conv2d`].
+    /// As [`AdapterBuilder::conv2d`].
     pub fn conv2d_no_bias(
         &self,
         in_channels: usize,
@@ -115,14 +243,14 @@ impl Adapter {
     ) -> Result<DoftConv2d> {
         let path = vb.prefix();
         let base = candle_nn::conv2d_no_bias(in_channels, out_channels, kernel_size, config, vb)?;
-        self.wrap_conv2d(&path, base)
+        self.wrap(&path, base)
     }
 
     /// A one-dimensional convolution with bias, as [`candle_nn::conv1d()`] makes it.
     ///
     /// # Errors
     ///
-    /// Those of [`candle_nn::conv1d()`] and [`Adapter::wrap_conv1d`].
+    /// As [`AdapterBuilder::conv2d`].
     pub fn conv1d(
         &self,
         in_channels: usize,
@@ -133,14 +261,14 @@ impl Adapter {
     ) -> Result<DoftConv1d> {
         let path = vb.prefix();
         let base = candle_nn::conv1d(in_channels, out_channels, kernel_size, config, vb)?;
-        self.wrap_conv1d(&path, base)
+        self.wrap(&path, base)
     }
 
     /// A one-dimensional convolution without bias, as [`candle_nn::conv1d_no_bias`] makes it.
     ///
     /// # Errors
     ///
-    /// Those of [`candle_nn::conv1d_no_bias`] and [`Adapter::wrap_conv1d`].
+    /// As [`AdapterBuilder::conv2d`].
     pub fn conv1d_no_bias(
         &self,
         in_channels: usize,
@@ -151,117 +279,116 @@ impl Adapter {
     ) -> Result<DoftConv1d> {
         let path = vb.prefix();
         let base = candle_nn::conv1d_no_bias(in_channels, out_channels, kernel_size, config, vb)?;
-        self.wrap_conv1d(&path, base)
+        self.wrap(&path, base)
     }
 
-    /// An embedding, as [`candle_nn::embedding()`] makes it.
+    /// An embedding, as [`candle_nn::embedding()`] makes it, over a [`VarBuilder`] or a
+    /// [`QuantizedVarBuilder`](crate::frozen::QuantizedVarBuilder).
     ///
     /// # Errors
     ///
-    /// Those of [`candle_nn::embedding()`] and [`Adapter::wrap_embedding`].
+    /// If `vb` lacks the table, or it has another shape; and as [`AdapterBuilder::wrap`].
     pub fn embedding(
         &self,
         in_size: usize,
         out_size: usize,
-        vb: VarBuilder,
+        vb: impl WeightSource,
     ) -> Result<DoftEmbedding> {
-        let path = vb.prefix();
-        self.wrap_embedding(&path, candle_nn::embedding(in_size, out_size, vb)?)
+        let path = vb.path();
+        self.layer(&path, vb.embedding(in_size, out_size)?)
     }
 
-    /// An embedding over quantized rows.
+    /// Wraps a layer that exists already: candle's `Linear`, `Conv1d`, `Conv2d`, `Embedding` or
+    /// `QMatMul`, or one of [`frozen`](crate::frozen), dense or quantized. The weight is shared, not
+    /// copied. A fresh layer over a quantized `QMatMul` differs from it by candle's rounding of
+    /// activations: see [`frozen::Linear::from_qmatmul`](crate::frozen::Linear::from_qmatmul).
     ///
     /// # Errors
     ///
-    /// Those of [`frozen::quantized_embedding`] and [`Adapter::wrap_embedding`].
-    pub fn quantized_embedding(
-        &self,
-        in_size: usize,
-        out_size: usize,
-        vb: QuantizedVarBuilder,
-    ) -> Result<DoftEmbedding> {
-        let path = vb.prefix();
-        self.wrap_embedding(&path, frozen::quantized_embedding(in_size, out_size, vb)?)
+    /// * [`Error::LayerExists`] if the path is taken, [`Error::Argument`] if it is empty.
+    /// * [`Error::Device`] if the layer is on another device than the adapter.
+    /// * If the layer is to be adapted and cannot be: its weight is not a float tensor of the rank of its
+    ///   kind, its bias does not have one value per output, or the block size does not fit.
+    /// * Of a loaded adapter: if the file means a layer of another kind or shape
+    ///   ([`Error::FileTensor`], [`Error::File`]), or was trained on another base weight
+    ///   ([`Error::File`]; `LoadOptions::allow_changed_base` allows it).
+    ///
+    /// Of a layer outside the targets only the path is checked.
+    pub fn wrap<B: Wrap>(&self, path: &str, layer: B) -> Result<Doft<B::Frozen>> {
+        self.layer(path, layer.freeze()?)
     }
 
-    /// Wraps a linear layer that exists already: candle's, or a frozen one, dense or quantized. The
-    /// weight is shared, not copied.
+    /// A `VarBuilder` for extra trainable tensors that are saved with the adapter, such as a new
+    /// head: `candle_nn::linear(hidden, classes, builder.extra_vb(dtype).pp("classifier"))`. Tensors
+    /// are made when asked for the first time, from the configuration's seed and their name, or come from
+    /// the loaded file. After [`AdapterBuilder::finish`] it returns [`Error::Finished`].
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use candle_core::{DType, Device};
+    /// use candle_doft::{Adapter, DoftConfig};
+    ///
+    /// let builder = Adapter::builder(DoftConfig::default(), &Device::Cpu)?;
+    /// let head = candle_nn::linear(64, 3, builder.extra_vb(DType::F32).pp("classifier"))?;
+    /// assert_eq!(builder.finish()?.vars().len(), 2); // its weight and bias train
+    /// # Ok::<(), candle_doft::Error>(())
+    /// ```
+    pub fn extra_vb(&self, dtype: DType) -> VarBuilder<'static> {
+        let backend = extra::ExtraBackend {
+            parts: self.parts.clone(),
+        };
+        VarBuilder::from_backend(Box::new(backend), dtype, self.parts.device.clone())
+    }
+
+    /// Makes `value` an extra trainable tensor, or returns the one of that name that exists already, or
+    /// that the loaded file has.
     ///
     /// # Errors
     ///
-    /// [`Error::LayerExists`] when the path is taken, [`Error::Argument`] when it is empty,
-    /// [`Error::Device`] when the layer lives elsewhere, and those of [`DoftLinear::new`]. Of a plain
-    /// layer only the path is checked.
-    pub fn wrap_linear(&self, path: &str, base: impl Into<frozen::Linear>) -> Result<DoftLinear> {
-        self.wrap(path, base.into())
-    }
-
-    /// Wraps the weight of a `QMatMul`, quantized or dense. A fresh layer over a quantized one does not
-    /// answer bit for bit what it did: see [`frozen::Linear::from_qmatmul`].
-    ///
-    /// # Errors
-    ///
-    /// Those of [`frozen::Linear::from_qmatmul`] and [`Adapter::wrap_linear`].
-    pub fn wrap_qmatmul(&self, path: &str, base: QMatMul) -> Result<DoftLinear> {
-        self.wrap_linear(path, frozen::Linear::from_qmatmul(base, None)?)
-    }
-
-    /// Wraps a two-dimensional convolution that exists already. The kernel is shared, not copied.
-    ///
-    /// # Errors
-    ///
-    /// As [`Adapter::wrap_linear`], and those of [`DoftConv2d::new`].
-    pub fn wrap_conv2d(&self, path: &str, base: impl Into<frozen::Conv2d>) -> Result<DoftConv2d> {
-        self.wrap(path, base.into())
-    }
-
-    /// Wraps a one-dimensional convolution that exists already. The kernel is shared, not copied.
-    ///
-    /// # Errors
-    ///
-    /// As [`Adapter::wrap_linear`], and those of [`DoftConv1d::new`].
-    pub fn wrap_conv1d(&self, path: &str, base: impl Into<frozen::Conv1d>) -> Result<DoftConv1d> {
-        self.wrap(path, base.into())
-    }
-
-    /// Wraps an embedding that exists already: candle's, or a frozen one, dense or quantized.
-    ///
-    /// # Errors
-    ///
-    /// As [`Adapter::wrap_linear`], and those of [`DoftEmbedding::new`].
-    pub fn wrap_embedding(
-        &self,
-        path: &str,
-        base: impl Into<frozen::Embedding>,
-    ) -> Result<DoftEmbedding> {
-        self.wrap(path, base.into())
+    /// If an extra of that name has another shape.
+    pub fn extra(&self, name: &str, value: &Tensor) -> Result<Var> {
+        let fresh = || Ok(value.to_device(&self.parts.device)?.detach());
+        let var = self.parts.extra(name, value.dtype(), fresh)?;
+        if var.dims() == value.dims() {
+            return Ok(var);
+        }
+        let expected = format!("{:?}, as it was first made", var.dims());
+        Err(Error::shape(
+            name,
+            "the extra tensor",
+            value.dims(),
+            expected,
+        ))
     }
 
     /// A layer of any kind, adapted or plain, entered under its path.
-    fn wrap<L: Layer>(&self, path: &str, base: L::Frozen) -> Result<L> {
+    fn layer<F: Adaptable>(&self, path: &str, base: F) -> Result<Doft<F>> {
         // Its parameters could not be told from those of the next one, nor read from a file.
         if path.is_empty() {
             return Err(Error::argument(
-                "Adapter",
+                "AdapterBuilder",
                 "the path of a layer",
                 "empty",
                 "a name: give the `VarBuilder` a prefix, as in `vb.pp(\"fc1\")`",
             ));
         }
-        if self.inner.layers().contains_key(path) {
+        let parts = &self.parts;
+        if locked(&parts.layers).contains_key(path) {
             return Err(exists(path));
         }
         let frozen = base.as_base().elements();
-        let layer = match self.selects(path, L::KIND)? {
-            false => L::plain(path, base),
-            true => {
-                self.check(path, &base)?;
-                let (config, norms) = match &self.inner.source {
-                    None => (self.inner.config.clone(), None),
-                    Some(source) => source.setting(path, L::KIND, &base.as_base())?,
-                };
-                L::adapted(base, &config, norms, self.vb(path))?
-            }
+        let layer = if self.selects(path, F::KIND)? {
+            self.check(path, &base)?;
+            let (config, norms) = match &parts.source {
+                None => (parts.config.clone(), None),
+                Some(source) => source.setting(path, F::KIND, &base.as_base())?,
+            };
+            // Params choose the dtype after the weight.
+            let vb = VarBuilder::from_varmap(&parts.varmap, DType::F32, &parts.device).pp(path);
+            Doft::with_control(base, &config, norms, vb, parts.control.clone())?
+        } else {
+            Doft::plain(path, base, parts.control.clone())
         };
         let adaptation = layer.adaptation().cloned();
         self.register(path, Entry { adaptation, frozen })?;
@@ -270,15 +397,15 @@ impl Adapter {
 
     /// Whether the layer is to be adapted: by the configuration, or by what a loaded file holds.
     fn selects(&self, path: &str, kind: LayerKind) -> Result<bool> {
-        match &self.inner.source {
-            None => select::selects(&self.inner.config, path, kind),
+        match &self.parts.source {
+            None => select::selects(&self.parts.config, path, kind),
             Some(source) => source.holds(path),
         }
     }
 
-    /// Refuses what cannot be adapted.
-    fn check(&self, path: &str, base: &impl Frozen) -> Result<()> {
-        let (found, expected) = (&base.as_base().weight.device(), &self.inner.device);
+    /// Returns an error for a base that cannot be adapted.
+    fn check(&self, path: &str, base: &impl Adaptable) -> Result<()> {
+        let (found, expected) = (&base.as_base().weight.device(), &self.parts.device);
         if !found.same_device(expected) {
             return Err(Error::Device {
                 layer: path.to_string(),
@@ -289,23 +416,44 @@ impl Adapter {
         base.check_base(path)
     }
 
-    fn vb(&self, path: &str) -> VarBuilder<'_> {
-        // Params choose the dtype after the weight.
-        let dtype = candle_core::DType::F32;
-        VarBuilder::from_varmap(&self.inner.varmap, dtype, &self.inner.device).pp(path)
-    }
-
     fn register(&self, path: &str, entry: Entry) -> Result<()> {
-        if let (Some(source), Some(adaptation)) = (&self.inner.source, &entry.adaptation) {
+        if let (Some(source), Some(adaptation)) = (&self.parts.source, &entry.adaptation) {
             source.fill(adaptation)?;
         }
-        match self.inner.layers().entry(path.to_string()) {
-            btree_map::Entry::Occupied(_) => Err(exists(path)),
-            btree_map::Entry::Vacant(place) => {
-                place.insert(entry);
-                Ok(())
-            }
+        // Two threads may have built one path at the same time.
+        match locked(&self.parts.layers).insert(path.to_string(), entry) {
+            Some(_) => Err(exists(path)),
+            None => Ok(()),
         }
+    }
+}
+
+impl Parts {
+    /// The extra tensor of that name: the one that there is, that of the loaded file, or a fresh one.
+    pub(super) fn extra(
+        &self,
+        name: &str,
+        dtype: DType,
+        fresh: impl FnOnce() -> candle_core::Result<Tensor>,
+    ) -> candle_core::Result<Var> {
+        if self.control.is_complete() {
+            return Err(Error::Finished {
+                name: name.to_string(),
+            }
+            .into());
+        }
+        let mut extras = locked(&self.extras);
+        if let Some(var) = extras.get(name) {
+            return Ok(var.clone());
+        }
+        let stored = self.source.as_ref().and_then(|source| source.extra(name));
+        let value = match stored {
+            Some(stored) => stored.to_dtype(dtype)?.to_device(&self.device)?,
+            None => fresh()?,
+        };
+        let var = Var::from_tensor(&value)?;
+        extras.insert(name.to_string(), var.clone());
+        Ok(var)
     }
 }
 

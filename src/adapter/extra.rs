@@ -1,6 +1,7 @@
 //! Extra trainable tensors that travel with an adapter, such as a new classifier head.
 
-use super::Inner;
+use super::build::Parts;
+use super::locked;
 use crate::rng::SplitMix64;
 use candle_core::{DType, Device, Error, Result, Shape, Tensor};
 use candle_nn::var_builder::SimpleBackend;
@@ -9,7 +10,7 @@ use std::sync::Arc;
 
 /// Answers every tensor that is asked for with an extra of the adapter, made when new.
 pub(super) struct ExtraBackend {
-    pub(super) inner: Arc<Inner>,
+    pub(super) parts: Arc<Parts>,
 }
 
 impl SimpleBackend for ExtraBackend {
@@ -21,8 +22,8 @@ impl SimpleBackend for ExtraBackend {
         dtype: DType,
         device: &Device,
     ) -> Result<Tensor> {
-        let fresh = || seeded(&init, &shape, dtype, device, self.inner.config.seed, name);
-        let var = self.inner.extra(name, dtype, fresh)?;
+        let fresh = || seeded(&init, &shape, dtype, device, self.parts.config.seed, name);
+        let var = self.parts.extra(name, dtype, fresh)?;
         if var.shape() != &shape {
             return Err(Error::UnexpectedShape {
                 msg: format!("extra tensor `{name}`"),
@@ -40,12 +41,12 @@ impl SimpleBackend for ExtraBackend {
                 path: name.to_string(),
             })
         };
-        Ok(self.inner.extra(name, dtype, none)?.as_tensor().clone())
+        Ok(self.parts.extra(name, dtype, none)?.as_tensor().clone())
     }
 
     fn contains_tensor(&self, name: &str) -> bool {
-        let source = self.inner.source.as_ref();
-        self.inner.extras().contains_key(name) || source.is_some_and(|s| s.has_extra(name))
+        let source = self.parts.source.as_ref();
+        locked(&self.parts.extras).contains_key(name) || source.is_some_and(|s| s.has_extra(name))
     }
 }
 

@@ -1,4 +1,21 @@
-//! [`Adapter`]: all adapted layers of one fine-tune, by module path.
+//! [`Adapter`]: all adapted layers of one fine-tune, by module path; [`AdapterBuilder`], through which
+//! its model is built.
+//!
+//! Building has an end, because layers that are built later would never reach the optimizer, and a file
+//! whose names do not fit would leave the frozen base running unnoticed. It is a builder, and not a
+//! closure, because models are built as with candle's `VarBuilder`: passed by reference from constructor
+//! to constructor. [`AdapterBuilder::finish`] takes the builder by value, so the compiler refuses a layer
+//! that comes later:
+//!
+//! ```compile_fail,E0382
+//! # use candle_core::{DType, Device};
+//! # let vb = candle_nn::VarBuilder::zeros(DType::F32, &Device::Cpu);
+//! let builder = candle_doft::Adapter::builder(Default::default(), &Device::Cpu)?;
+//! builder.linear(64, 64, vb.pp("first"))?;
+//! let adapter = builder.finish()?;
+//! builder.linear(64, 64, vb.pp("later"))?; // the builder was moved
+//! # Ok::<(), candle_doft::Error>(())
+//! ```
 
 mod asked;
 mod build;
@@ -10,35 +27,34 @@ mod scope;
 mod select;
 mod source;
 mod stored;
+mod wrap;
 
 pub(crate) use asked::Asked;
+pub use build::AdapterBuilder;
 pub(crate) use fingerprint::{differs, fingerprint};
 pub(crate) use matching::{PEFT_PREFIX, flat};
 pub use report::{LayerReport, Report};
 pub use stored::Warning;
 pub(crate) use stored::{NORMS_DIFFER, Stored, StoredLayer};
+pub use wrap::{WeightSource, Wrap};
 
 use crate::config::DoftConfig;
 use crate::error::{Error, GradientReport, Result};
-use crate::layer::Adaptation;
+use crate::layer::{Adaptation, Control};
 use crate::params::names;
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Device, Tensor, Var};
-use candle_nn::{VarBuilder, VarMap};
+use candle_core::{Device, Tensor, Var};
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-/// All adapted layers of one fine-tune.
+/// All adapted layers of one fine-tune, complete.
 ///
-/// Build a model through it, and every layer that the configuration targets is adapted; the others
-/// are plain frozen layers. Clones share everything, so a model's parts can each hold one.
+/// A model is built through an [`AdapterBuilder`], and [`AdapterBuilder::finish`] returns the adapter:
+/// from then on it has all its trainable tensors, and no layer can be added. Clones share everything.
 ///
-/// * Make one: [`Adapter::new`], [`Adapter::load`].
-/// * Layers: [`Adapter::linear`] and its siblings build them, [`Adapter::wrap_linear`] and its siblings
-///   wrap those that exist, [`Adapter::extra_vb`] is for new ones, such as a head.
+/// * Start: [`Adapter::builder`] for a fresh adapter, [`Adapter::load`] for one from a file.
 /// * Train: [`Adapter::vars`], [`Adapter::check_gradients`], [`Adapter::report`].
-/// * Use: [`Adapter::inference`], [`Adapter::save`], [`Adapter::merged`].
+/// * Use: [`Adapter::with_mode`], [`Adapter::save`], [`Adapter::merged`].
 ///
 /// # Examples
 ///
@@ -49,12 +65,13 @@ use std::sync::{Arc, Mutex, MutexGuard};
 ///
 /// let device = Device::Cpu;
 /// let vb = VarBuilder::zeros(DType::F32, &device); // a checkpoint, in earnest
-/// let adapter = Adapter::new(DoftConfig::default().with_targets(["q_proj"]), &device)?;
-/// let q_proj = adapter.linear_no_bias(64, 64, vb.pp("layers.0.q_proj"))?;
-/// let k_proj = adapter.linear_no_bias(64, 64, vb.pp("layers.0.k_proj"))?;
+/// let builder = Adapter::builder(DoftConfig::default().with_targets("q_proj"), &device)?;
+/// let q_proj = builder.linear_no_bias(64, 64, vb.pp("layers.0.q_proj"))?;
+/// let k_proj = builder.linear_no_bias(64, 64, vb.pp("layers.0.k_proj"))?;
+/// let adapter = builder.finish()?;
 /// assert!(q_proj.is_adapted() && !k_proj.is_adapted());
 ///
-/// let mut optimizer = AdamW::new_lr(adapter.vars()?, 1e-3)?;
+/// let mut optimizer = AdamW::new_lr(adapter.vars(), 1e-3)?;
 /// let x = Tensor::ones((2, 64), DType::F32, &device)?;
 /// let loss = q_proj.forward(&x)?.sqr()?.mean_all()?;
 /// optimizer.backward_step(&loss)?;
@@ -68,13 +85,13 @@ pub struct Adapter {
 struct Inner {
     config: DoftConfig,
     device: Device,
-    varmap: VarMap,
-    layers: Mutex<BTreeMap<String, Entry>>,
-    extras: Mutex<BTreeMap<String, Var>>,
-    /// Whether the model was complete once. Layers are added and never go, so it stays that.
-    complete: AtomicBool,
-    /// The file that layers take their parameters from, of a loaded adapter.
-    source: Option<source::Source>,
+    layers: BTreeMap<String, Entry>,
+    extras: BTreeMap<String, Var>,
+    /// Everything that trains, in the order of [`Adapter::named_vars`].
+    trained: Vec<Trained>,
+    /// The file that the layers took their parameters from, of a loaded adapter.
+    source: Option<Arc<source::Source>>,
+    control: Arc<Control>,
 }
 
 /// A layer that was built through the adapter.
@@ -84,9 +101,16 @@ struct Entry {
     frozen: usize,
 }
 
+/// One tensor that trains.
+struct Trained {
+    role: Role,
+    name: String,
+    var: Var,
+}
+
 impl std::fmt::Debug for Adapter {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let paths: Vec<String> = self.inner.layers().keys().cloned().collect();
+        let paths: Vec<&String> = self.inner.layers.keys().collect();
         f.debug_struct("Adapter")
             .field("config", &self.inner.config)
             .field("layers", &paths)
@@ -95,31 +119,6 @@ impl std::fmt::Debug for Adapter {
 }
 
 impl Adapter {
-    /// An adapter without layers. Layers are built with [`Adapter::linear`] and its siblings, or
-    /// wrapped with [`Adapter::wrap_linear`].
-    ///
-    /// # Errors
-    ///
-    /// Those of [`DoftConfig::validate`].
-    pub fn new(config: DoftConfig, device: &Device) -> Result<Self> {
-        config.validate()?;
-        Ok(Self::with_source(config, device, None))
-    }
-
-    fn with_source(config: DoftConfig, device: &Device, source: Option<source::Source>) -> Self {
-        Self {
-            inner: Arc::new(Inner {
-                config,
-                device: device.clone(),
-                varmap: VarMap::new(),
-                layers: Mutex::default(),
-                extras: Mutex::default(),
-                complete: AtomicBool::new(false),
-                source,
-            }),
-        }
-    }
-
     /// The configuration.
     pub fn config(&self) -> &DoftConfig {
         &self.inner.config
@@ -130,125 +129,29 @@ impl Adapter {
         &self.inner.device
     }
 
-    /// A `VarBuilder` for extra trainable tensors that are saved with the adapter, such as a new
-    /// head: `candle_nn::linear(hidden, classes, adapter.extra_vb(dtype).pp("classifier"))`. Tensors are
-    /// made when asked for the first time, from the configuration's seed and their name.
-    ///
-    /// # Examples
-    ///
-    /// ```
-    /// use candle_core::{DType, Device};
-    /// use candle_doft::{Adapter, DoftConfig};
-    ///
-    /// let adapter = Adapter::new(DoftConfig::default(), &Device::Cpu)?;
-    /// let head = candle_nn::linear(64, 3, adapter.extra_vb(DType::F32).pp("classifier"))?;
-    /// assert_eq!(adapter.vars()?.len(), 2); // its weight and bias train
-    /// # Ok::<(), candle_doft::Error>(())
-    /// ```
-    pub fn extra_vb(&self, dtype: DType) -> VarBuilder<'static> {
-        let backend = extra::ExtraBackend {
-            inner: self.inner.clone(),
-        };
-        VarBuilder::from_backend(Box::new(backend), dtype, self.inner.device.clone())
-    }
-
-    /// Makes `value` an extra trainable tensor, or answers the one of that name: that there is, or that
-    /// the adapter was loaded with.
-    ///
-    /// # Errors
-    ///
-    /// When an extra of that name has another shape.
-    pub fn extra(&self, name: &str, value: &Tensor) -> Result<Var> {
-        let fresh = || Ok(value.to_device(&self.inner.device)?.detach());
-        let var = self.inner.extra(name, value.dtype(), fresh)?;
-        match var.dims() == value.dims() {
-            true => Ok(var),
-            false => {
-                let expected = format!("{:?}, as it was first made", var.dims());
-                Err(Error::shape(
-                    name,
-                    "the extra tensor",
-                    value.dims(),
-                    expected,
-                ))
-            }
-        }
-    }
-
-    /// Checks that the model is complete: at least one layer or extra tensor, no pattern that matches
-    /// nothing, and nothing of a loaded file left over. [`Adapter::vars`] and all that follows from it, and
-    /// [`Adapter::inference`], check this first.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::NoLayers`]; [`Error::NoMatch`] or [`Error::FileUnused`] with the nearest names.
-    pub fn check_complete(&self) -> Result<()> {
-        // Patterns are matched with every path, too much for each token of a sample.
-        if self.inner.complete.load(Ordering::Relaxed) {
-            return Ok(());
-        }
-        let layers = self.inner.layers();
-        let paths = layers.keys().map(String::as_str);
-        if layers.is_empty() && self.inner.extras().is_empty() {
-            return Err(Error::NoLayers);
-        }
-        match &self.inner.source {
-            None => select::check_patterns(&self.inner.config, paths)?,
-            Some(source) => source.check_used(paths)?,
-        }
-        let adapted = layers.values().any(|layer| layer.adaptation.is_some());
-        if !adapted && self.inner.extras().is_empty() {
-            return Err(Error::NoLayers);
-        }
-        self.inner.complete.store(true, Ordering::Relaxed);
-        Ok(())
-    }
-
     /// The trainable tensors with their names: rotation before magnitude, layers by path, then the
     /// extra tensors by name. The order depends on names alone.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`Adapter::check_complete`].
-    pub fn named_vars(&self) -> Result<Vec<(String, Var)>> {
-        let vars = self.role_vars()?.into_iter();
-        Ok(vars.map(|(_, name, var)| (name, var)).collect())
+    pub fn named_vars(&self) -> Vec<(String, Var)> {
+        let trained = self.inner.trained.iter();
+        trained.map(|t| (t.name.clone(), t.var.clone())).collect()
     }
 
-    /// The trainable tensors for an optimizer, in the order of [`Adapter::named_vars`]: those of the
-    /// layers built so far, so build the whole model first.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`Adapter::check_complete`].
-    pub fn vars(&self) -> Result<Vec<Var>> {
-        let vars = self.role_vars()?.into_iter();
-        Ok(vars.map(|(_, _, var)| var).collect())
+    /// The trainable tensors for an optimizer, in the order of [`Adapter::named_vars`].
+    pub fn vars(&self) -> Vec<Var> {
+        self.vars_where(|_| true)
     }
 
     /// The packed rotations alone.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`Adapter::check_complete`].
-    pub fn rotation_vars(&self) -> Result<Vec<Var>> {
-        self.vars_of(Role::Rotation)
+    pub fn rotation_vars(&self) -> Vec<Var> {
+        self.vars_where(|role| role == Role::Rotation)
     }
 
     /// The magnitudes alone.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`Adapter::check_complete`].
-    pub fn magnitude_vars(&self) -> Result<Vec<Var>> {
-        self.vars_of(Role::Magnitude)
+    pub fn magnitude_vars(&self) -> Vec<Var> {
+        self.vars_where(|role| role == Role::Magnitude)
     }
 
     /// What is adapted, as data; `Display` prints a table.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`Adapter::check_complete`].
     ///
     /// # Examples
     ///
@@ -256,25 +159,24 @@ impl Adapter {
     /// # use candle_core::{DType, Device};
     /// # use candle_doft::{Adapter, DoftConfig};
     /// # let vb = candle_nn::VarBuilder::zeros(DType::F32, &Device::Cpu);
-    /// let adapter = Adapter::new(DoftConfig::default().with_targets("q_proj"), &Device::Cpu)?;
-    /// adapter.linear_no_bias(64, 8, vb.pp("q_proj"))?;
-    /// adapter.linear_no_bias(64, 8, vb.pp("k_proj"))?;
-    /// let report = adapter.report()?;
+    /// let builder = Adapter::builder(DoftConfig::default().with_targets("q_proj"), &Device::Cpu)?;
+    /// builder.linear_no_bias(64, 8, vb.pp("q_proj"))?;
+    /// builder.linear_no_bias(64, 8, vb.pp("k_proj"))?;
+    /// let report = builder.finish()?.report();
     /// assert_eq!((report.layers.len(), report.frozen_layers), (1, 1));
     /// assert_eq!(report.trainable, 2 * 32 * 31 / 2 + 8); // two blocks, and a magnitude a row
     /// println!("{report}");
     /// # Ok::<(), candle_doft::Error>(())
     /// ```
-    pub fn report(&self) -> Result<Report> {
-        self.check_complete()?;
-        let extras: usize = self.inner.extras().values().map(|v| v.elem_count()).sum();
+    pub fn report(&self) -> Report {
+        let extras: usize = self.inner.extras.values().map(|v| v.elem_count()).sum();
         let mut report = Report {
             layers: Vec::new(),
             frozen_layers: 0,
             trainable: extras,
             total: extras,
         };
-        for (path, entry) in self.inner.layers().iter() {
+        for (path, entry) in &self.inner.layers {
             report.total += entry.frozen;
             let Some(layer) = &entry.adaptation else {
                 report.frozen_layers += 1;
@@ -290,23 +192,23 @@ impl Adapter {
                 kind: layer.kind(),
                 shape: layer.shape().to_vec(),
                 block_size: layer.layout().block_size,
-                asked: layer.asked(),
+                asked: layer.requested_block_size(),
                 blocks: layer.layout().blocks,
                 parameters,
             });
         }
-        Ok(report)
+        report
     }
 
     /// Looks at the gradient of every trainable tensor. Call it after the first backward pass: a
     /// parameter that is not reached trains as if frozen while the loss still falls.
     ///
-    /// The answer names zero gradients, which may be right; see [`GradientReport`] for what can and
+    /// The report names zero gradients, which may be right; see [`GradientReport`] for what can and
     /// cannot be told.
     ///
     /// # Errors
     ///
-    /// [`Error::Gradients`] when a gradient is missing or not finite; [`Adapter::check_complete`]'s.
+    /// [`Error::Gradients`] if a gradient is missing or not finite.
     ///
     /// # Examples
     ///
@@ -317,9 +219,10 @@ impl Adapter {
     /// use candle_doft::{Adapter, DoftConfig, Error, frozen};
     /// use candle_nn::Module;
     ///
-    /// let adapter = Adapter::new(DoftConfig::default(), &Device::Cpu)?;
+    /// let builder = Adapter::builder(DoftConfig::default(), &Device::Cpu)?;
     /// let weight = Tensor::randn(0f32, 1., (8, 64), &Device::Cpu)?;
-    /// let layer = adapter.wrap_linear("layer", candle_nn::Linear::new(weight, None))?;
+    /// let layer = builder.wrap("layer", candle_nn::Linear::new(weight, None))?;
+    /// let adapter = builder.finish()?;
     /// let y = layer.forward(&Tensor::ones((2, 64), DType::F32, &Device::Cpu)?)?;
     ///
     /// let cut = candle_nn::ops::softmax_last_dim(&y)?.sqr()?.sum_all()?.backward()?;
@@ -329,50 +232,30 @@ impl Adapter {
     /// # Ok::<(), candle_doft::Error>(())
     /// ```
     pub fn check_gradients(&self, grads: &GradStore) -> Result<GradientReport> {
-        let report = GradientReport::new(&self.named_vars()?, grads)?;
-        match report.is_sound() {
-            true => Ok(report),
-            false => Err(Error::Gradients(Box::new(report))),
+        let report = GradientReport::new(&self.named_vars(), grads)?;
+        if report.is_sound() {
+            Ok(report)
+        } else {
+            Err(Error::Gradients(Box::new(report)))
         }
     }
 
     /// Says which training step comes next, so that dropout masks depend on seed, layer, step and
     /// pass alone, and a resumed run draws the masks of the first.
     pub fn set_step(&self, step: u64) {
-        for layer in self.inner.adapted() {
+        for layer in self.adapted() {
             layer.set_step(step);
         }
     }
 
-    fn vars_of(&self, wanted: Role) -> Result<Vec<Var>> {
-        let vars = self.role_vars()?.into_iter();
-        let vars = vars.filter_map(|(role, _, var)| (role == wanted).then_some(var));
-        Ok(vars.collect())
+    fn adapted(&self) -> impl Iterator<Item = &Arc<Adaptation>> {
+        let layers = self.inner.layers.values();
+        layers.filter_map(|layer| layer.adaptation.as_ref())
     }
 
-    /// Everything that trains, in the order of [`Adapter::named_vars`].
-    fn role_vars(&self) -> Result<Vec<(Role, String, Var)>> {
-        self.check_complete()?;
-        let mut vars = Vec::new();
-        for layer in self.inner.adapted() {
-            let params = layer.params();
-            let rotation = (names::rotation(layer.kind()), params.rotation());
-            let magnitude = names::magnitude(params.kind()).zip(params.magnitude_parameter());
-            let roles = [
-                (Role::Rotation, Some(rotation)),
-                (Role::Magnitude, magnitude),
-            ];
-            for (role, named) in roles {
-                if let Some((name, tensor)) = named {
-                    let name = format!("{}.{name}", layer.path());
-                    vars.push((role, name, Var::from_tensor(tensor)?));
-                }
-            }
-        }
-        for (name, var) in self.inner.extras().iter() {
-            vars.push((Role::Extra, name.clone(), var.clone()));
-        }
-        Ok(vars)
+    fn vars_where(&self, wanted: impl Fn(Role) -> bool) -> Vec<Var> {
+        let trained = self.inner.trained.iter().filter(|t| wanted(t.role));
+        trained.map(|t| t.var.clone()).collect()
     }
 }
 
@@ -384,45 +267,40 @@ enum Role {
     Extra,
 }
 
+/// Everything that trains, in the order of [`Adapter::named_vars`].
+fn trained<'a>(
+    layers: impl Iterator<Item = &'a Arc<Adaptation>>,
+    extras: &BTreeMap<String, Var>,
+) -> Result<Vec<Trained>> {
+    let mut trained = Vec::new();
+    for layer in layers {
+        let params = layer.params();
+        let rotation = (names::rotation(layer.kind()), params.rotation());
+        let magnitude = names::magnitude(params.kind()).zip(params.magnitude_parameter());
+        let roles = [
+            (Role::Rotation, Some(rotation)),
+            (Role::Magnitude, magnitude),
+        ];
+        for (role, named) in roles {
+            if let Some((name, tensor)) = named {
+                let name = format!("{}.{name}", layer.path());
+                let var = Var::from_tensor(tensor)?;
+                trained.push(Trained { role, name, var });
+            }
+        }
+    }
+    for (name, var) in extras {
+        trained.push(Trained {
+            role: Role::Extra,
+            name: name.clone(),
+            var: var.clone(),
+        });
+    }
+    Ok(trained)
+}
+
 /// What a lock guards. A panic elsewhere leaves these maps and sets whole, so a poisoned lock is still
 /// good.
 pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
-}
-
-impl Inner {
-    fn layers(&self) -> MutexGuard<'_, BTreeMap<String, Entry>> {
-        locked(&self.layers)
-    }
-
-    fn extras(&self) -> MutexGuard<'_, BTreeMap<String, Var>> {
-        locked(&self.extras)
-    }
-
-    fn adapted(&self) -> Vec<Arc<Adaptation>> {
-        let layers = self.layers();
-        let adapted = layers.values().filter_map(|layer| layer.adaptation.clone());
-        adapted.collect()
-    }
-
-    /// The extra tensor of that name: the one that there is, that of the loaded file, or a fresh one.
-    fn extra(
-        &self,
-        name: &str,
-        dtype: DType,
-        fresh: impl FnOnce() -> candle_core::Result<Tensor>,
-    ) -> candle_core::Result<Var> {
-        let mut extras = self.extras();
-        if let Some(var) = extras.get(name) {
-            return Ok(var.clone());
-        }
-        let stored = self.source.as_ref().and_then(|source| source.extra(name));
-        let value = match stored {
-            Some(stored) => stored.to_dtype(dtype)?.to_device(&self.device)?,
-            None => fresh()?,
-        };
-        let var = Var::from_tensor(&value)?;
-        extras.insert(name.to_string(), var.clone());
-        Ok(var)
-    }
 }

@@ -1,51 +1,34 @@
-//! Switches that hold for as long as a closure runs.
+//! The mode of an adapter: for all threads, or for one inside a scope.
 
 use super::Adapter;
-use crate::error::Result;
-use crate::layer::Adaptation;
+use crate::error::{Error, Result};
+use crate::layer::{Active, Mode, Scope};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 impl Adapter {
-    /// Switches all layers that were built so far: off, each answers what its base answers.
-    pub fn set_enabled(&self, enabled: bool) {
-        for layer in self.inner.adapted() {
-            layer.set_enabled(enabled);
-        }
+    /// The mode in which its layers run in this thread.
+    pub fn mode(&self) -> Mode {
+        self.inner.control.active().mode()
     }
 
-    /// Runs `f` with all layers switched off, for every thread. Scopes may be nested, and run in several
-    /// threads.
-    ///
-    /// # Examples
-    ///
-    /// ```
-    /// # use candle_core::{DType, Device, Tensor};
-    /// # use candle_nn::{Module, VarBuilder};
-    /// # let vb = VarBuilder::zeros(DType::F32, &Device::Cpu);
-    /// # let adapter = candle_doft::Adapter::new(Default::default(), &Device::Cpu)?;
-    /// # let layer = adapter.linear(32, 8, vb.pp("layer"))?;
-    /// # let x = Tensor::zeros((1, 32), DType::F32, &Device::Cpu)?;
-    /// let of_the_base = adapter.disabled(|| layer.forward(&x))?;
-    /// # Ok::<(), candle_doft::Error>(())
-    /// ```
-    pub fn disabled<T>(&self, f: impl FnOnce() -> T) -> T {
-        let mut scope = Scope::new(Adaptation::resume);
-        for layer in self.inner.adapted() {
-            layer.suspend();
-            scope.layers.push(layer);
-        }
-        f()
-    }
-
-    /// Runs `f` with rotations and ratios held as constants, for every thread: no graph is built, no
-    /// rotation is rebuilt for each call, and dropout is off, also in `forward_t(x, true)`. For
-    /// validation and sampling; a step of the optimizer inside `f` is not seen until it ends. Scopes may
-    /// be nested, and run in several threads.
+    /// Sets the mode for every thread that is in no scope.
     ///
     /// # Errors
     ///
-    /// Those of [`Adapter::check_complete`], for a file whose layers the model never asked for would go
-    /// unnoticed, and of building the rotations.
+    /// For [`Mode::Eval`] those of candle's operations that make the rotations.
+    pub fn set_mode(&self, mode: Mode) -> Result<()> {
+        self.inner.control.set(self.active(mode)?);
+        Ok(())
+    }
+
+    /// Runs `f` in a mode, for this thread alone: sampling in one thread leaves training in another as
+    /// it is. Scopes can be nested; a panic leaves them.
+    ///
+    /// # Errors
+    ///
+    /// Returns the error of `f`; for [`Mode::Eval`] also those of candle's operations that make the
+    /// rotations.
     ///
     /// # Examples
     ///
@@ -53,41 +36,47 @@ impl Adapter {
     /// # use candle_core::{DType, Device, Tensor};
     /// # use candle_nn::{Module, VarBuilder};
     /// # let vb = VarBuilder::zeros(DType::F32, &Device::Cpu);
-    /// # let adapter = candle_doft::Adapter::new(Default::default(), &Device::Cpu)?;
-    /// # let layer = adapter.linear(32, 8, vb.pp("layer"))?;
+    /// # let builder = candle_doft::Adapter::builder(Default::default(), &Device::Cpu)?;
+    /// # let layer = builder.linear(32, 8, vb.pp("layer"))?;
+    /// # let adapter = builder.finish()?;
     /// # let x = Tensor::zeros((1, 32), DType::F32, &Device::Cpu)?;
-    /// let y = adapter.inference(|| layer.forward(&x))??;
+    /// use candle_doft::Mode;
+    ///
+    /// let y = adapter.with_mode(Mode::Eval, || layer.forward(&x))?;
     /// assert!(!y.track_op());
+    /// let of_the_base = adapter.with_mode(Mode::Off, || layer.forward(&x))?;
     /// # Ok::<(), candle_doft::Error>(())
     /// ```
-    pub fn inference<T>(&self, f: impl FnOnce() -> T) -> Result<T> {
-        self.check_complete()?;
-        let mut scope = Scope::new(Adaptation::release);
-        for layer in self.inner.adapted() {
-            layer.hold()?;
-            scope.layers.push(layer);
-        }
-        Ok(f())
+    pub fn with_mode<T, E: From<Error>>(
+        &self,
+        mode: Mode,
+        f: impl FnOnce() -> Result<T, E>,
+    ) -> Result<T, E> {
+        self.scope(mode)?.run(f)
     }
-}
 
-/// Layers that leave a state when it ends, also when the closure panics or a layer could not enter.
-struct Scope {
-    layers: Vec<Arc<Adaptation>>,
-    leave: fn(&Adaptation),
-}
-
-impl Scope {
-    fn new(leave: fn(&Adaptation)) -> Self {
-        let layers = Vec::new();
-        Self { layers, leave }
+    /// A mode that several threads can enter: see [`Scope::run`]. [`Mode::Eval`] keeps the values that
+    /// the adapter has now.
+    ///
+    /// # Errors
+    ///
+    /// For [`Mode::Eval`] those of candle's operations that make the rotations.
+    pub fn scope(&self, mode: Mode) -> Result<Scope> {
+        let active = self.active(mode)?;
+        Ok(Scope::new(self.inner.control.clone(), active))
     }
-}
 
-impl Drop for Scope {
-    fn drop(&mut self) {
-        for layer in &self.layers {
-            (self.leave)(layer);
-        }
+    fn active(&self, mode: Mode) -> Result<Active> {
+        Ok(match mode {
+            Mode::Train => Active::Train,
+            Mode::Off => Active::Off,
+            Mode::Eval => {
+                let mut snapshot = HashMap::new();
+                for layer in self.adapted() {
+                    snapshot.insert(layer.id(), layer.factors()?);
+                }
+                Active::Eval(Arc::new(snapshot))
+            }
+        })
     }
 }

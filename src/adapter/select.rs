@@ -8,6 +8,7 @@ pub(super) fn selects(config: &DoftConfig, path: &str, kind: LayerKind) -> Resul
     let wanted = match &config.targets {
         Targets::All => true,
         Targets::AllLinear => kind.is_linear(),
+        Targets::None => false,
         Targets::Patterns(patterns) => any(patterns, path)?,
     };
     Ok(wanted && !any(&config.exclude, path)?)
@@ -44,6 +45,7 @@ pub(super) fn check_patterns<'a>(
                 field,
                 pattern: pattern.text().to_string(),
                 nearest: nearest(pattern.text(), paths.clone()),
+                hint: pattern.hint(),
             });
         }
     }

@@ -2,9 +2,9 @@
 //! model to a [`Stored`].
 
 use super::asked::Asked;
-use super::fingerprint::{differs, fingerprint};
+use super::fingerprint::fingerprint;
 use super::stored::{NORMS_DIFFER, Stored, StoredLayer, Warning};
-use super::{Adapter, locked};
+use super::{Adapter, AdapterBuilder, locked};
 use crate::config::{DoftConfig, LayerKind, Magnitude};
 use crate::error::{Error, Result};
 use crate::frozen::Base;
@@ -58,18 +58,10 @@ impl Source {
     }
 
     fn compare_base(&self, path: &str, layer: &StoredLayer, norms: &Tensor) -> Result<()> {
-        let warn = |message: &str| {
-            locked(&self.warnings).push(Warning::new(path, message));
-        };
-        if let (Some(stored), Some(found)) = (layer.base, fingerprint(norms)?)
-            && differs(&stored, &found)
-        {
-            warn("the base weight is not the one it was trained on, by its row norms");
-        }
         if layer.norms_differ(norms)? {
-            warn(NORMS_DIFFER);
+            locked(&self.warnings).push(Warning::new(path, NORMS_DIFFER));
         }
-        Ok(())
+        layer.check_base(&self.stored, path, norms, self.stored.allow_changed_base)
     }
 
     /// Gives a layer the parameters of the file.
@@ -142,8 +134,8 @@ impl Source {
     }
 }
 
-impl Adapter {
-    /// An adapter whose layers take settings and parameters from a file, as they are built.
+impl AdapterBuilder {
+    /// A builder whose layers take settings and parameters from a file.
     pub(crate) fn from_stored(stored: Stored, device: &Device) -> Result<Self> {
         stored.config.validate()?;
         let config = stored.config.clone();
@@ -152,50 +144,40 @@ impl Adapter {
             asked: Asked::default(),
             warnings: Mutex::default(),
         };
-        Ok(Self::with_source(config, device, Some(source)))
+        Ok(Self::new(config, device, Some(source)))
     }
 
+    /// What is worth knowing about the loaded file. Empty for a fresh adapter.
+    pub fn warnings(&self) -> Vec<Warning> {
+        self.source().map_or_else(Vec::new, Source::warnings)
+    }
+}
+
+impl Adapter {
     /// Everything that a file has to hold, and a warning where that is less than the file that it was
     /// loaded from has.
     pub(crate) fn to_stored(&self, file: PathBuf) -> Result<Stored> {
-        self.check_complete()?;
         let mut layers = BTreeMap::new();
-        for layer in self.inner.adapted() {
-            layers.insert(layer.path().to_string(), stored_layer(&layer)?);
+        for layer in self.adapted() {
+            layers.insert(layer.path().to_string(), stored_layer(layer)?);
         }
         let source = self.inner.source.as_ref();
+        let left_out = source.and_then(|source| source.left_out());
         Ok(Stored {
             file,
             config: self.inner.config.clone(),
             layers,
             extras: self.stored_extras()?,
-            warnings: source.and_then(Source::left_out).into_iter().collect(),
+            warnings: left_out.into_iter().collect(),
             allow_partial: false,
+            allow_changed_base: false,
         })
-    }
-
-    /// The adapter as it is now: of a loaded one what its file holds, with the values of the layers
-    /// that were built from it.
-    pub(crate) fn current(&self) -> Result<Stored> {
-        let Some(source) = &self.inner.source else {
-            return self.to_stored("the adapter".into());
-        };
-        let mut stored = source.stored.clone();
-        for layer in self.inner.adapted() {
-            if let Some((module, _)) = source.asked.find(&source.stored, layer.path())? {
-                stored.layers.remove(module);
-            }
-            let path = layer.path().to_string();
-            stored.layers.insert(path, stored_layer(&layer)?);
-        }
-        stored.extras.extend(self.stored_extras()?);
-        Ok(stored)
     }
 
     /// The values of the extra tensors that were made or asked for.
     fn stored_extras(&self) -> Result<BTreeMap<String, Tensor>> {
         let mut extras = BTreeMap::new();
-        for (name, var) in self.inner.extras().iter() {
+        for (name, var) in &self.inner.extras {
             let value = var.as_tensor().detach().to_device(&Device::Cpu)?;
             extras.insert(name.clone(), value);
         }
@@ -203,10 +185,10 @@ impl Adapter {
     }
 
     /// What is worth knowing about the file that the adapter was loaded from, and about how it fits
-    /// the model so far. Empty for an adapter that was not loaded.
+    /// the model. Empty for an adapter that was not loaded.
     pub fn warnings(&self) -> Vec<Warning> {
         let source = self.inner.source.as_ref();
-        source.map_or_else(Vec::new, Source::warnings)
+        source.map_or_else(Vec::new, |source| source.warnings())
     }
 }
 

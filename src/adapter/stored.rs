@@ -1,5 +1,6 @@
 //! [`Stored`]: an adapter as data, between a file and the layers of a model.
 
+use super::fingerprint::{differs, fingerprint};
 use super::matching::{component, rule};
 use crate::config::{BlockLayout, DoftConfig, LayerKind, Magnitude, Map};
 use crate::error::{Error, Result, nearest, shown};
@@ -149,6 +150,27 @@ impl StoredLayer {
             .any(|(s, n)| (s - n).abs() > 0.01 * n))
     }
 
+    /// Returns an error for another base weight than the layer was trained on, by its row norms.
+    pub(crate) fn check_base(
+        &self,
+        stored: &Stored,
+        path: &str,
+        norms: &Tensor,
+        allow_changed: bool,
+    ) -> Result<()> {
+        let (Some(trained), Some(found)) = (self.base, fingerprint(norms)?) else {
+            return Ok(());
+        };
+        if !differs(&trained, &found) || allow_changed {
+            return Ok(());
+        }
+        let reason = format!(
+            "`{path}` is not the base weight it was trained on, by its row norms; \
+             `allow_changed_base` uses it all the same"
+        );
+        Err(Error::file(&stored.file, reason))
+    }
+
     /// Checks that its tensors fit a weight.
     pub(crate) fn check_shape(
         &self,
@@ -218,6 +240,8 @@ pub(crate) struct Stored {
     pub(crate) warnings: Vec<Warning>,
     /// Whether modules may match no layer.
     pub(crate) allow_partial: bool,
+    /// Layers may be built over another base than it was trained on.
+    pub(crate) allow_changed_base: bool,
 }
 
 /// From module to path.

@@ -171,9 +171,9 @@ impl DoftConfig {
         self
     }
 
-    /// Adds layers to leave alone.
+    /// Sets the layers to leave alone, instead of those set before.
     pub fn with_exclude<P: Into<Pattern>>(mut self, patterns: impl IntoIterator<Item = P>) -> Self {
-        self.exclude.extend(patterns.into_iter().map(Into::into));
+        self.exclude = patterns.into_iter().map(Into::into).collect();
         self
     }
 

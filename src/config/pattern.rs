@@ -57,6 +57,21 @@ impl Pattern {
         })
     }
 
+    /// What a text that matches nothing was probably meant to be.
+    pub(crate) fn hint(&self) -> &'static str {
+        match self {
+            Self::Name(text) | Self::Glob(text) if text.contains(',') && !text.contains('{') => {
+                "; a list of patterns is given as one string each, as in `[\"a\", \"b\"]`"
+            }
+            Self::Name(text) | Self::Glob(text)
+                if text.contains(['|', '\\', '(', '^', '$', '+']) || text.contains(".*") =>
+            {
+                "; a plain string is a name or a glob, a regular expression is `Pattern::Regex`"
+            }
+            _ => "",
+        }
+    }
+
     pub(super) fn validate(&self) -> Result<()> {
         match self {
             Self::Name(name) if name.is_empty() => Err(Error::Pattern {
@@ -123,6 +138,8 @@ pub enum Targets {
     All,
     /// Every linear layer: no convolution, no embedding.
     AllLinear,
+    /// No layer: the model is the frozen one. An adapter may then hold extra tensors alone, or nothing.
+    None,
     /// The layers that at least one pattern matches. A pattern that matches no layer is an error.
     Patterns(Vec<Pattern>),
 }
@@ -133,10 +150,10 @@ impl Targets {
             Self::Patterns(patterns) if patterns.is_empty() => Err(Error::config(
                 "targets",
                 "an empty list",
-                "at least one pattern, or all layers",
+                "at least one pattern, `Targets::All` or `Targets::None`",
             )),
             Self::Patterns(patterns) => patterns.iter().try_for_each(Pattern::validate),
-            Self::All | Self::AllLinear => Ok(()),
+            Self::All | Self::AllLinear | Self::None => Ok(()),
         }
     }
 }
@@ -148,6 +165,18 @@ impl From<&str> for Targets {
             "all-linear" => Self::AllLinear,
             text => Self::Patterns(vec![text.into()]),
         }
+    }
+}
+
+impl From<Pattern> for Targets {
+    fn from(pattern: Pattern) -> Self {
+        Self::Patterns(vec![pattern])
+    }
+}
+
+impl From<String> for Targets {
+    fn from(text: String) -> Self {
+        text.as_str().into()
     }
 }
 

@@ -111,14 +111,24 @@ pub enum Error {
         layer: String,
     },
 
-    /// A layer with dropout was run without saying whether it trains.
+    /// A layer was run while its model is still being built.
     #[error(
-        "layer `{layer}` has dropout: call `forward_t(x, train)`, or run it in inference; \
-         `Module::forward` cannot know whether it trains"
+        "layer `{layer}`: the adapter is not finished; call `AdapterBuilder::finish` when the whole model \
+         is built, then run it"
     )]
-    DropoutMode {
+    Unfinished {
         /// Path of the layer.
         layer: String,
+    },
+
+    /// An extra tensor was asked for after the model was finished.
+    #[error(
+        "extra tensor `{name}`: the adapter is finished; ask for all extra tensors before \
+         `AdapterBuilder::finish`"
+    )]
+    Finished {
+        /// Name of the tensor.
+        name: String,
     },
 
     /// A layer of this path exists in the adapter already.
@@ -140,7 +150,7 @@ pub enum Error {
     },
 
     /// Patterns of the targets, excludes or rules match no layer.
-    #[error("config: {field} `{pattern}` matches no layer; {}", near(.nearest))]
+    #[error("config: {field} `{pattern}` matches no layer; {}{hint}", near(.nearest))]
     NoMatch {
         /// The field of the configuration.
         field: &'static str,
@@ -148,12 +158,14 @@ pub enum Error {
         pattern: String,
         /// The layers whose paths are nearest.
         nearest: Vec<String>,
+        /// How the pattern is written if it was meant as a list or a regular expression; else empty.
+        hint: &'static str,
     },
 
     /// Nothing was adapted.
     #[error(
-        "the adapter has no layers; build the model through it first, with targets and excludes that \
-         leave some"
+        "the adapter has no layers; build the model through `AdapterBuilder`, with targets and excludes \
+         that leave some (`Targets::None` where none is meant)"
     )]
     NoLayers,
 

@@ -155,6 +155,7 @@ pub(super) fn with_config(
         extras,
         warnings,
         allow_partial: false,
+        allow_changed_base: false,
     }
 }
 

@@ -40,8 +40,8 @@ pub(crate) use write::{
     Folder, filled, head, persist, raw_bytes, replace, safetensors as safetensors_bytes, temporary,
 };
 
-use crate::adapter::{Adapter, Stored, Warning};
-use crate::error::Result;
+use crate::adapter::{Adapter, AdapterBuilder, Stored, Warning};
+use crate::error::{Error, Result};
 use candle_core::Device;
 use std::path::Path;
 
@@ -55,7 +55,8 @@ impl Adapter {
     /// # Errors
     ///
     /// [`Error::NotFinite`](crate::Error::NotFinite) for a parameter that holds a NaN or an infinity,
-    /// [`Error::Io`](crate::Error::Io), and those of [`Adapter::check_complete`].
+    /// [`Error::Io`](crate::Error::Io) if the file cannot be written, and
+    /// [`Error::NoLayers`](crate::Error::NoLayers) if nothing trains.
     ///
     /// # Examples
     ///
@@ -65,20 +66,24 @@ impl Adapter {
     /// # use candle_doft::{Adapter, DoftConfig};
     /// let device = Device::Cpu;
     /// let base = Linear::new(Tensor::ones((8, 64), DType::F32, &device)?, None);
-    /// let adapter = Adapter::new(DoftConfig::default(), &device)?;
-    /// let layer = adapter.wrap_linear("head", base.clone())?;
+    /// let builder = Adapter::builder(DoftConfig::default(), &device)?;
+    /// let layer = builder.wrap("head", base.clone())?;
+    /// let adapter = builder.finish()?;
     ///
     /// # let folder = tempfile::tempdir().unwrap();
     /// # let path = folder.path().join("adapter.safetensors");
     /// adapter.save(&path)?;
-    /// let loaded = Adapter::load(&path, &device)?;
-    /// let again = loaded.wrap_linear("head", base)?;
-    /// loaded.check_complete()?;
+    /// let builder = Adapter::load(&path, &device)?;
+    /// let again = builder.wrap("head", base)?;
+    /// let loaded = builder.finish()?;
     /// assert!(again.is_adapted() && loaded.warnings().is_empty());
     /// # Ok::<(), candle_doft::Error>(())
     /// ```
     pub fn save(&self, path: impl AsRef<Path>) -> Result<Vec<Warning>> {
         let path = path.as_ref();
+        if self.vars().is_empty() {
+            return Err(Error::NoLayers);
+        }
         let stored = self.to_stored(path.to_path_buf())?;
         let (bytes, warnings) = canonical::to_bytes(&stored)?;
         write::replace(path, &bytes)?;
@@ -86,16 +91,17 @@ impl Adapter {
     }
 
     /// Reads an adapter of this crate, of OneTrainer or of PEFT (a file or a folder). Layers built or
-    /// wrapped through it take settings and parameters from the file, by path; a layer that the file
-    /// does not hold stays frozen. What the file holds beyond the model is an error of
-    /// [`Adapter::check_complete`], and so of [`Adapter::vars`]; see [`Adapter::warnings`] as well.
+    /// wrapped through the builder take settings and parameters from the file, by path; a layer that the
+    /// file does not hold stays frozen. What the file holds beyond the model is an error of
+    /// [`AdapterBuilder::finish`]. A loaded adapter starts in [`Mode::Train`](crate::Mode::Train), as a
+    /// fresh one.
     ///
     /// # Errors
     ///
-    /// [`Error::Io`](crate::Error::Io); [`Error::File`](crate::Error::File) and
-    /// [`Error::FileTensor`](crate::Error::FileTensor) for a file that is cut, contradicts itself, or
-    /// means what this crate cannot express.
-    pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
+    /// [`Error::Io`](crate::Error::Io) if the file cannot be read; [`Error::File`](crate::Error::File) and
+    /// [`Error::FileTensor`](crate::Error::FileTensor) if it is cut, contradicts itself, or means what
+    /// this crate cannot express.
+    pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<AdapterBuilder> {
         Self::load_with(path, device, &LoadOptions::default())
     }
 
@@ -108,9 +114,9 @@ impl Adapter {
         path: impl AsRef<Path>,
         device: &Device,
         options: &LoadOptions,
-    ) -> Result<Self> {
+    ) -> Result<AdapterBuilder> {
         let (_, stored) = read_stored(path.as_ref(), options)?;
-        Self::from_stored(stored, device)
+        AdapterBuilder::from_stored(stored, device)
     }
 }
 
@@ -119,5 +125,9 @@ pub(crate) fn read_stored(path: &Path, options: &LoadOptions) -> Result<(Dialect
     let (dialect, mut stored) = read::read(path, options)?;
     stored.choose(options.component.as_deref(), options.rename.as_deref())?;
     stored.allow_partial = options.allow_partial;
+    stored.allow_changed_base = options.allow_changed_base;
+    if let Some(dropout) = options.dropout {
+        stored.config.dropout = dropout;
+    }
     Ok((dialect, stored))
 }

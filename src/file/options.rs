@@ -85,9 +85,9 @@ pub type Rename = Arc<dyn Fn(&str) -> Option<String> + Send + Sync>;
 /// let options = LoadOptions::default()
 ///     .with_divisor(Divisor::SqrtEntries)
 ///     .with_component("text_encoder");
-/// let adapter = Adapter::load_with(&path, &Device::Cpu, &options)?;
-/// assert!(adapter.wrap_linear("q_proj", base)?.is_adapted());
-/// adapter.check_complete()?;
+/// let builder = Adapter::load_with(&path, &Device::Cpu, &options)?;
+/// assert!(builder.wrap("q_proj", base)?.is_adapted());
+/// let adapter = builder.finish()?;
 /// # Ok::<(), candle_doft::Error>(())
 /// ```
 #[derive(Clone, Default)]
@@ -106,6 +106,11 @@ pub struct LoadOptions {
     pub allow_partial: bool,
     /// Lets keys have no known role.
     pub allow_unknown: bool,
+    /// Whether layers may be built over another base weight than the adapter was trained on, told by
+    /// the row norms. Off by default: such a layer is refused.
+    pub allow_changed_base: bool,
+    /// Dropout in training, instead of that in the file: 0 to below 1.
+    pub dropout: Option<f64>,
 }
 
 impl LoadOptions {
@@ -156,6 +161,18 @@ impl LoadOptions {
         self.allow_unknown = allow;
         self
     }
+
+    /// Sets [`LoadOptions::allow_changed_base`].
+    pub fn with_allow_changed_base(mut self, allow: bool) -> Self {
+        self.allow_changed_base = allow;
+        self
+    }
+
+    /// Sets [`LoadOptions::dropout`].
+    pub fn with_dropout(mut self, dropout: f64) -> Self {
+        self.dropout = Some(dropout);
+        self
+    }
 }
 
 impl std::fmt::Debug for LoadOptions {
@@ -167,6 +184,8 @@ impl std::fmt::Debug for LoadOptions {
             .field("rename", &self.rename.is_some())
             .field("allow_partial", &self.allow_partial)
             .field("allow_unknown", &self.allow_unknown)
+            .field("allow_changed_base", &self.allow_changed_base)
+            .field("dropout", &self.dropout)
             .finish()
     }
 }

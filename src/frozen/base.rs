@@ -6,7 +6,7 @@ use crate::ops::Weight;
 use candle_core::{DType, Tensor};
 
 /// What a frozen layer stands on.
-pub(crate) struct Base<'a> {
+pub struct Base<'a> {
     /// One row for each output.
     pub(crate) weight: &'a Weight,
     /// The shape of those rows in the layer.
@@ -17,7 +17,7 @@ pub(crate) struct Base<'a> {
 }
 
 /// A layer without an adapter.
-pub(crate) trait Frozen {
+pub trait Frozen {
     fn as_base(&self) -> Base<'_>;
 
     /// Refuses a weight, a bias or settings that the layer cannot run with. Constructors take them

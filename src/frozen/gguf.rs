@@ -22,8 +22,8 @@ use std::sync::Arc;
 /// # gguf_file::write(&mut file, &[], &[("blk.0.attn_q.weight", &weight)])?;
 ///
 /// let vb = QuantizedVarBuilder::from_gguf(&path, &Device::Cpu)?;
-/// let adapter = Adapter::new(DoftConfig::default(), &Device::Cpu)?;
-/// let query = adapter.quantized_linear_no_bias(576, 576, vb.pp("blk.0.attn_q"))?;
+/// let builder = Adapter::builder(DoftConfig::default(), &Device::Cpu)?;
+/// let query = builder.linear_no_bias(576, 576, vb.pp("blk.0.attn_q"))?;
 /// assert!(query.is_adapted() && query.base().qtensor().is_some());
 /// # Ok::<(), candle_doft::Error>(())
 /// ```

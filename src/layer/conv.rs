@@ -1,13 +1,11 @@
 //! [`DoftConv2d`] and [`DoftConv1d`]: frozen convolutions with rotated patches and scaled outputs.
 
-use super::Adaptation;
-use super::adaptation::Pass;
-use super::common::layer_methods;
-use crate::error::Result;
+use super::adapted::{Adaptable, Doft};
+use super::mode::Pass;
+use crate::config::LayerKind;
 use crate::frozen::{self, Base, Frozen};
 use crate::ops;
 use candle_core::Tensor;
-use std::sync::Arc;
 
 /// A frozen two-dimensional convolution, its patches rotated and its outputs scaled.
 ///
@@ -20,7 +18,7 @@ use std::sync::Arc;
 /// groups share `R`. A new layer answers what its base answers; on CPU in f32 and f64 without groups
 /// also what candle answers, bit for bit.
 ///
-/// Dropout, switches and the meaning of "not adapted" are those of [`DoftLinear`](crate::DoftLinear).
+/// Modes and the meaning of "not adapted" are those of [`DoftLinear`](crate::DoftLinear).
 ///
 /// # Shapes
 ///
@@ -50,12 +48,7 @@ use std::sync::Arc;
 ///
 /// Rotation of a flattened kernel: "Controlling Text-to-Image Diffusion by Orthogonal Finetuning",
 /// arXiv:2306.07280, section 3.3; here `R^T` on the right for every kind of layer.
-#[derive(Clone, Debug)]
-pub struct DoftConv2d {
-    path: Arc<str>,
-    base: frozen::Conv2d,
-    adaptation: Option<Arc<Adaptation>>,
-}
+pub type DoftConv2d = Doft<frozen::Conv2d>;
 
 /// A frozen one-dimensional convolution, its patches rotated and its outputs scaled.
 ///
@@ -94,40 +87,30 @@ pub struct DoftConv2d {
 ///
 /// Rotation of a flattened kernel: "Controlling Text-to-Image Diffusion by Orthogonal Finetuning",
 /// arXiv:2306.07280, section 3.3; here `R^T` on the right for every kind of layer.
-#[derive(Clone, Debug)]
-pub struct DoftConv1d {
-    path: Arc<str>,
-    base: frozen::Conv1d,
-    adaptation: Option<Arc<Adaptation>>,
-}
+pub type DoftConv1d = Doft<frozen::Conv1d>;
 
 /// The same for both: how a convolution runs, and how it becomes candle's.
-macro_rules! conv_layer {
-    ($layer:ident, $conv:ident) => {
-        impl $layer {
-            /// The same layer as a candle layer, for inference without this crate.
-            ///
-            /// # Errors
-            ///
-            /// Those of `effective_weight`.
-            pub fn merge(&self) -> Result<candle_nn::$conv> {
-                let bias = self.base.bias().cloned();
-                let weight = self.effective_weight()?;
-                Ok(candle_nn::$conv::new(weight, bias, *self.base.config()))
-            }
+macro_rules! adaptable {
+    ($conv:ident) => {
+        impl Adaptable for frozen::$conv {
+            const KIND: LayerKind = LayerKind::$conv;
 
-            fn run(&self, x: &Tensor, pass: Pass) -> candle_core::Result<Tensor> {
-                self.base.check(&self.path, x)?;
+            type Candle = candle_nn::$conv;
+
+            fn adapted(&self, path: &str, x: &Tensor, pass: Pass) -> candle_core::Result<Tensor> {
+                self.check(path, x)?;
                 let ratio = pass.ratio()?;
                 let factors = Some((&pass.r, ratio.as_ref()));
-                let Base { weight, bias, .. } = self.base.as_base();
-                ops::conv::conv(x, factors, weight, bias, self.base.geometry())
+                let Base { weight, bias, .. } = self.as_base();
+                ops::conv::conv(x, factors, weight, bias, self.geometry())
+            }
+
+            fn with_weight(&self, weight: Tensor) -> candle_nn::$conv {
+                candle_nn::$conv::new(weight, self.bias().cloned(), *self.config())
             }
         }
-
-        layer_methods!($layer, frozen::$conv, $conv);
     };
 }
 
-conv_layer!(DoftConv2d, Conv2d);
-conv_layer!(DoftConv1d, Conv1d);
+adaptable!(Conv2d);
+adaptable!(Conv1d);

@@ -1,13 +1,11 @@
 //! [`DoftEmbedding`]: a frozen table whose looked-up rows are rotated, and scaled on request.
 
-use super::Adaptation;
-use super::adaptation::Pass;
-use super::common::layer_methods;
-use crate::error::Result;
+use super::adapted::{Adaptable, Doft};
+use super::mode::Pass;
+use crate::config::LayerKind;
 use crate::frozen::{self, Frozen};
 use crate::ops;
 use candle_core::Tensor;
-use std::sync::Arc;
 
 /// A frozen embedding, its rows rotated.
 ///
@@ -19,7 +17,7 @@ use std::sync::Arc;
 /// off unless [`DoftConfig::embedding_magnitude`](crate::DoftConfig::embedding_magnitude) or a rule asks for it. A pass reads and turns the
 /// rows in use, no others.
 ///
-/// Dropout, switches and the meaning of "not adapted" are those of [`DoftLinear`](crate::DoftLinear).
+/// Modes and the meaning of "not adapted" are those of [`DoftLinear`](crate::DoftLinear).
 ///
 /// # Shapes
 ///
@@ -39,32 +37,23 @@ use std::sync::Arc;
 /// assert_eq!(layer.forward(&Tensor::new(&[3u32, 1], &Device::Cpu)?)?.dims(), [2, 32]);
 /// # Ok::<(), candle_doft::Error>(())
 /// ```
-#[derive(Clone, Debug)]
-pub struct DoftEmbedding {
-    path: Arc<str>,
-    base: frozen::Embedding,
-    adaptation: Option<Arc<Adaptation>>,
-}
+pub type DoftEmbedding = Doft<frozen::Embedding>;
 
-impl DoftEmbedding {
-    /// The same layer as a candle layer, for inference without this crate.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`DoftEmbedding::effective_weight`].
-    pub fn merge(&self) -> Result<candle_nn::Embedding> {
-        let hidden = self.base.hidden_size();
-        Ok(candle_nn::Embedding::new(self.effective_weight()?, hidden))
-    }
+impl Adaptable for frozen::Embedding {
+    const KIND: LayerKind = LayerKind::Embedding;
 
-    fn run(&self, ids: &Tensor, pass: Pass) -> candle_core::Result<Tensor> {
-        let flat = self.base.check(&self.path, ids)?;
+    type Candle = candle_nn::Embedding;
+
+    fn adapted(&self, path: &str, ids: &Tensor, pass: Pass) -> candle_core::Result<Tensor> {
+        let flat = self.check(path, ids)?;
         // Of the ratios, too, only those in use are read.
         let ratio = pass.ratio_at(&flat)?;
-        let table = self.base.as_base().weight;
+        let table = self.as_base().weight;
         let rows = ops::embedding::doft(table, &flat, &pass.r, ratio.as_ref())?;
-        rows.reshape(self.base.answer(ids))
+        rows.reshape(self.answer(ids))
+    }
+
+    fn with_weight(&self, weight: Tensor) -> candle_nn::Embedding {
+        candle_nn::Embedding::new(weight, self.hidden_size())
     }
 }
-
-layer_methods!(DoftEmbedding, frozen::Embedding, Embedding);

@@ -1,13 +1,11 @@
 //! [`DoftLinear`]: a frozen linear layer with a rotated input side and scaled outputs.
 
-use super::Adaptation;
-use super::adaptation::Pass;
-use super::common::layer_methods;
-use crate::error::Result;
+use super::adapted::{Adaptable, Doft};
+use super::mode::Pass;
+use crate::config::LayerKind;
 use crate::frozen::{self, Base, Frozen};
 use crate::ops;
 use candle_core::Tensor;
-use std::sync::Arc;
 
 /// A frozen linear layer, its input side rotated and its outputs scaled.
 ///
@@ -20,14 +18,9 @@ use std::sync::Arc;
 /// (see [`Magnitude`](crate::Magnitude)). Because a rotation keeps norms, `n0 = ||W_row||` is taken
 /// once, when the layer is made. A new layer answers what its base answers, bit for bit on CPU.
 ///
-/// Clones share parameters and switches. A layer outside the targets of an
-/// [`Adapter`](crate::Adapter) is the plain frozen layer: [`DoftLinear::is_adapted`] is false.
-///
-/// # Dropout
-///
-/// candle gives every [`Module`](candle_nn::Module) a `ModuleT` that forgets whether it trains. So with dropout
-/// configured, call [`DoftLinear::forward_t`]; `Module::forward` then answers an error, except on an
-/// inference copy or in [`Adapter::inference`](crate::Adapter::inference).
+/// Clones share parameters. A layer outside the targets of an [`Adapter`](crate::Adapter) is the plain
+/// frozen layer: [`DoftLinear::is_adapted`] is false. It runs as the [`Mode`](crate::Mode) of its adapter
+/// says; a layer that stands alone is always in training.
 ///
 /// # Shapes
 ///
@@ -60,30 +53,21 @@ use std::sync::Arc;
 ///
 /// Rotation: "Orthogonal Finetuning Made Scalable", arXiv:2506.19847. Magnitude: "DoRA:
 /// Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353, equation 5, without its norm.
-#[derive(Clone, Debug)]
-pub struct DoftLinear {
-    path: Arc<str>,
-    base: frozen::Linear,
-    adaptation: Option<Arc<Adaptation>>,
-}
+pub type DoftLinear = Doft<frozen::Linear>;
 
-impl DoftLinear {
-    /// The same layer as a candle layer, for inference without this crate.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`DoftLinear::effective_weight`].
-    pub fn merge(&self) -> Result<candle_nn::Linear> {
-        let bias = self.base.bias().cloned();
-        Ok(candle_nn::Linear::new(self.effective_weight()?, bias))
-    }
+impl Adaptable for frozen::Linear {
+    const KIND: LayerKind = LayerKind::Linear;
 
-    fn run(&self, x: &Tensor, pass: Pass) -> candle_core::Result<Tensor> {
-        self.base.check(&self.path, x)?;
+    type Candle = candle_nn::Linear;
+
+    fn adapted(&self, path: &str, x: &Tensor, pass: Pass) -> candle_core::Result<Tensor> {
+        self.check(path, x)?;
         let ratio = pass.ratio()?;
-        let Base { weight, bias, .. } = self.base.as_base();
+        let Base { weight, bias, .. } = self.as_base();
         ops::linear::doft(x, &pass.r, ratio.as_ref(), weight, bias)
     }
-}
 
-layer_methods!(DoftLinear, frozen::Linear, Linear);
+    fn with_weight(&self, weight: Tensor) -> candle_nn::Linear {
+        candle_nn::Linear::new(weight, self.bias().cloned())
+    }
+}

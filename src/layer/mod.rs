@@ -9,13 +9,17 @@
 //! An [`Adapter`](crate::Adapter) builds them by path; each also stands alone, made by its `new`.
 
 mod adaptation;
-mod common;
+mod adapted;
 mod conv;
 mod embedding;
 mod linear;
+mod mode;
 
 pub(crate) use adaptation::Adaptation;
-pub(crate) use common::Layer;
+pub(crate) use adapted::Adaptable;
+pub use adapted::Doft;
 pub use conv::{DoftConv1d, DoftConv2d};
 pub use embedding::DoftEmbedding;
 pub use linear::DoftLinear;
+pub(crate) use mode::{Active, Control};
+pub use mode::{Mode, Scope};

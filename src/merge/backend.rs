@@ -5,24 +5,35 @@ use crate::adapter::locked;
 use candle_core::{DType, Device, Error, Result, Shape, Tensor};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder};
-use std::sync::Mutex;
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex};
 
 pub(super) struct Merged<'a> {
     merge: Merge,
     // `SimpleBackend` asks for `Sync`, which a `VarBuilder` is not in general.
     base: Mutex<VarBuilder<'a>>,
+    names: Arc<Names>,
 }
 
+/// The names that a model asked for.
+pub(super) type Names = Mutex<BTreeSet<String>>;
+
 impl<'a> Merged<'a> {
-    pub(super) fn new(merge: Merge, base: VarBuilder<'a>) -> Self {
+    pub(super) fn new(merge: Merge, base: VarBuilder<'a>, names: Arc<Names>) -> Self {
         Self {
             merge,
             base: Mutex::new(base),
+            names,
         }
     }
 
     fn base(&self) -> VarBuilder<'a> {
         locked(&self.base).clone()
+    }
+
+    fn note(&self, name: &str) {
+        let path = name.strip_suffix(".weight").unwrap_or(name);
+        locked(&self.names).insert(path.to_string());
     }
 
     /// The merged tensor of a name, from what the base answers. Weights are read in their own dtype,
@@ -76,6 +87,7 @@ impl SimpleBackend for Merged<'_> {
         dtype: DType,
         _: &Device,
     ) -> Result<Tensor> {
+        self.note(name);
         let base = self.base();
         match self.added(name) {
             Some(extra) => replaced(name, extra, &shape, dtype, base.device()),
@@ -84,6 +96,7 @@ impl SimpleBackend for Merged<'_> {
     }
 
     fn get_unchecked(&self, name: &str, dtype: DType, _: &Device) -> Result<Tensor> {
+        self.note(name);
         let base = self.base();
         match self.added(name) {
             Some(extra) => replaced(name, extra, extra.shape(), dtype, base.device()),

@@ -82,8 +82,9 @@ impl Merge {
     /// # let (base, output) = (folder.path().join("base.safetensors"), folder.path().join("merged.safetensors"));
     /// # let weight = Tensor::ones((8, 64), DType::F32, &Device::Cpu)?;
     /// # safetensors::save(&HashMap::from([("head.weight", weight.clone())]), &base)?;
-    /// # let adapter = Adapter::new(DoftConfig::default(), &Device::Cpu)?;
-    /// # adapter.wrap_linear("head", candle_nn::Linear::new(weight, None))?;
+    /// # let builder = Adapter::builder(DoftConfig::default(), &Device::Cpu)?;
+    /// # builder.wrap("head", candle_nn::Linear::new(weight, None))?;
+    /// # let adapter = builder.finish()?;
     ///
     /// let merge = Merge::new().with_adapter(&adapter, Strength::default())?;
     /// let report = merge.checkpoint(&base, &output, CheckpointOptions::default())?;

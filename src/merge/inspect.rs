@@ -69,10 +69,10 @@ pub struct Inspection {
 /// # use candle_doft::{Adapter, DoftConfig};
 /// # let folder = tempfile::tempdir().unwrap();
 /// # let path = folder.path().join("adapter.safetensors");
-/// # let adapter = Adapter::new(DoftConfig::default(), &Device::Cpu)?;
+/// # let builder = Adapter::builder(DoftConfig::default(), &Device::Cpu)?;
 /// # let weight = Tensor::ones((8, 64), DType::F32, &Device::Cpu)?;
-/// # adapter.wrap_linear("head", candle_nn::Linear::new(weight, None))?;
-/// # adapter.save(&path)?;
+/// # builder.wrap("head", candle_nn::Linear::new(weight, None))?;
+/// # builder.finish()?.save(&path)?;
 /// use candle_doft::file::LoadOptions;
 /// use candle_doft::merge::inspect;
 ///

@@ -33,8 +33,8 @@ pub use checkpoint::{CheckpointOptions, MergeReport};
 pub use inspect::{Inspection, LayerInspection, inspect, weight_shapes};
 pub use strength::{Strength, StrengthMode};
 
-use crate::adapter::{Adapter, Stored, Warning};
-use crate::error::Result;
+use crate::adapter::{Adapter, Stored, Warning, locked};
+use crate::error::{Error, Result};
 use crate::file::{self, LoadOptions};
 use crate::params::row_norms;
 use candle_core::Tensor;
@@ -54,13 +54,13 @@ use std::sync::Arc;
 /// use candle_nn::{Linear, VarBuilder};
 /// # let device = Device::Cpu;
 /// # let vb = VarBuilder::zeros(DType::F32, &device);
-/// # let adapter = Adapter::new(DoftConfig::default(), &device)?;
-/// # adapter.linear_no_bias(64, 8, vb.pp("head"))?;
+/// # let builder = Adapter::builder(DoftConfig::default(), &device)?;
+/// # builder.linear_no_bias(64, 8, vb.pp("head"))?;
+/// # let adapter = builder.finish()?;
 ///
 /// let merge = Merge::new().with_adapter(&adapter, Strength::linear(0.5))?;
-/// let vb = merge.var_builder(vb); // for any model, of candle-transformers too
-/// let head = candle_nn::linear_no_bias(64, 8, vb.pp("head"))?;
-/// merge.check_used()?;
+/// // Any model, of candle-transformers too.
+/// let head = merge.build(vb, |vb| candle_nn::linear_no_bias(64, 8, vb.pp("head")))?;
 /// # Ok::<(), candle_doft::Error>(())
 /// ```
 #[derive(Clone, Debug, Default)]
@@ -90,9 +90,9 @@ impl Merge {
     /// # let folder = tempfile::tempdir().unwrap();
     /// # let path = folder.path().join("adapter.safetensors");
     /// # let weight = Tensor::ones((8, 64), DType::F32, &Device::Cpu)?;
-    /// # let adapter = Adapter::new(DoftConfig::default(), &Device::Cpu)?;
-    /// # adapter.wrap_linear("head", candle_nn::Linear::new(weight.clone(), None))?;
-    /// # adapter.save(&path)?;
+    /// # let builder = Adapter::builder(DoftConfig::default(), &Device::Cpu)?;
+    /// # builder.wrap("head", candle_nn::Linear::new(weight.clone(), None))?;
+    /// # builder.finish()?.save(&path)?;
     /// use candle_doft::file::LoadOptions;
     /// use candle_doft::merge::{Merge, Strength};
     ///
@@ -112,14 +112,13 @@ impl Merge {
         self.with_stored(stored, strength)
     }
 
-    /// Adds an adapter as it is now: of a loaded one also what no layer was built from yet.
+    /// Adds an adapter as it is now, whatever its mode.
     ///
     /// # Errors
     ///
-    /// [`Error::Strength`](crate::Error::Strength) for a strength that it cannot have; those of
-    /// [`Adapter::check_complete`] for an adapter that was not loaded.
+    /// [`Error::Strength`](crate::Error::Strength) for a strength that it cannot have.
     pub fn with_adapter(self, adapter: &Adapter, strength: Strength) -> Result<Self> {
-        self.with_stored(adapter.current()?, strength)
+        self.with_stored(adapter.to_stored("the adapter".into())?, strength)
     }
 
     fn with_stored(self, stored: Stored, strength: Strength) -> Result<Self> {
@@ -140,16 +139,43 @@ impl Merge {
         self.parts.iter().flat_map(Part::warnings).collect()
     }
 
-    /// A `VarBuilder` that answers merged weights where an adapter has the path, and what `base`
-    /// answers elsewhere. Each weight is computed once per get, at the cost of `b / in` of a product
+    /// Builds a model on merged weights. `model` gets a `VarBuilder` that returns merged weights where an
+    /// adapter has the path, and those of `base` elsewhere; a path is the whole prefix, as when the
+    /// adapter was trained. When `model` returns, every layer and extra tensor of every adapter must
+    /// have been asked for. Each weight is computed once per get, at the cost of `b / in` of a product
     /// with itself, and nothing is kept.
     ///
-    /// A base that is not the one an adapter was trained on, by its row norms, is an error of the get. A
-    /// rotation leaves them as they are: a base that has it already is turned once more, untold.
-    pub fn var_builder<'a>(&self, base: VarBuilder<'a>) -> VarBuilder<'a> {
-        let (dtype, device) = (base.dtype, base.device().clone());
-        let backend = backend::Merged::new(self.clone(), base);
-        VarBuilder::from_backend(Box::new(backend), dtype, device)
+    /// Merging twice is not detected: norms stay the same, and the base is rotated twice.
+    ///
+    /// # Errors
+    ///
+    /// * Returns the error of `model`.
+    /// * [`Error::FileUnused`](crate::Error::FileUnused) if a part of an adapter was not asked for, with
+    ///   the nearest paths; [`LoadOptions::allow_partial`] allows it.
+    /// * From a get: if the base weight is not the one that the adapter was trained on
+    ///   ([`LoadOptions::allow_changed_base`] allows it), does not fit, or the result is not finite.
+    pub fn build<'a, M, E: From<Error>>(
+        &self,
+        base: VarBuilder<'a>,
+        model: impl FnOnce(VarBuilder<'a>) -> Result<M, E>,
+    ) -> Result<M, E> {
+        // What was asked for is counted for this model alone.
+        for part in self.parts.iter() {
+            part.asked.clear();
+        }
+        let (dtype, device, prefix) = (base.dtype(), base.device().clone(), base.prefix());
+        let names = Arc::default();
+        let backend = backend::Merged::new(self.clone(), base.root(), Arc::clone(&names));
+        let merged = VarBuilder::from_backend(Box::new(backend), dtype, device);
+        let merged = if prefix.is_empty() {
+            merged
+        } else {
+            merged.pp(prefix)
+        };
+        let built = model(merged)?;
+        let names: Vec<String> = locked(&names).iter().cloned().collect();
+        self.check_used_by(names.iter().map(String::as_str))?;
+        Ok(built)
     }
 
     /// The merged weight of the layer at `path`, in the dtype of `weight`; none when no adapter has it.
@@ -189,13 +215,20 @@ impl Merge {
         Ok(Some(merged))
     }
 
-    /// Refuses when a module of an adapter was asked for by no weight.
+    /// Checks that every layer and extra tensor of every adapter was asked for: by [`Merge::weight`] since
+    /// it was made.
     ///
     /// # Errors
     ///
-    /// [`Error::FileUnused`](crate::Error::FileUnused) with the first of them.
+    /// [`Error::FileUnused`](crate::Error::FileUnused) with the first that was not.
     pub fn check_used(&self) -> Result<()> {
-        self.parts.iter().try_for_each(Part::check_used)
+        self.check_used_by(std::iter::empty())
+    }
+
+    /// The same; `names` are those that there were, for the error.
+    fn check_used_by<'a>(&self, names: impl Iterator<Item = &'a str> + Clone) -> Result<()> {
+        let mut parts = self.parts.iter();
+        parts.try_for_each(|part| part.check_used(names.clone()))
     }
 
     /// The tensor that replaces the whole tensor of that name, of the last adapter that has one.
@@ -205,13 +238,12 @@ impl Merge {
 }
 
 impl Adapter {
-    /// A `VarBuilder` for a model that knows no adapter: merged weights, of this adapter as it is now,
-    /// where it has the path, and what `base` answers elsewhere. See [`Merge`] for strength, several adapters and
-    /// checkpoints on disk.
+    /// Builds a model without adapter support on merged weights: those of this adapter as it is now,
+    /// whatever its mode. See [`Merge`] for strength, several adapters, files and checkpoints on disk.
     ///
     /// # Errors
     ///
-    /// Those of [`Adapter::check_complete`] for an adapter that was not loaded.
+    /// As [`Merge::build`].
     ///
     /// # Examples
     ///
@@ -220,14 +252,18 @@ impl Adapter {
     /// # use candle_doft::{Adapter, DoftConfig};
     /// # use candle_nn::VarBuilder;
     /// # let vb = VarBuilder::zeros(DType::F32, &Device::Cpu);
-    /// # let adapter = Adapter::new(DoftConfig::default(), &Device::Cpu)?;
-    /// # adapter.linear_no_bias(64, 8, vb.pp("head"))?;
-    /// let vb = adapter.merged(vb)?; // for any model
-    /// let head = candle_nn::linear_no_bias(64, 8, vb.pp("head"))?;
+    /// # let builder = Adapter::builder(DoftConfig::default(), &Device::Cpu)?;
+    /// # builder.linear_no_bias(64, 8, vb.pp("head"))?;
+    /// # let adapter = builder.finish()?;
+    /// let head = adapter.merged(vb, |vb| candle_nn::linear_no_bias(64, 8, vb.pp("head")))?;
     /// # Ok::<(), candle_doft::Error>(())
     /// ```
-    pub fn merged<'a>(&self, base: VarBuilder<'a>) -> Result<VarBuilder<'a>> {
+    pub fn merged<'a, M, E: From<Error>>(
+        &self,
+        base: VarBuilder<'a>,
+        model: impl FnOnce(VarBuilder<'a>) -> Result<M, E>,
+    ) -> Result<M, E> {
         let merge = Merge::new().with_adapter(self, Strength::default())?;
-        Ok(merge.var_builder(base))
+        merge.build(base, model)
     }
 }

@@ -1,9 +1,7 @@
 //! [`Part`]: one adapter of a merge, and what it makes of a weight.
 
 use super::{Strength, StrengthMode};
-use crate::adapter::{
-    Asked, NORMS_DIFFER, Stored, StoredLayer, Warning, differs, fingerprint, locked,
-};
+use crate::adapter::{Asked, NORMS_DIFFER, Stored, StoredLayer, Warning, locked};
 use crate::config::LayerKind;
 use crate::error::{Error, Result};
 use crate::rotation;
@@ -53,14 +51,14 @@ impl Part {
     }
 
     /// Refuses when a module or an extra tensor was asked for by no weight.
-    pub(super) fn check_used(&self) -> Result<()> {
+    pub(super) fn check_used<'a>(&self, names: impl Iterator<Item = &'a str>) -> Result<()> {
         let mut unused = self.asked.unused(&self.stored);
         if self.strength.value == 0. {
             unused.retain(|name| self.stored.layers.contains_key(*name));
         }
         match unused.is_empty() || self.stored.allow_partial && !self.asked.is_empty() {
             true => Ok(()),
-            false => Err(self.stored.unused(&unused, [])),
+            false => Err(self.stored.unused(&unused, names)),
         }
     }
 
@@ -102,16 +100,8 @@ impl Part {
         if layer.norms_differ(norms)? {
             self.warn(path, NORMS_DIFFER);
         }
-        let (Some(stored), Some(found)) = (layer.base, fingerprint(norms)?) else {
-            return Ok(());
-        };
-        if differs(&stored, &found) && !allow_changed_base {
-            return self.refuse(&format!(
-                "`{path}` is not the base weight it was trained on, by its row norms; \
-                 `allow_changed_base` merges it all the same"
-            ));
-        }
-        Ok(())
+        let allowed = allow_changed_base || self.stored.allow_changed_base;
+        layer.check_base(&self.stored, path, norms, allowed)
     }
 
     fn kind(&self, layer: &StoredLayer, path: &str, weight: &Tensor) -> Result<LayerKind> {

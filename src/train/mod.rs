@@ -14,8 +14,9 @@
 //! # let path = folder.path().join("checkpoint.safetensors");
 //! # let vb = VarBuilder::zeros(DType::F64, &device); // your checkpoint
 //! # let batches = vec![Tensor::ones((2, 64), DType::F64, &device)?; 2];
-//! let adapter = Adapter::new(DoftConfig::default(), &device)?;
-//! let layer = adapter.linear(64, 8, vb.pp("layer"))?;
+//! let builder = Adapter::builder(DoftConfig::default(), &device)?;
+//! let layer = builder.linear(64, 8, vb.pp("layer"))?;
+//! let adapter = builder.finish()?;
 //! # let start = layer.forward(&batches[0])?;
 //! let params = ParamsAdamW { lr: 1e-3, weight_decay: 0., ..Default::default() };
 //! let mut optimizer = AdamW::for_adapter(&adapter, params)?;

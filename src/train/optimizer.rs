@@ -17,12 +17,13 @@ use std::collections::{BTreeMap, HashSet};
 /// ```
 /// # use candle_core::{DType, Device};
 /// # let vb = candle_nn::VarBuilder::zeros(DType::F32, &Device::Cpu);
-/// # let adapter = candle_doft::Adapter::new(Default::default(), &Device::Cpu)?;
-/// # adapter.linear(32, 8, vb.pp("layer"))?;
+/// # let builder = candle_doft::Adapter::builder(Default::default(), &Device::Cpu)?;
+/// # builder.linear(32, 8, vb.pp("layer"))?;
+/// # let adapter = builder.finish()?;
 /// # let params = candle_nn::ParamsAdamW { weight_decay: 0., ..Default::default() };
 /// use candle_doft::train::{AdamW, Group};
 ///
-/// let vars = adapter.named_vars()?.into_iter();
+/// let vars = adapter.named_vars().into_iter();
 /// let (magnitudes, rotations) = vars.partition(|(name, _)| name.contains("dora_"));
 /// let groups = vec![Group::new(rotations), Group::new(magnitudes).with_rate(0.1)];
 /// let mut optimizer = AdamW::new(groups, params.clone())?;
@@ -149,16 +150,14 @@ impl AdamW {
     ///
     /// # Errors
     ///
-    /// Those of [`Adapter::check_complete`] and [`AdamW::new`]; a weight decay above 0 with a `Factor`
+    /// Those of [`AdamW::new`]; a weight decay above 0 with a `Factor`
     /// or `Absolute` magnitude.
     pub fn for_adapter(adapter: &Adapter, params: ParamsAdamW) -> Result<Self> {
         let ids = |vars: Vec<Var>| vars.iter().map(|var| var.id()).collect::<HashSet<_>>();
-        let (of_rotations, of_magnitudes) = (
-            ids(adapter.rotation_vars()?),
-            ids(adapter.magnitude_vars()?),
-        );
+        let (of_rotations, of_magnitudes) =
+            (ids(adapter.rotation_vars()), ids(adapter.magnitude_vars()));
         let (mut rotations, mut magnitudes, mut extras) = (Vec::new(), Vec::new(), Vec::new());
-        for (name, var) in adapter.named_vars()? {
+        for (name, var) in adapter.named_vars() {
             if of_rotations.contains(&var.id()) {
                 rotations.push((name, var));
             } else if of_magnitudes.contains(&var.id()) {

@@ -2,7 +2,7 @@
 //!
 //! What makes it adaptable, compared with any candle model, is three things:
 //!
-//! * linear layers are built through `tuner.wrap_linear(path, base)`. With DOFT alone the tuner would be
+//! * linear layers are built through `builder.wrap_linear(path, base)`. With DOFT alone the builder would be
 //!   a `candle_doft::Adapter`, which has the same method; here it also speaks LoRA and DoRA;
 //! * norms, rotary embedding, attention, gated product and loss are those of `candle_doft::frozen`,
 //!   which pass gradients on where candle's cut the graph;
@@ -10,7 +10,7 @@
 //!
 //! Paths and rows are Hugging Face's, whatever file the weights came from.
 
-use super::super::methods::{Tuned, Tuner};
+use super::super::methods::{Tuned, TunerBuilder};
 use super::config::{Architecture, Config};
 use super::recompute::recomputed;
 use super::weights::Weights;
@@ -91,12 +91,12 @@ struct Attention {
 }
 
 impl Attention {
-    fn new(config: &Config, path: &str, weights: &Weights, tuner: &Tuner) -> Result<Self> {
+    fn new(config: &Config, path: &str, weights: &Weights, builder: &TunerBuilder) -> Result<Self> {
         let (hidden, head_dim) = (config.hidden, config.head_dim);
         let (wide, narrow) = (config.heads * head_dim, config.kv_heads * head_dim);
         let linear = |name: &str, from, to| -> Result<Tuned> {
             let path = format!("{path}.{name}");
-            Ok(tuner.wrap_linear(&path, weights.linear(&path, from, to)?)?)
+            Ok(builder.wrap_linear(&path, weights.linear(&path, from, to)?)?)
         };
         let norm = |name: &str| weights.norm(&format!("{path}.{name}"), head_dim);
         let norms = match config.architecture {
@@ -156,10 +156,10 @@ struct Mlp {
 }
 
 impl Mlp {
-    fn new(config: &Config, path: &str, weights: &Weights, tuner: &Tuner) -> Result<Self> {
+    fn new(config: &Config, path: &str, weights: &Weights, builder: &TunerBuilder) -> Result<Self> {
         let linear = |name: &str, from, to| -> Result<Tuned> {
             let path = format!("{path}.{name}");
-            Ok(tuner.wrap_linear(&path, weights.linear(&path, from, to)?)?)
+            Ok(builder.wrap_linear(&path, weights.linear(&path, from, to)?)?)
         };
         let (hidden, wide) = (config.hidden, config.intermediate);
         Ok(Self {
@@ -183,13 +183,13 @@ struct Block {
 }
 
 impl Block {
-    fn new(config: &Config, path: &str, weights: &Weights, tuner: &Tuner) -> Result<Self> {
+    fn new(config: &Config, path: &str, weights: &Weights, builder: &TunerBuilder) -> Result<Self> {
         let norm = |name: &str| weights.norm(&format!("{path}.{name}"), config.hidden);
         Ok(Self {
             before_attention: norm("input_layernorm")?,
-            attention: Attention::new(config, &format!("{path}.self_attn"), weights, tuner)?,
+            attention: Attention::new(config, &format!("{path}.self_attn"), weights, builder)?,
             before_mlp: norm("post_attention_layernorm")?,
-            mlp: Mlp::new(config, &format!("{path}.mlp"), weights, tuner)?,
+            mlp: Mlp::new(config, &format!("{path}.mlp"), weights, builder)?,
         })
     }
 
@@ -218,8 +218,8 @@ pub struct Model {
 }
 
 impl Model {
-    /// Builds the model over its weights; the tuner decides what is adapted.
-    pub fn new(weights: &Weights, tuner: &Tuner, device: &Device) -> Result<Self> {
+    /// Builds the model over its weights; the builder decides what is adapted.
+    pub fn new(weights: &Weights, builder: &TunerBuilder, device: &Device) -> Result<Self> {
         let config = weights.config.clone();
         let embedding =
             weights.embedding("model.embed_tokens", config.vocabulary, config.hidden)?;
@@ -229,7 +229,7 @@ impl Model {
         };
         let blocks = (0..config.layers).map(|layer| {
             let path = format!("model.layers.{layer}");
-            Block::new(&config, &path, weights, tuner).map(Arc::new)
+            Block::new(&config, &path, weights, builder).map(Arc::new)
         });
         Ok(Self {
             embedding,

@@ -1,6 +1,6 @@
 //! A model under a method: its loss, its steps, and how well it reads held-out text.
 
-use super::super::methods::{Method, Tuner};
+use super::super::methods::{Method, Tuner, TunerBuilder};
 use super::data::{Batch, Sequence};
 use super::model::Model;
 use super::weights::Weights;
@@ -40,8 +40,9 @@ impl Trainer {
         device: &Device,
     ) -> Result<Self> {
         let nothing = matches!(method, Method::Frozen);
-        let tuner = Tuner::new(method, seed, device)?.with_targets(targets);
-        let model = Model::new(weights, &tuner, device)?;
+        let builder = TunerBuilder::new(method, seed, device)?.with_targets(targets);
+        let model = Model::new(weights, &builder, device)?;
+        let tuner = builder.finish()?;
         let params = ParamsAdamW {
             weight_decay: 0.,
             ..Default::default()
@@ -125,7 +126,7 @@ impl Trainer {
 
     /// The mean loss of a token of some sequences, `batch` of them at a time.
     pub fn held_out(&self, sequences: &[Sequence], batch: usize) -> Result<f64> {
-        self.tuner.inference(|| {
+        self.tuner.eval(|| {
             let (mut total, mut tokens) = (0., 0);
             let sequences: Vec<&Sequence> = sequences.iter().collect();
             for chunk in sequences.chunks(batch) {
@@ -135,6 +136,6 @@ impl Trainer {
                 tokens += batch.tokens;
             }
             Ok(total / tokens as f64)
-        })?
+        })
     }
 }
