@@ -236,9 +236,10 @@ fn the_loss_over_a_head_needs_less_than_a_quarter_of_the_plain_one() -> Result<(
 #[test]
 fn training_for_long_keeps_no_more_than_training_for_short() -> candle_doft::Result<()> {
     let _alone = ALONE.lock();
-    let adapter = Adapter::new(DoftConfig::default(), &Device::Cpu)?;
+    let builder = Adapter::builder(DoftConfig::default(), &Device::Cpu)?;
     let weight = Tensor::randn(0f32, 0.1, (512, 64), &Device::Cpu)?;
-    let layer = adapter.wrap_linear("layer", Linear::new(weight, None))?;
+    let layer = builder.wrap("layer", Linear::new(weight, None))?;
+    let adapter = builder.finish()?;
     let params = ParamsAdamW {
         weight_decay: 0.,
         ..Default::default()

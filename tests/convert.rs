@@ -180,8 +180,9 @@ fn a_layer_of_another_kind_than_its_weight_is_refused() -> candle_doft::Result<(
 fn extra_tensors_alone_make_no_peft_folder() -> candle_doft::Result<()> {
     let home = tempfile::tempdir().unwrap();
     let (file, out) = (home.path().join("a"), home.path().join("peft"));
-    let adapter = Adapter::new(Default::default(), &CPU)?;
-    adapter.extra("head.weight", &Tensor::ones((2, 2), DType::F32, &CPU)?)?;
+    let builder = Adapter::builder(Default::default(), &CPU)?;
+    builder.extra("head.weight", &Tensor::ones((2, 2), DType::F32, &CPU)?)?;
+    let adapter = builder.finish()?;
     adapter.save(&file)?;
     let options = LoadOptions::default();
     let error = convert(&file, &out, PEFT, &options, &BTreeMap::new()).unwrap_err();

@@ -4,7 +4,7 @@ mod support;
 
 use candle_core::{DType, Result, Tensor, safetensors};
 use candle_doft::file::{Divisor, LoadOptions};
-use candle_doft::{Adapter, DoftLinear};
+use candle_doft::{Adapter, AdapterBuilder, DoftLinear};
 use candle_nn::Linear;
 use std::collections::HashMap;
 use std::path::Path;
@@ -26,13 +26,14 @@ fn linears(base: &Path) -> Result<Vec<(String, Linear)>> {
     Ok(layers.collect())
 }
 
-fn wrapped(adapter: &Adapter, base: &Path) -> candle_doft::Result<Vec<(String, DoftLinear)>> {
+type Built = (Vec<(String, DoftLinear)>, Adapter);
+
+fn wrapped(builder: AdapterBuilder, base: &Path) -> candle_doft::Result<Built> {
     let mut layers = Vec::new();
     for (path, layer) in linears(base)? {
-        layers.push((path.clone(), adapter.wrap_linear(&path, layer)?));
+        layers.push((path.clone(), builder.wrap(&path, layer)?));
     }
-    adapter.check_complete()?;
-    Ok(layers)
+    Ok((layers, builder.finish()?))
 }
 
 fn assert_weight(what: &str, found: &Tensor, expected: &Tensor) {
@@ -75,8 +76,8 @@ fn onetrainer_s_linear_files_read_to_its_weights_in_both_flavours() -> candle_do
                 continue;
             }
             internal += usize::from(flavour.contains("internal"));
-            let adapter = Adapter::load(&file, &CPU)?;
-            let layers = wrapped(&adapter, &folder.join("base.safetensors"))?;
+            let builder = Adapter::load(&file, &CPU)?;
+            let (layers, adapter) = wrapped(builder, &folder.join("base.safetensors"))?;
             assert_eq!(layers.len(), 1);
             let what = format!("{case}, {flavour}");
             assert_weight(&what, &layers[0].1.effective_weight()?, expected);
@@ -93,8 +94,8 @@ fn onetrainer_s_linear_files_read_to_its_weights_in_both_flavours() -> candle_do
 #[test]
 fn blocks_of_size_one_leave_the_magnitude() -> candle_doft::Result<()> {
     let folder = golden("onetrainer/odd_block_7_4");
-    let adapter = Adapter::load(folder.join("adapter.safetensors"), &CPU)?;
-    let layers = wrapped(&adapter, &folder.join("base.safetensors"))?;
+    let builder = Adapter::load(folder.join("adapter.safetensors"), &CPU)?;
+    let (layers, adapter) = wrapped(builder, &folder.join("base.safetensors"))?;
     let expected = &load(&folder.join("io.safetensors"))?["w_eff"];
     assert_weight("odd_block_7_4", &layers[0].1.effective_weight()?, expected);
     assert!(adapter.warnings()[0].to_string().contains("size 1"));
@@ -106,20 +107,20 @@ fn the_ambiguous_divisor_is_told_from_an_integer_or_given() -> candle_doft::Resu
     let folder = golden("onetrainer/doft_g1_early_linear");
     let base = folder.join("base.safetensors");
     let expected = &load(&folder.join("io.safetensors"))?["w_eff"];
-    let internal = Adapter::load(folder.join("adapter.internal.safetensors"), &CPU)?;
-    let layers = wrapped(&internal, &base)?;
+    let builder = Adapter::load(folder.join("adapter.internal.safetensors"), &CPU)?;
+    let (layers, _) = wrapped(builder, &base)?;
     assert_weight("integer 1", &layers[0].1.effective_weight()?, expected);
     let file = folder.join("adapter.safetensors");
     let options = LoadOptions::default().with_divisor(Divisor::SqrtEntries);
-    let given = Adapter::load_with(&file, &CPU, &options)?;
-    let layers = wrapped(&given, &base)?;
+    let builder = Adapter::load_with(&file, &CPU, &options)?;
+    let (layers, _) = wrapped(builder, &base)?;
     assert_weight(
         "the divisor given",
         &layers[0].1.effective_weight()?,
         expected,
     );
-    let guessed = Adapter::load(&file, &CPU)?;
-    let layers = wrapped(&guessed, &base)?;
+    let builder = Adapter::load(&file, &CPU)?;
+    let (layers, guessed) = wrapped(builder, &base)?;
     assert!(relative(&layers[0].1.effective_weight()?, expected) > 1e-3);
     assert!(
         guessed
@@ -134,8 +135,8 @@ fn the_ambiguous_divisor_is_told_from_an_integer_or_given() -> candle_doft::Resu
 fn mangled_names_find_their_layers() -> candle_doft::Result<()> {
     for case in ["mangled_legacy", "mangled_mixture"] {
         let folder = golden("onetrainer").join(case);
-        let adapter = Adapter::load(folder.join("adapter.safetensors"), &CPU)?;
-        let layers = wrapped(&adapter, &folder.join("base.safetensors"))?;
+        let builder = Adapter::load(folder.join("adapter.safetensors"), &CPU)?;
+        let (layers, _) = wrapped(builder, &folder.join("base.safetensors"))?;
         assert_eq!(layers.len(), 2, "{case}");
         let io = load(&folder.join("io.safetensors"))?;
         let expected: Vec<&Tensor> = io
@@ -162,8 +163,8 @@ fn half_precision_exports_are_their_rounding_away() -> candle_doft::Result<()> {
         ("adapter.bf16.safetensors", 2e-3),
         ("adapter.f16.safetensors", 2.5e-4),
     ] {
-        let adapter = Adapter::load(folder.join(flavour), &CPU)?;
-        let layers = wrapped(&adapter, &folder.join("base.safetensors"))?;
+        let builder = Adapter::load(folder.join(flavour), &CPU)?;
+        let (layers, _) = wrapped(builder, &folder.join("base.safetensors"))?;
         let weight = layers[0].1.effective_weight()?;
         assert!(
             weight.dtype() == DType::F32 && relative(&weight, expected) < bound,
@@ -186,20 +187,20 @@ fn peft_s_linear_folders_read_to_its_weights() -> candle_doft::Result<()> {
         "linear_coft",
     ] {
         let folder = golden("peft").join(case);
-        let adapter = Adapter::load(&folder, &CPU)?;
+        let builder = Adapter::load(&folder, &CPU)?;
         let mut layers = Vec::new();
         let base = load(&folder.join("base.safetensors"))?;
         let expected = load(&folder.join("expected.safetensors"))?;
         for (path, layer) in linears(&folder.join("base.safetensors"))? {
             let bias = format!("{path}.bias");
             if case == "linear_bias_oft_only" {
-                let trained = adapter.extra(&bias, &base[&bias])?;
+                let trained = builder.extra(&bias, &base[&bias])?;
                 let off = relative(trained.as_tensor(), &expected[&bias]);
                 assert!(off == 0., "{case}: {bias} is off by {off:e}");
             }
-            layers.push((path.clone(), adapter.wrap_linear(&path, layer)?));
+            layers.push((path.clone(), builder.wrap(&path, layer)?));
         }
-        adapter.check_complete()?;
+        builder.finish()?;
         for (path, layer) in layers {
             let expected = &expected[&format!("{path}.weight")];
             assert_weight(
@@ -222,12 +223,12 @@ fn a_loaded_adapter_of_another_tool_saves_as_one_of_this_crate() -> candle_doft:
         } else {
             folder.join("adapter.safetensors")
         };
-        let adapter = Adapter::load(file, &CPU)?;
-        let layers = wrapped(&adapter, &folder.join("base.safetensors"))?;
+        let builder = Adapter::load(file, &CPU)?;
+        let (layers, adapter) = wrapped(builder, &folder.join("base.safetensors"))?;
         let again = home.path().join("again.safetensors");
         adapter.save(&again)?;
-        let adapter = Adapter::load(&again, &CPU)?;
-        let reloaded = wrapped(&adapter, &folder.join("base.safetensors"))?;
+        let builder = Adapter::load(&again, &CPU)?;
+        let (reloaded, adapter) = wrapped(builder, &folder.join("base.safetensors"))?;
         for ((path, before), (_, after)) in layers.iter().zip(&reloaded) {
             let off = relative(&after.effective_weight()?, &before.effective_weight()?);
             assert!(off < 1e-7, "{case}, {path}: {off:e}");
@@ -287,24 +288,21 @@ fn one_component_can_be_read_and_modules_renamed() -> candle_doft::Result<()> {
     let file = folder.join("adapter.safetensors");
     let (path, base) = linears(&folder.join("base.safetensors"))?.remove(0);
     let options = LoadOptions::default().with_rename(|_| Some("my.own.name".into()));
-    let adapter = Adapter::load_with(&file, &CPU, &options)?;
-    assert!(
-        adapter
-            .wrap_linear("my.own.name", base.clone())?
-            .is_adapted()
-    );
-    adapter.check_complete()?;
+    let builder = Adapter::load_with(&file, &CPU, &options)?;
+    assert!(builder.wrap("my.own.name", base.clone())?.is_adapted());
+    builder.finish()?;
     let options = LoadOptions::default().with_component("denoiser");
-    let adapter = Adapter::load_with(&file, &CPU, &options)?;
-    assert!(adapter.wrap_linear(&path, base.clone())?.is_adapted());
+    let builder = Adapter::load_with(&file, &CPU, &options)?;
+    assert!(builder.wrap(&path, base.clone())?.is_adapted());
+    builder.finish()?;
     let options = LoadOptions::default().with_component("text_encoder");
     let error = Adapter::load_with(&file, &CPU, &options).unwrap_err();
     let expected = "no layer is of component `text_encoder`, some are of `denoiser`";
     assert!(error.to_string().ends_with(expected), "{error}");
     let options = LoadOptions::default().with_allow_partial(true);
-    let adapter = Adapter::load_with(&file, &CPU, &options)?;
-    assert!(!adapter.wrap_linear("another", base)?.is_adapted());
-    assert!(adapter.check_complete().is_err(), "nothing matched at all");
+    let builder = Adapter::load_with(&file, &CPU, &options)?;
+    assert!(!builder.wrap("another", base)?.is_adapted());
+    assert!(builder.finish().is_err(), "nothing matched at all");
     let folder = golden("onetrainer/mangled_mixture");
     let file = folder.join("adapter.safetensors");
     let same = LoadOptions::default().with_rename(|_| Some("one.for.all".into()));
@@ -313,13 +311,12 @@ fn one_component_can_be_read_and_modules_renamed() -> candle_doft::Result<()> {
         error.to_string().contains("both mean `one.for.all`"),
         "{error}"
     );
-    let adapter = Adapter::load_with(&file, &CPU, &options)?;
+    let builder = Adapter::load_with(&file, &CPU, &options)?;
     let (path, base) = linears(&folder.join("base.safetensors"))?.remove(0);
-    adapter.wrap_linear(&path, base)?;
-    adapter.check_complete()?;
-    let warnings = adapter.warnings();
+    builder.wrap(&path, base)?;
+    let warnings = builder.finish()?.warnings();
     assert_eq!(warnings.len(), 1);
-    assert_eq!(warnings[0].message, "it matches no layer so far");
+    assert_eq!(warnings[0].message, "it matches no layer");
     Ok(())
 }
 
@@ -338,10 +335,11 @@ fn keys_of_no_known_role_are_refused_or_skipped_by_choice() -> candle_doft::Resu
         "{error}"
     );
     let options = LoadOptions::default().with_allow_unknown(true);
-    let adapter = Adapter::load_with(&file, &CPU, &options)?;
-    let warnings: Vec<String> = adapter.warnings().iter().map(ToString::to_string).collect();
+    let builder = Adapter::load_with(&file, &CPU, &options)?;
+    let warnings: Vec<String> = builder.warnings().iter().map(ToString::to_string).collect();
     assert_eq!(warnings, ["`stranger`: 1 unknown keys were skipped"]);
     let (path, base) = linears(&folder.join("base.safetensors"))?.remove(0);
-    assert!(adapter.wrap_linear(&path, base)?.is_adapted());
-    adapter.check_complete()
+    assert!(builder.wrap(&path, base)?.is_adapted());
+    builder.finish()?;
+    Ok(())
 }

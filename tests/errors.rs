@@ -11,8 +11,8 @@ use support::tensors::{CPU, linear};
 
 #[test]
 fn a_layer_without_an_adapter_has_no_rotation() -> candle_doft::Result<()> {
-    let adapter = Adapter::new(DoftConfig::default().with_targets(["q"]), &CPU)?;
-    let plain = adapter.wrap_linear("k", linear(4, 32, false, DType::F32)?)?;
+    let builder = Adapter::builder(DoftConfig::default().with_targets(["q"]), &CPU)?;
+    let plain = builder.wrap("k", linear(4, 32, false, DType::F32)?)?;
     let expected = "layer `k` is not adapted: it is outside the targets, so it has no rotation";
     assert_eq!(plain.rotation().unwrap_err().to_string(), expected);
     assert_eq!(plain.magnitude().unwrap_err().to_string(), expected);
@@ -36,8 +36,9 @@ fn another_device_is_named_with_the_one_expected() {
 
 #[test]
 fn an_error_of_the_crate_goes_through_candle_s_and_keeps_its_text() -> Result<()> {
-    let adapter = Adapter::new(DoftConfig::default(), &CPU)?;
-    let layer = adapter.wrap_linear("q", linear(4, 32, false, DType::F32)?)?;
+    let builder = Adapter::builder(DoftConfig::default(), &CPU)?;
+    let layer = builder.wrap("q", linear(4, 32, false, DType::F32)?)?;
+    builder.finish()?;
     let error = layer
         .forward(&Tensor::zeros((2, 3), DType::F32, &CPU)?)
         .unwrap_err();

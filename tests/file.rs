@@ -5,7 +5,10 @@ mod support;
 
 use candle_core::{DType, Tensor, Var};
 use candle_doft::config::Rule;
-use candle_doft::{Adapter, DoftConfig, DoftLinear, Magnitude, Map, Result, rng::SplitMix64};
+use candle_doft::file::LoadOptions;
+use candle_doft::{
+    Adapter, AdapterBuilder, DoftConfig, DoftLinear, Magnitude, Map, Result, rng::SplitMix64,
+};
 use candle_nn::{Linear, Module};
 use std::path::{Path, PathBuf};
 use support::MAPS;
@@ -23,13 +26,13 @@ fn base(out: usize, width: usize, dtype: DType) -> Linear {
     linear(out, width, true, dtype).unwrap()
 }
 
-fn build(adapter: Adapter, dtype: DType) -> Result<Model> {
-    let q = adapter.wrap_linear("blocks.0.q", base(48, 64, dtype))?;
-    let v = adapter.wrap_linear("blocks.0.v", base(12, 48, dtype))?;
-    adapter.wrap_linear("norm", base(4, 64, dtype))?;
-    let head = adapter.extra("head.weight", &Tensor::zeros((3, 4), DType::F32, &CPU)?)?;
+fn build(builder: AdapterBuilder, dtype: DType) -> Result<Model> {
+    let q = builder.wrap("blocks.0.q", base(48, 64, dtype))?;
+    let v = builder.wrap("blocks.0.v", base(12, 48, dtype))?;
+    builder.wrap("norm", base(4, 64, dtype))?;
+    let head = builder.extra("head.weight", &Tensor::zeros((3, 4), DType::F32, &CPU)?)?;
     Ok(Model {
-        adapter,
+        adapter: builder.finish()?,
         q,
         v,
         head,
@@ -43,8 +46,8 @@ fn config() -> DoftConfig {
 }
 
 fn trained(config: DoftConfig, dtype: DType) -> Result<Model> {
-    let model = build(Adapter::new(config, &CPU)?, dtype)?;
-    disturb_all(model.adapter.vars()?, 0.3)?;
+    let model = build(Adapter::builder(config, &CPU)?, dtype)?;
+    disturb_all(model.adapter.vars(), 0.3)?;
     Ok(model)
 }
 
@@ -137,9 +140,9 @@ fn what_is_saved_comes_back_for_every_setting() -> Result<()> {
             let exact = config.magnitude != Magnitude::Factor;
             let pairs = model
                 .adapter
-                .named_vars()?
+                .named_vars()
                 .into_iter()
-                .zip(loaded.adapter.named_vars()?);
+                .zip(loaded.adapter.named_vars());
             for ((name, before), (again, after)) in pairs {
                 assert_eq!(name, again, "{what}");
                 assert_eq!(before.dtype(), after.dtype(), "{what}");
@@ -186,8 +189,9 @@ fn equal_adapters_give_equal_bytes_and_saving_a_loaded_one_changes_none() -> Res
 #[test]
 fn the_file_is_the_one_of_the_format() -> Result<()> {
     let folder = Folder::new();
-    let adapter = Adapter::new(DoftConfig::default().with_block_size(16), &CPU)?;
-    adapter.wrap_linear("blocks.0.q", base(48, 64, DType::F32))?;
+    let builder = Adapter::builder(DoftConfig::default().with_block_size(16), &CPU)?;
+    builder.wrap("blocks.0.q", base(48, 64, DType::F32))?;
+    let adapter = builder.finish()?;
     adapter.save(folder.file())?;
     let header = header(&std::fs::read(folder.file()).unwrap());
     let places = [
@@ -227,7 +231,7 @@ fn a_failed_save_leaves_the_old_file() -> Result<()> {
     let model = trained(config(), DType::F32)?;
     model.adapter.save(folder.file())?;
     let before = std::fs::read(folder.file()).unwrap();
-    let (name, var) = model.adapter.named_vars()?.remove(1);
+    let (name, var) = model.adapter.named_vars().remove(1);
     let mut values: Vec<f32> = var.flatten_all()?.to_vec1()?;
     values[3] = f32::NAN;
     var.set(&Tensor::from_vec(values, var.shape(), &CPU)?)?;
@@ -262,7 +266,7 @@ fn a_model_that_does_not_fit_is_told_before_any_layer_changes() -> Result<()> {
             .replace(&folder.file().display().to_string(), "FILE")
     };
     let error = load()?
-        .wrap_linear("blocks.0.q", base(48, 32, DType::F32))
+        .wrap("blocks.0.q", base(48, 32, DType::F32))
         .unwrap_err();
     assert_eq!(
         cut(error),
@@ -270,11 +274,11 @@ fn a_model_that_does_not_fit_is_told_before_any_layer_changes() -> Result<()> {
          expected [48, 32] of `blocks.0.q.weight`; is this the model it was trained on?"
     );
     // A model that asks for less than the file holds.
-    let adapter = load()?;
-    adapter.wrap_linear("blocks.0.q", base(48, 64, DType::F32))?;
-    adapter.wrap_linear("blocks.0.w", base(12, 48, DType::F32))?;
+    let builder = load()?;
+    builder.wrap("blocks.0.q", base(48, 64, DType::F32))?;
+    builder.wrap("blocks.0.w", base(12, 48, DType::F32))?;
     assert_eq!(
-        cut(adapter.vars().unwrap_err()),
+        cut(builder.finish().unwrap_err()),
         "FILE: 2 of 3 layers and extra tensors match nothing in the model, the first is \
          `blocks.0.v`; the nearest are `blocks.0.q`, `blocks.0.w`; is this the model it was trained \
          on? `allow_partial` goes on without them"
@@ -285,18 +289,18 @@ fn a_model_that_does_not_fit_is_told_before_any_layer_changes() -> Result<()> {
 }
 
 #[test]
-fn another_base_is_warned_of() -> Result<()> {
+fn another_base_is_refused_unless_allowed() -> Result<()> {
     let folder = Folder::new();
     trained(config(), DType::F32)?.adapter.save(folder.file())?;
-    let adapter = Adapter::load(folder.file(), &CPU)?;
     let other = Linear::new((base(48, 64, DType::F32).weight() * 1.1)?, None);
-    adapter.wrap_linear("blocks.0.q", other)?;
-    let warnings = adapter.warnings();
-    assert_eq!(warnings.len(), 1);
-    assert_eq!(
-        warnings[0].to_string(),
-        "`blocks.0.q`: the base weight is not the one it was trained on, by its row norms"
-    );
+    let builder = Adapter::load(folder.file(), &CPU)?;
+    let error = builder.wrap("blocks.0.q", other.clone()).unwrap_err();
+    let expected = "adapter.safetensors: `blocks.0.q` is not the base weight it was trained on, by its row \
+                    norms; `allow_changed_base` uses it all the same";
+    assert!(error.to_string().ends_with(expected), "{error}");
+    let allowed = LoadOptions::default().with_allow_changed_base(true);
+    let builder = Adapter::load_with(folder.file(), &CPU, &allowed)?;
+    assert!(builder.wrap("blocks.0.q", other)?.is_adapted());
     Ok(())
 }
 
@@ -438,8 +442,9 @@ fn a_value_that_is_not_finite_is_refused() -> Result<()> {
 #[test]
 fn a_file_cut_anywhere_or_with_bytes_changed_never_panics() -> Result<()> {
     let folder = Folder::new();
-    let adapter = Adapter::new(DoftConfig::default().with_block_size(4), &CPU)?;
-    adapter.wrap_linear("q", base(3, 8, DType::F32))?;
+    let builder = Adapter::builder(DoftConfig::default().with_block_size(4), &CPU)?;
+    builder.wrap("q", base(3, 8, DType::F32))?;
+    let adapter = builder.finish()?;
     adapter.save(folder.file())?;
     let good = std::fs::read(folder.file()).unwrap();
     for length in 0..good.len() {

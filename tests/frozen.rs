@@ -171,9 +171,10 @@ fn a_parameter_in_front_trains_behind_ours_and_is_missed_behind_candle_s() -> Re
     for dtype in [DType::F64, DType::F32] {
         for pair in pairs(dtype)? {
             let width = *pair.shape.last().unwrap();
-            let adapter = Adapter::new(DoftConfig::default().with_block_size(4), &CPU)?;
+            let builder = Adapter::builder(DoftConfig::default().with_block_size(4), &CPU)?;
             let weight = seeded((width, width), 11).to_dtype(dtype)?;
-            let layer = adapter.wrap_linear("front", Linear::new(weight, None))?;
+            let layer = builder.wrap("front", Linear::new(weight, None))?;
+            let adapter = builder.finish()?;
             let x = seeded(pair.shape.as_slice(), 12).to_dtype(dtype)?;
             let through = |f: &Function| f(&layer.forward(&x)?);
 
@@ -191,7 +192,7 @@ fn a_parameter_in_front_trains_behind_ours_and_is_missed_behind_candle_s() -> Re
             let grads = (through(&pair.ours)? * &upstream)?.sum_all()?.backward()?;
             assert_eq!(adapter.check_gradients(&grads)?.checked, 2, "{}", pair.name);
             if dtype == DType::F64 {
-                check_slopes(pair.name, &adapter.named_vars()?, || through(&pair.ours))?;
+                check_slopes(pair.name, &adapter.named_vars(), || through(&pair.ours))?;
             }
         }
     }

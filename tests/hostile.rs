@@ -336,10 +336,11 @@ fn rows_without_entries_cost_nothing_however_many() {
 const CHILD: &str = "CANDLE_DOFT_HOSTILE_CHILD";
 
 fn saved(folder: &Path) -> PathBuf {
-    let adapter = Adapter::new(DoftConfig::default(), &CPU).unwrap();
-    adapter
-        .wrap_linear("q", linear(512, 512, false, DType::F32).unwrap())
+    let builder = Adapter::builder(DoftConfig::default(), &CPU).unwrap();
+    builder
+        .wrap("q", linear(512, 512, false, DType::F32).unwrap())
         .unwrap();
+    let adapter = builder.finish().unwrap();
     let file = folder.join("adapter.safetensors");
     if std::env::var_os(CHILD).is_some() {
         let written = adapter.save(&file);
@@ -401,7 +402,7 @@ fn a_process_killed_while_it_saves_leaves_a_whole_file() {
         running.wait().unwrap();
         let file = home.path().join("adapter.safetensors");
         if file.exists() {
-            Adapter::load(&file, &CPU).expect("a whole file");
+            let _builder = Adapter::load(&file, &CPU).expect("a whole file");
         }
     }
     assert!(

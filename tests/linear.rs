@@ -4,10 +4,12 @@
 mod support;
 
 use candle_core::{DType, Result, Tensor, Var};
-use candle_doft::{DoftConfig, DoftLinear, Magnitude, frozen};
+use candle_doft::{Adapter, DoftConfig, DoftLinear, Magnitude, Mode, frozen};
 use candle_nn::{Linear, Module, VarBuilder};
 use support::MAPS;
-use support::tensors::{CPU, bits, disturb, linear, relative, seeded, values, wrapped};
+use support::tensors::{
+    CPU, bits, disturb, disturb_all, linear, relative, seeded, values, wrapped,
+};
 use support::tolerance;
 
 #[test]
@@ -193,52 +195,63 @@ fn a_dead_row_keeps_ratio_one_and_gets_no_gradient() -> Result<()> {
 }
 
 #[test]
-fn disabling_answers_the_base_and_enabling_the_adapter() -> Result<()> {
+fn merging_means_the_adapter_in_every_mode() -> Result<()> {
     let base = linear(24, 64, true, DType::F32)?;
-    let (layer, varmap) = wrapped(&base, &DoftConfig::default())?;
-    disturb(&varmap, 0.3)?;
-    let clone = layer.clone();
+    let builder = Adapter::builder(DoftConfig::default(), &CPU)?;
+    let layer = builder.wrap("layer", base.clone())?;
+    let adapter = builder.finish()?;
+    disturb_all(adapter.vars(), 0.3)?;
     let x = seeded((5, 64), 3).to_dtype(DType::F32)?;
-    let adapted = bits(&layer.forward(&x)?);
-    assert_ne!(adapted, bits(&base.forward(&x)?));
-    clone.disable();
+    let weight = bits(&layer.effective_weight()?);
+    assert_ne!(weight, bits(base.weight()));
+    for mode in [Mode::Train, Mode::Eval, Mode::Off] {
+        adapter.set_mode(mode)?;
+        assert_eq!(bits(&layer.effective_weight()?), weight, "{mode:?}");
+        assert_eq!(bits(layer.merge()?.weight()), weight, "{mode:?}");
+        let vb = VarBuilder::from_tensors(
+            [("layer.weight".to_string(), base.weight().clone())].into(),
+            DType::F32,
+            &CPU,
+        );
+        let merged = adapter.merged(vb, |vb| vb.get((24, 64), "layer.weight"))?;
+        assert_eq!(bits(&merged), weight, "{mode:?}");
+    }
     assert_eq!(bits(&layer.forward(&x)?), bits(&base.forward(&x)?));
-    assert_eq!(bits(&layer.effective_weight()?), bits(base.weight()));
-    layer.enable();
-    assert_eq!(bits(&layer.forward(&x)?), adapted);
+    assert_eq!(bits(&layer.clone().forward(&x)?), bits(&base.forward(&x)?));
     Ok(())
 }
 
 #[test]
-fn an_inference_copy_is_constant_and_outside_the_graph() -> Result<()> {
-    let (layer, varmap) = wrapped(&linear(24, 64, true, DType::F32)?, &DoftConfig::default())?;
-    disturb(&varmap, 0.3)?;
+fn evaluation_is_constant_and_outside_the_graph() -> Result<()> {
+    let builder = Adapter::builder(DoftConfig::default(), &CPU)?;
+    let layer = builder.wrap("layer", linear(24, 64, true, DType::F32)?)?;
+    let adapter = builder.finish()?;
+    disturb_all(adapter.vars(), 0.3)?;
     let x = seeded((5, 64), 3).to_dtype(DType::F32)?;
-    let copy = layer.inference()?;
     let before = bits(&layer.forward(&x)?);
-    assert_eq!(bits(&copy.forward(&x)?), before);
-    assert!(layer.forward(&x)?.track_op() && !copy.forward(&x)?.track_op());
-    let state = |layer: &DoftLinear| -> candle_doft::Result<_> {
-        let weight = bits(&layer.effective_weight()?);
-        Ok((bits(&layer.rotation()?), bits(&layer.magnitude()?), weight))
-    };
-    let seen = state(&copy)?;
-    assert_eq!(state(&layer)?, seen);
-    disturb(&varmap, 0.3)?;
+    assert!(layer.forward(&x)?.track_op());
+    adapter.set_mode(Mode::Eval)?;
+    assert_eq!(bits(&layer.forward(&x)?), before);
+    assert!(!layer.forward(&x)?.track_op());
+    disturb_all(adapter.vars(), 0.3)?;
+    assert_eq!(bits(&layer.forward(&x)?), before);
+    // The input's gradient still passes.
+    let var = Var::from_tensor(&x)?;
+    assert!(
+        layer
+            .forward(&var)?
+            .sum_all()?
+            .backward()?
+            .get(&var)
+            .is_some()
+    );
+    adapter.set_mode(Mode::Eval)?;
     assert_ne!(bits(&layer.forward(&x)?), before);
-    assert_eq!(bits(&copy.forward(&x)?), before);
-    assert_eq!(bits(&copy.forward_t(&x, true)?), before);
-    assert!(!copy.forward_t(&x, true)?.track_op());
-    assert_eq!(state(&copy)?, seen);
-    assert_ne!(state(&layer)?, seen);
-    // The input's gradient still passes through an inference copy.
-    let x = Var::from_tensor(&x)?;
-    assert!(copy.forward(&x)?.sum_all()?.backward()?.get(&x).is_some());
     Ok(())
 }
 
 #[test]
-fn dropout_drops_whole_blocks_repeats_by_seed_and_asks_which_mode() -> Result<()> {
+fn dropout_drops_whole_blocks_repeats_by_seed_and_ends_with_training() -> Result<()> {
     let base = linear(24, 64, false, DType::F64)?;
     let config = DoftConfig::default()
         .with_block_size(4)
@@ -249,14 +262,7 @@ fn dropout_drops_whole_blocks_repeats_by_seed_and_asks_which_mode() -> Result<()
     disturb(&varmap, 0.3)?;
     disturb(&other, 0.3)?;
     let x = seeded((5, 64), 3);
-    let error = first.forward(&x).unwrap_err().to_string();
-    assert!(
-        error.contains("`layer` has dropout") && error.contains("forward_t"),
-        "{error}"
-    );
-    first.inference()?.forward(&x)?;
-
-    let run = |layer: &DoftLinear| bits(&layer.forward_t(&x, true).unwrap());
+    let run = |layer: &DoftLinear| bits(&layer.forward(&x).unwrap());
     let (a, b) = (run(&first), run(&first));
     assert_ne!(a, b, "each pass draws a mask of its own");
     assert_eq!((run(&second), run(&second)), (a, b));
@@ -264,10 +270,12 @@ fn dropout_drops_whole_blocks_repeats_by_seed_and_asks_which_mode() -> Result<()
     // Rows of the identity show R itself, in training: each block is R_d or the identity.
     let eye = Linear::new(Tensor::eye(64, DType::F64, &CPU)?, None);
     let config = config.with_magnitude(Magnitude::None);
-    let (layer, varmap) = wrapped(&eye, &config)?;
-    disturb(&varmap, 0.3)?;
+    let builder = Adapter::builder(config, &CPU)?;
+    let layer = builder.wrap("layer", eye)?;
+    let adapter = builder.finish()?;
+    disturb_all(adapter.vars(), 0.3)?;
     let r = layer.rotation()?;
-    let acted = layer.forward_t(&Tensor::eye(64, DType::F64, &CPU)?, true)?;
+    let acted = layer.forward(&Tensor::eye(64, DType::F64, &CPU)?)?;
     let (mut kept, mut dropped) = (0, 0);
     for d in 0..16 {
         let block = acted.narrow(0, 4 * d, 4)?.narrow(1, 4 * d, 4)?;
@@ -279,10 +287,9 @@ fn dropout_drops_whole_blocks_repeats_by_seed_and_asks_which_mode() -> Result<()
         }
     }
     assert!(kept > 0 && dropped > 0 && kept + dropped == 16);
-    assert_eq!(
-        bits(&layer.forward_t(&x, false)?),
-        bits(&layer.inference()?.forward(&x)?)
-    );
+    let whole = layer.merge()?.forward(&x)?;
+    let y = adapter.with_mode(Mode::Eval, || layer.forward(&x))?;
+    assert!(relative(&y, &whole) < 1e-12);
     Ok(())
 }
 

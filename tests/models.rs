@@ -46,13 +46,14 @@ fn weights(build: impl FnOnce(VarBuilder) -> Result<()>) -> Result<Tensors> {
 
 /// Adapts the named linear layers, away from their start.
 fn adapt(tensors: &Tensors, paths: &[&str]) -> candle_doft::Result<(Adapter, Vec<DoftLinear>)> {
-    let adapter = Adapter::new(DoftConfig::default().with_block_size(8), &CPU)?;
+    let builder = Adapter::builder(DoftConfig::default().with_block_size(8), &CPU)?;
     let mut layers = Vec::new();
     for path in paths {
         let weight = tensors[&format!("{path}.weight")].clone();
-        layers.push(adapter.wrap_linear(path, Linear::new(weight, None))?);
+        layers.push(builder.wrap(path, Linear::new(weight, None))?);
     }
-    disturb_all(adapter.vars()?, 0.3)?;
+    let adapter = builder.finish()?;
+    disturb_all(adapter.vars(), 0.3)?;
     Ok((adapter, layers))
 }
 
@@ -68,14 +69,13 @@ fn check(
         by_hand.insert(format!("{path}.weight"), layer.effective_weight()?);
     }
     let expected = run(vb(&by_hand))?;
-    assert_eq!(bits(&run(adapter.merged(vb(tensors))?)?), bits(&expected));
+    assert_eq!(bits(&adapter.merged(vb(tensors), &run)?), bits(&expected));
     // From a file as well.
     let home = tempfile::tempdir().unwrap();
     let file = home.path().join("adapter.safetensors");
     adapter.save(&file)?;
     let merge = Merge::new().with_file(&file, &LoadOptions::default(), Strength::default())?;
-    assert_eq!(bits(&run(merge.var_builder(vb(tensors)))?), bits(&expected));
-    merge.check_used()?;
+    assert_eq!(bits(&merge.build(vb(tensors), &run)?), bits(&expected));
     assert!(
         relative(&run(vb(tensors))?, &expected) > 1e-3,
         "the adapter changes nothing"
@@ -226,8 +226,7 @@ fn a_small_unet_runs_merged_by_onetrainer_s_flattened_names() -> candle_doft::Re
     let file = home.path().join("unet.safetensors");
     safetensors::save(&adapter, &file)?;
     let merge = Merge::new().with_file(&file, &LoadOptions::default(), Strength::default())?;
-    let found = run(merge.var_builder(vb(&tensors)))?;
-    merge.check_used()?;
+    let found = merge.build(vb(&tensors), run)?;
     assert_eq!(found.dim(D::Minus1)?, 8);
     assert!(relative(&found, &run(vb(&by_hand))?) < 5e-6);
     assert!(relative(&found, &run(vb(&tensors))?) > 1e-3);

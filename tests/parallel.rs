@@ -3,15 +3,17 @@
 mod support;
 
 use candle_core::{DType, Result};
-use candle_doft::{Adapter, DoftConfig, Magnitude};
+use candle_doft::{Adapter, DoftConfig, Error, Magnitude, Mode};
 use candle_nn::{AdamW, Module, Optimizer, ParamsAdamW};
-use support::tensors::{CPU, bits, disturb, linear, seeded, wrapped};
+use support::tensors::{CPU, bits, disturb_all, linear, seeded};
 
 #[test]
 fn one_two_and_eight_threads_use_one_adapter_at_once() -> Result<()> {
-    let (layer, varmap) = wrapped(&linear(48, 96, true, DType::F32)?, &DoftConfig::default())?;
-    disturb(&varmap, 0.3)?;
-    let layer = layer.inference()?;
+    let builder = Adapter::builder(DoftConfig::default(), &CPU)?;
+    let layer = builder.wrap("layer", linear(48, 96, true, DType::F32)?)?;
+    let adapter = builder.finish()?;
+    disturb_all(adapter.vars(), 0.3)?;
+    adapter.set_mode(Mode::Eval)?;
     let inputs: Vec<_> = (0..8)
         .map(|seed| seeded((5 + seed as usize, 96), seed).to_dtype(DType::F32))
         .collect::<Result<_>>()?;
@@ -39,70 +41,89 @@ fn one_two_and_eight_threads_use_one_adapter_at_once() -> Result<()> {
     Ok(())
 }
 
-/// An inner scope ends before the outer one, and those of two threads in any order.
 #[test]
-fn scopes_hold_until_the_last_of_them_ends() -> candle_doft::Result<()> {
+fn a_scope_keeps_the_values_of_its_start() -> candle_doft::Result<()> {
     let config = DoftConfig::default().with_dropout(0.5);
-    let adapter = Adapter::new(config.with_magnitude(Magnitude::Factor), &CPU)?;
-    let layer = adapter.wrap_linear("layer", linear(4, 64, false, DType::F32)?)?;
+    let builder = Adapter::builder(config.with_magnitude(Magnitude::Factor), &CPU)?;
+    let layer = builder.wrap("layer", linear(4, 64, false, DType::F32)?)?;
+    let adapter = builder.finish()?;
     let x = seeded((4, 64), 3).to_dtype(DType::F32)?;
     let move_on = || {
-        for var in adapter.vars().unwrap() {
+        for var in adapter.vars() {
             var.set(&(var.as_tensor() + 0.2).unwrap()).unwrap();
         }
     };
     move_on();
-    let held = bits(&layer.forward_t(&x, false)?);
+    let held = bits(&adapter.with_mode(Mode::Eval, || layer.forward(&x))?);
     let as_held = || {
-        let y = layer.forward_t(&x, true).unwrap();
+        let y = layer.forward(&x).unwrap();
         assert!(!y.track_op() && bits(&y) == held);
     };
-    let magnitude = bits(&layer.magnitude()?);
-    adapter.inference(|| {
+    let scope = adapter.scope(Mode::Eval)?;
+    scope.run(|| {
         move_on();
-        adapter.inference(as_held).unwrap();
         as_held();
-        assert_eq!(bits(&layer.magnitude().unwrap()), magnitude);
-    })?;
-    assert!(layer.forward_t(&x, true)?.track_op());
-    assert_ne!(bits(&layer.forward_t(&x, false)?), held);
-
-    let base = bits(&layer.base().forward(&x)?);
-    let (entered, left) = (std::sync::Barrier::new(2), std::sync::Barrier::new(2));
-    std::thread::scope(|threads| {
-        threads.spawn(|| {
-            adapter.disabled(|| entered.wait());
-            left.wait();
-        });
-        adapter.disabled(|| {
-            entered.wait();
-            left.wait();
-            // The other scope began with the layer on, and has ended.
-            assert_eq!(bits(&layer.forward_t(&x, true).unwrap()), base);
-        });
+        // An inner scope takes the values of its own start.
+        let inner = adapter.with_mode(Mode::Eval, || layer.forward(&x));
+        assert_ne!(bits(&inner.unwrap()), held);
+        as_held();
     });
-    assert!(
-        layer.forward_t(&x, true)?.track_op(),
-        "a scope that ended left it off"
-    );
+    // A scope can be entered again, by another thread too, and keeps its values.
+    std::thread::scope(|threads| {
+        threads.spawn(|| scope.run(as_held));
+    });
+    assert!(layer.forward(&x)?.track_op());
+    assert_ne!(bits(&layer.forward(&x)?), held);
+    Ok(())
+}
+
+/// Sampling in one thread leaves the gradients of another alone, and the base runs beside both.
+#[test]
+fn a_mode_is_of_one_thread_in_its_scope() -> candle_doft::Result<()> {
+    let builder = Adapter::builder(DoftConfig::default(), &CPU)?;
+    let layer = builder.wrap("layer", linear(4, 64, false, DType::F32)?)?;
+    let adapter = builder.finish()?;
+    disturb_all(adapter.vars(), 0.3)?;
+    let x = seeded((4, 64), 3).to_dtype(DType::F32)?;
+    let (adapted, base) = (bits(&layer.forward(&x)?), bits(&layer.base().forward(&x)?));
+    let together = std::sync::Barrier::new(3);
+    let (layer, x, together) = (&layer, &x, &together);
+    let runs = move || {
+        together.wait();
+        let y = layer.forward(x).unwrap();
+        together.wait();
+        (y.track_op(), bits(&y))
+    };
+    let adapter = &adapter;
+    let inside = move |mode| adapter.with_mode(mode, || Ok::<_, Error>(runs())).unwrap();
+    let (eval, off, train) = std::thread::scope(|threads| {
+        let eval = threads.spawn(move || inside(Mode::Eval));
+        let off = threads.spawn(move || inside(Mode::Off));
+        let train = runs();
+        (eval.join().unwrap(), off.join().unwrap(), train)
+    });
+    assert_eq!(eval, (false, adapted.clone()));
+    assert_eq!(off, (false, base));
+    assert_eq!(train, (true, adapted));
     Ok(())
 }
 
 /// Trains two layers with dropout for some steps; the bits of every parameter.
 fn train() -> Result<Vec<Vec<u64>>> {
     let config = DoftConfig::default().with_dropout(0.2).with_seed(3);
-    let adapter = Adapter::new(config, &CPU)?;
-    let first = adapter.wrap_linear("first", linear(96, 64, true, DType::F32)?)?;
-    let second = adapter.wrap_linear("second", linear(8, 96, true, DType::F32)?)?;
+    let builder = Adapter::builder(config, &CPU)?;
+    let first = builder.wrap("first", linear(96, 64, true, DType::F32)?)?;
+    let second = builder.wrap("second", linear(8, 96, true, DType::F32)?)?;
+    let adapter = builder.finish()?;
     let (x, target) = (seeded((130, 64), 1), seeded((130, 8), 2));
     let (x, target) = (x.to_dtype(DType::F32)?, target.to_dtype(DType::F32)?);
-    let mut optimizer = AdamW::new(adapter.vars()?, ParamsAdamW::default())?;
+    let mut optimizer = AdamW::new(adapter.vars(), ParamsAdamW::default())?;
     for step in 0..20 {
         adapter.set_step(step);
-        let y = second.forward_t(&first.forward_t(&x, true)?.relu()?, true)?;
+        let y = second.forward(&first.forward(&x)?.relu()?)?;
         optimizer.backward_step(&(y - &target)?.sqr()?.mean_all()?)?;
     }
-    Ok(adapter.vars()?.iter().map(|var| bits(var)).collect())
+    Ok(adapter.vars().iter().map(|var| bits(var)).collect())
 }
 
 #[test]

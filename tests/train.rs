@@ -5,7 +5,7 @@ mod support;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_doft::train::{AdamW, Checkpoint, Group, Schedule};
 use candle_doft::{Adapter, DoftConfig, DoftLinear, Error, Magnitude};
-use candle_nn::{Linear, Optimizer, ParamsAdamW};
+use candle_nn::{Linear, Module, Optimizer, ParamsAdamW};
 use serde_json::json;
 use support::tensors::{CPU, bits, relative, seeded};
 
@@ -139,9 +139,10 @@ impl Run {
             .with_block_size(8)
             .with_dropout(0.3)
             .with_magnitude(magnitude);
-        let adapter = Adapter::new(config, &CPU)?;
+        let builder = Adapter::builder(config, &CPU)?;
         let weight = (seeded((6, 32), 1) * 0.2)?.to_dtype(DType::F32)?;
-        let layer = adapter.wrap_linear("layer", Linear::new(weight, None))?;
+        let layer = builder.wrap("layer", Linear::new(weight, None))?;
+        let adapter = builder.finish()?;
         let params = ParamsAdamW {
             weight_decay: 0.,
             ..PARAMS
@@ -161,7 +162,7 @@ impl Run {
             for micro in 0..2 {
                 let x = seeded((4, 32), 100 + 2 * step + micro).to_dtype(DType::F32)?;
                 let target = x.narrow(1, 0, 6)?;
-                let y = self.layer.forward_t(&x, true)?;
+                let y = self.layer.forward(&x)?;
                 gradients.backward(&(y - target)?.sqr()?.mean_all()?, 0.5)?;
             }
             gradients.clip(0.5)?;
@@ -206,9 +207,9 @@ fn a_resumed_run_ends_with_the_bytes_of_one_that_never_stopped() -> candle_doft:
         let mut forgetful = Run::new(magnitude)?;
         for ((_, from), (_, to)) in first
             .adapter
-            .named_vars()?
+            .named_vars()
             .iter()
-            .zip(forgetful.adapter.named_vars()?)
+            .zip(forgetful.adapter.named_vars())
         {
             to.set(from)?;
         }
@@ -229,7 +230,7 @@ fn a_checkpoint_of_another_run_is_refused_and_changes_nothing() -> candle_doft::
     let error = Adapter::load(&path, &CPU).unwrap_err().to_string();
     assert!(error.contains("a checkpoint, to resume a run"), "{error}");
 
-    let before = bits(&run.adapter.vars()?[0]);
+    let before = bits(&run.adapter.vars()[0]);
     let mut other = Run::new(Magnitude::Factor)?;
     let error = loaded
         .restore(&mut other.optimizer)
@@ -241,7 +242,7 @@ fn a_checkpoint_of_another_run_is_refused_and_changes_nothing() -> candle_doft::
     );
     let mut fewer = AdamW::new(
         vec![Group::new(
-            run.adapter.named_vars()?.into_iter().take(1).collect(),
+            run.adapter.named_vars().into_iter().take(1).collect(),
         )],
         PARAMS,
     )?;
@@ -255,7 +256,7 @@ fn a_checkpoint_of_another_run_is_refused_and_changes_nothing() -> candle_doft::
         error.contains("has [4, 28] of F32, expected [2, 3] of F32, as the model"),
         "{error}"
     );
-    assert_eq!(bits(&run.adapter.vars()?[0]), before);
+    assert_eq!(bits(&run.adapter.vars()[0]), before);
 
     let bytes = std::fs::read(&path).unwrap();
     for (content, expected) in [
@@ -351,10 +352,9 @@ fn bad_settings_are_refused() -> candle_doft::Result<()> {
         .to_string();
     assert!(error.contains("`weight_decay` is 0.1"), "{error}");
     // An extra tensor is none of the magnitudes, whatever its name.
-    let run = Run::new(Magnitude::Log)?;
-    run.adapter
-        .extra("my.dora_scale", &Tensor::ones(3, DType::F32, &CPU)?)?;
-    assert!(AdamW::for_adapter(&run.adapter, PARAMS).is_ok());
+    let builder = Adapter::builder(DoftConfig::default(), &CPU)?;
+    builder.extra("my.dora_scale", &Tensor::ones(3, DType::F32, &CPU)?)?;
+    assert!(AdamW::for_adapter(&builder.finish()?, PARAMS).is_ok());
     Ok(())
 }
 

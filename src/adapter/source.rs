@@ -103,8 +103,8 @@ impl Source {
         let unused = self.asked.unused(&self.stored);
         if let (true, Some(first)) = (self.stored.allow_partial, unused.first()) {
             let message = match unused.len() {
-                1 => "it matches no layer so far".to_string(),
-                count => format!("{count} modules match no layer so far, this one first"),
+                1 => "it matches no layer".to_string(),
+                count => format!("{count} modules match no layer, this one first"),
             };
             warnings.push(Warning::new(first, message));
         }

@@ -5,7 +5,7 @@ use crate::common::slopes::check_slopes;
 use crate::common::tensors::{CPU, disturb_all, linear, relative, seeded, values};
 use crate::common::tolerance::{SLOPE, SLOPE_FLOOR};
 use crate::common::{assert_close, central_difference, dot};
-use crate::support::methods::{Method, Tuned, Tuner};
+use crate::support::methods::{Method, Tuned, TunerBuilder};
 use candle_core::{DType, Result, Tensor, Var};
 use candle_nn::{Linear, Module};
 
@@ -40,9 +40,10 @@ impl Case {
     /// A layer in f64 whose every parameter was moved from its start.
     fn new(method: &Method, bias: bool) -> candle_doft::Result<Self> {
         let base = linear(OUT, WIDTH, bias, DType::F64)?;
-        let tuner = Tuner::new(method.clone(), 3, &CPU)?;
-        let layer = tuner.wrap_linear("layer", base.clone())?;
-        let vars = tuner.named_vars()?;
+        let builder = TunerBuilder::new(method.clone(), 3, &CPU)?;
+        let layer = builder.wrap_linear("layer", base.clone())?;
+        let tuner = builder.finish()?;
+        let vars = tuner.named_vars();
         disturb_all(vars.iter().map(|(_, var)| var.clone()), 0.4)?;
         Ok(Self {
             base,
@@ -167,12 +168,13 @@ fn they_start_at_the_base_with_the_usual_values() -> candle_doft::Result<()> {
     let base = linear(OUT, WIDTH, true, DType::F64)?;
     let x = seeded((TOKENS, WIDTH), 4);
     for method in &METHODS {
-        let tuner = Tuner::new(method.clone(), 3, &CPU)?;
-        let layer = tuner.wrap_linear("layer", base.clone())?;
+        let builder = TunerBuilder::new(method.clone(), 3, &CPU)?;
+        let layer = builder.wrap_linear("layer", base.clone())?;
+        let tuner = builder.finish()?;
         let off = relative(&layer.forward(&x)?, &base.forward(&x)?);
         assert!(off < 1e-14, "{method:?} starts {off:e} away");
         let bound = 1. / (WIDTH as f64).sqrt();
-        for (name, var) in tuner.named_vars()? {
+        for (name, var) in tuner.named_vars() {
             let found = values(&var);
             let largest = found.iter().fold(0f64, |s, v| s.max(v.abs()));
             match name.as_str() {
@@ -196,10 +198,11 @@ fn they_start_at_the_base_with_the_usual_values() -> candle_doft::Result<()> {
 #[test]
 fn full_fine_tuning_trains_weight_and_bias() -> Result<()> {
     let base = linear(OUT, WIDTH, true, DType::F64)?;
-    let tuner = Tuner::new(Method::Full, 0, &CPU)?;
-    let layer = tuner.wrap_linear("layer", base.clone())?;
+    let builder = TunerBuilder::new(Method::Full, 0, &CPU)?;
+    let layer = builder.wrap_linear("layer", base.clone())?;
+    let tuner = builder.finish()?;
     let x = seeded((TOKENS, WIDTH), 4);
-    let vars = tuner.named_vars()?;
+    let vars = tuner.named_vars();
     assert_eq!(vars.len(), 2);
     check_slopes("full", &vars, || layer.forward(&x))
 }

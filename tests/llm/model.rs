@@ -8,7 +8,7 @@ use crate::small::{
 use crate::support::llm::config::Config;
 use crate::support::llm::model::{Cache, Model};
 use crate::support::llm::weights::Weights;
-use crate::support::methods::{Method, Tuner};
+use crate::support::methods::{Method, Tuner, TunerBuilder};
 use anyhow::Result;
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Tensor};
@@ -69,7 +69,7 @@ fn a_cache_of_keys_changes_nothing() -> Result<()> {
 
 fn loss(model: &Model, again: bool, tuner: &Tuner) -> Result<Tensor> {
     let ids = ids()?;
-    let blocks = model.by_block(&tuner.named_vars()?);
+    let blocks = model.by_block(&tuner.named_vars());
     let hidden = model.hidden(&model.embed(&ids)?, again.then_some(blocks.as_slice()))?;
     let hidden = hidden.narrow(1, 0, 39)?;
     Ok(model.loss(&hidden, &ids.narrow(1, 1, 39)?)?)
@@ -83,7 +83,7 @@ fn recomputed_activations_give_the_same_loss_and_gradients() -> Result<()> {
         let (kept, again) = (loss(&model, false, &tuner)?, loss(&model, true, &tuner)?);
         assert!(relative(&again, &kept) < 1e-6);
         let (kept, again) = (kept.backward()?, again.backward()?);
-        for (name, var) in tuner.named_vars()? {
+        for (name, var) in tuner.named_vars() {
             let (kept, again) = (kept.get(&var).expect(&name), again.get(&var).expect(&name));
             let off = relative(again, kept);
             assert!(off < 2e-6, "{name}: off by {off:e}");
@@ -107,8 +107,9 @@ fn every_method_trains_every_variable_and_merges_to_what_it_computes() -> Result
             Method::Lora { rank, alpha },
             Method::Dora { rank, alpha },
         ] {
-            let tuner = Tuner::new(method.clone(), 0, &CPU)?;
-            let model = Model::new(&weights, &tuner, &CPU)?;
+            let builder = TunerBuilder::new(method.clone(), 0, &CPU)?;
+            let model = Model::new(&weights, &builder, &CPU)?;
+            let tuner = builder.finish()?;
             let before = relative(
                 &logits(&model, &ids()?)?,
                 &logits(&frozen(&weights)?, &ids()?)?,
@@ -116,7 +117,7 @@ fn every_method_trains_every_variable_and_merges_to_what_it_computes() -> Result
             assert!(before < 1e-6, "{method:?} starts {before:e} away");
             disturb(&tuner)?;
             let grads = loss(&model, false, &tuner)?.backward()?;
-            for (name, var) in tuner.named_vars()? {
+            for (name, var) in tuner.named_vars() {
                 let grad = grads
                     .get(&var)
                     .unwrap_or_else(|| panic!("{method:?}: {name}"));

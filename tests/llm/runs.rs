@@ -5,7 +5,7 @@ use crate::programs::{Ended, Home};
 use crate::small::{frozen, ids, logits};
 use crate::support::llm::model::Model;
 use crate::support::llm::weights::Weights;
-use crate::support::methods::{Method, Tuner};
+use crate::support::methods::{Method, TunerBuilder};
 use anyhow::Result;
 use candle_doft::Adapter;
 
@@ -121,13 +121,15 @@ fn a_merged_model_and_an_unmerged_one_answer_alike() -> Result<()> {
     // The merged folder holds the weights that act.
     let base = Weights::open(&home.path("model"), false, &CPU)?;
     let method = Method::Doft(Box::default());
-    let tuner = Tuner::with_adapter(method, Adapter::load(&adapter, &CPU)?);
+    let builder = TunerBuilder::with_adapter(method, Adapter::load(&adapter, &CPU)?);
+    let model = Model::new(&base, &builder, &CPU)?;
+    builder.finish()?;
     let off = relative(
         &logits(
             &frozen(&Weights::open(&home.path("merged"), false, &CPU)?)?,
             &ids()?,
         )?,
-        &logits(&Model::new(&base, &tuner, &CPU)?, &ids()?)?,
+        &logits(&model, &ids()?)?,
     );
     assert!(off < 1e-5, "merged is {off:e} away");
     #[cfg(unix)]

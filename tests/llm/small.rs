@@ -5,7 +5,7 @@ use crate::support::llm;
 use crate::support::llm::model::Model;
 use crate::support::llm::tokenizer::Text;
 use crate::support::llm::weights::{Weights, gguf_name, hugging_face_name, reordered, to_gguf};
-use crate::support::methods::{Method, Tuner};
+use crate::support::methods::{Method, Tuner, TunerBuilder};
 use anyhow::Result;
 use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
@@ -239,17 +239,18 @@ pub fn weights(config: &serde_json::Value) -> Result<Weights> {
 }
 
 pub fn frozen(weights: &Weights) -> Result<Model> {
-    Model::new(weights, &Tuner::new(Method::Frozen, 0, &CPU)?, &CPU)
+    Model::new(weights, &TunerBuilder::new(Method::Frozen, 0, &CPU)?, &CPU)
 }
 
 pub fn doft(weights: &Weights) -> Result<(Model, Tuner)> {
     let config = DoftConfig::default().with_block_size(8);
-    let tuner = Tuner::new(Method::Doft(Box::new(config)), 0, &CPU)?;
-    Ok((Model::new(weights, &tuner, &CPU)?, tuner))
+    let builder = TunerBuilder::new(Method::Doft(Box::new(config)), 0, &CPU)?;
+    let model = Model::new(weights, &builder, &CPU)?;
+    Ok((model, builder.finish()?))
 }
 
 pub fn disturb(tuner: &Tuner) -> Result<()> {
-    let vars = tuner.named_vars()?.into_iter();
+    let vars = tuner.named_vars().into_iter();
     Ok(disturb_all(vars.map(|(_, var)| var), 0.2)?)
 }
 

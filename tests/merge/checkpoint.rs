@@ -2,8 +2,8 @@
 
 use super::support::golden::load;
 use super::support::tensors::{CPU, bits, relative, seeded};
-use super::{adapter, base, one};
-use candle_core::{DType, Tensor, safetensors};
+use super::{adapter, adapter_with, base, one};
+use candle_core::{DType, Result, Tensor, safetensors};
 use candle_doft::file::LoadOptions;
 use candle_doft::merge::{CheckpointOptions, Merge, Strength};
 use candle_doft::{DoftConfig, Magnitude};
@@ -123,7 +123,7 @@ fn what_does_not_fit_stops_before_anything_is_written() -> candle_doft::Result<(
     assert_eq!(
         error(other.clone(), &trained),
         "the adapter: `a` is not the base weight it was trained on, by its row norms; \
-         `allow_changed_base` merges it all the same"
+         `allow_changed_base` uses it all the same"
     );
     let mut wrong = base(DType::F32)?;
     wrong.insert("a.weight".into(), seeded((12, 40), 7).to_dtype(DType::F32)?);
@@ -252,12 +252,13 @@ fn a_partial_merge_is_a_choice_and_says_what_it_left_out() -> candle_doft::Resul
     let warnings: Vec<String> = merge.warnings().iter().map(ToString::to_string).collect();
     assert_eq!(warnings, ["`b`: it matches no weight and was not merged"]);
     // Asked of a `VarBuilder`, the same is told afterwards.
-    let vb = strict.var_builder(VarBuilder::from_tensors(tensors, DType::F32, &CPU));
-    vb.get((12, 32), "a.weight")?;
-    let error = strict.check_used().unwrap_err().to_string();
+    let vb = VarBuilder::from_tensors(tensors, DType::F32, &CPU);
+    let built = strict.build(vb, |vb| vb.get((12, 32), "a.weight"));
+    let error = built.unwrap_err().to_string();
     assert!(
         error.ends_with(
-            "the first is `b`; is this the model it was trained on? `allow_partial` goes on without them"
+            "the first is `b`; the nearest are `a`; is this the model it was trained on? `allow_partial` goes \
+             on without them"
         ),
         "{error}"
     );
@@ -276,10 +277,10 @@ fn an_extra_tensor_that_the_base_lacks_is_added() -> candle_doft::Result<()> {
         r#"{"metadata": {"total_size": 1}, "weight_map": {"a.weight": "model.safetensors"}}"#,
     )
     .unwrap();
-    let adapter = adapter(DoftConfig::default(), 0.5)?;
     let head = seeded((3, 5), 8).to_dtype(DType::F32)?;
-    adapter.extra("head.weight", &head)?;
-    adapter.extra("norm.weight", &Tensor::ones(12, DType::F32, &CPU)?)?;
+    let ones = Tensor::ones(12, DType::F32, &CPU)?;
+    let extras = [("head.weight", &head), ("norm.weight", &ones)];
+    let adapter = adapter_with(DoftConfig::default(), 0., &extras)?;
     let at = |s| Merge::new().with_adapter(&adapter, Strength::linear(s));
     let report = at(1.)?.checkpoint(&from, &to, CheckpointOptions::default())?;
     assert_eq!(report.added, ["head.weight"]);
@@ -310,10 +311,14 @@ fn an_extra_tensor_that_the_base_lacks_is_added() -> candle_doft::Result<()> {
     assert!(!load(&to.join("model.safetensors"))?.contains_key("head.weight"));
     // Through a `VarBuilder`, with its shape checked.
     let tensors = base(DType::F32)?;
-    let vb = at(1.)?.var_builder(VarBuilder::from_tensors(tensors, DType::F32, &CPU));
-    assert_eq!(bits(&vb.get((3, 5), "head.weight")?), bits(&head));
-    assert!(vb.get((5, 3), "head.weight").is_err());
-    Ok(())
+    at(1.)?.build(VarBuilder::from_tensors(tensors, DType::F32, &CPU), |vb| {
+        assert_eq!(bits(&vb.get((3, 5), "head.weight")?), bits(&head));
+        assert!(vb.get((5, 3), "head.weight").is_err());
+        vb.get(12, "norm.weight")?;
+        vb.get((12, 32), "a.weight")?;
+        vb.get((8, 16), "b.weight")?;
+        candle_doft::Result::Ok(())
+    })
 }
 
 #[test]
@@ -322,8 +327,8 @@ fn an_index_that_is_none_stops_the_merge_and_leaves_no_folder() -> candle_doft::
     let (from, to) = (home.path().join("model"), home.path().join("new/merged"));
     std::fs::create_dir(&from).unwrap();
     safetensors::save(&base(DType::F32)?, from.join("model.safetensors"))?;
-    let adapter = adapter(DoftConfig::default(), 0.5)?;
-    adapter.extra("head.weight", &Tensor::ones((3, 5), DType::F32, &CPU)?)?;
+    let head = Tensor::ones((3, 5), DType::F32, &CPU)?;
+    let adapter = adapter_with(DoftConfig::default(), 0.5, &[("head.weight", &head)])?;
     let merge = Merge::new().with_adapter(&adapter, Strength::default())?;
     for text in [r#"{"weight_map": "here"}"#, "{}", "[]", ""] {
         std::fs::write(from.join("model.safetensors.index.json"), text).unwrap();
@@ -378,24 +383,29 @@ fn a_loaded_adapter_that_was_trained_on_is_merged_as_it_is_now() -> candle_doft:
     adapter(DoftConfig::default(), 0.5)?.save(&file)?;
     let tensors = base(DType::F32)?;
     let partial = LoadOptions::default().with_allow_partial(true);
-    let loaded = candle_doft::Adapter::load_with(&file, &CPU, &partial)?;
+    let loaded_builder = candle_doft::Adapter::load_with(&file, &CPU, &partial)?;
     let weight = tensors["a.weight"].clone();
-    let layer = loaded.wrap_linear("a", candle_nn::Linear::new(weight, None))?;
-    let merged = |name: &str| -> candle_doft::Result<Tensor> {
+    let layer = loaded_builder.wrap("a", candle_nn::Linear::new(weight, None))?;
+    let loaded = loaded_builder.finish()?;
+    let merged = || {
         let vb = VarBuilder::from_tensors(tensors.clone(), DType::F32, &CPU);
-        Ok(loaded.merged(vb)?.get(tensors[name].dims(), name)?)
+        loaded.merged(vb, |vb| -> Result<_> {
+            let a = vb.get((12, 32), "a.weight")?;
+            Ok((a, vb.get((8, 16), "b.weight")?))
+        })
     };
-    let (a, b) = (merged("a.weight")?, merged("b.weight")?);
+    let (a, _) = merged()?;
     assert!(relative(&layer.effective_weight()?, &a) < 1e-6);
-    for var in loaded.vars()? {
+    for var in loaded.vars() {
         var.set(&(var.as_tensor() * 0.5)?)?;
     }
     assert!(relative(&a, &layer.effective_weight()?) > 1e-2);
-    assert!(relative(&merged("a.weight")?, &layer.effective_weight()?) < 1e-6);
+    let (a, b) = merged()?;
+    assert!(relative(&a, &layer.effective_weight()?) < 1e-6);
     assert_eq!(
-        bits(&merged("b.weight")?),
         bits(&b),
-        "not built: as in the file"
+        bits(&tensors["b.weight"]),
+        "no layer of the model"
     );
     Ok(())
 }

@@ -18,11 +18,14 @@ fn merged(merge: &Merge, base: &Path) -> candle_doft::Result<BTreeMap<String, Te
     merge.checkpoint(base, &output, CheckpointOptions::default())?;
     let found = load(&output)?;
     let tensors: HashMap<String, Tensor> = load(base)?.into_iter().collect();
-    let vb = merge.var_builder(VarBuilder::from_tensors(tensors, DType::F32, &CPU));
-    for (name, tensor) in &found {
-        let through = vb.get(tensor.shape(), name)?;
-        assert_eq!(bits(&through), bits(tensor), "{name}");
-    }
+    let vb = VarBuilder::from_tensors(tensors, DType::F32, &CPU);
+    merge.build(vb, |vb| {
+        for (name, tensor) in &found {
+            let through = vb.get(tensor.shape(), name)?;
+            assert_eq!(bits(&through), bits(tensor), "{name}");
+        }
+        candle_doft::Result::<()>::Ok(())
+    })?;
     Ok(found)
 }
 

@@ -43,11 +43,25 @@ fn base(dtype: DType) -> Result<HashMap<String, Tensor>> {
 }
 
 fn adapter(config: DoftConfig, scale: f64) -> candle_doft::Result<Adapter> {
-    let adapter = Adapter::new(config.with_block_size(8), &CPU)?;
+    adapter_with(config, scale, &[])
+}
+
+/// The same with extra tensors, which stay as they are.
+fn adapter_with(
+    config: DoftConfig,
+    scale: f64,
+    extras: &[(&str, &Tensor)],
+) -> candle_doft::Result<Adapter> {
+    let builder = Adapter::builder(config.with_block_size(8), &CPU)?;
     for name in ["a", "b"] {
         let weight = base(DType::F32)?[&format!("{name}.weight")].clone();
-        adapter.wrap_linear(name, Linear::new(weight, None))?;
+        builder.wrap(name, Linear::new(weight, None))?;
     }
-    disturb_all(adapter.vars()?, scale)?;
+    for (name, value) in extras {
+        builder.extra(name, value)?;
+    }
+    let adapter = builder.finish()?;
+    let of_layers = [adapter.rotation_vars(), adapter.magnitude_vars()].concat();
+    disturb_all(of_layers, scale)?;
     Ok(adapter)
 }

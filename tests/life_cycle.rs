@@ -1,0 +1,231 @@
+//! How a model and its adapter live together: nothing that is meant to be adapted is silently absent.
+
+mod support;
+
+use candle_core::{DType, Result, Tensor};
+use candle_doft::file::LoadOptions;
+use candle_doft::merge::{Merge, Strength};
+use candle_doft::{Adapter, AdapterBuilder, DoftConfig, DoftLinear, Error, Mode, Pattern, Targets};
+use candle_nn::{AdamW, Linear, Module, ModuleT, Optimizer, VarBuilder};
+use std::collections::HashMap;
+use support::tensors::{CPU, bits, disturb_all, relative, seeded};
+
+/// A checkpoint with two layers below `model`.
+fn vb() -> VarBuilder<'static> {
+    let mut tensors = HashMap::new();
+    for (seed, path) in ["model.a", "model.b"].iter().enumerate() {
+        let weight = seeded((32, 32), seed as u64 + 1)
+            .to_dtype(DType::F32)
+            .unwrap();
+        tensors.insert(format!("{path}.weight"), weight);
+    }
+    VarBuilder::from_tensors(tensors, DType::F32, &CPU)
+}
+
+fn x() -> Tensor {
+    seeded((4, 32), 9).to_dtype(DType::F32).unwrap()
+}
+
+struct Model {
+    a: DoftLinear,
+    b: DoftLinear,
+}
+
+impl Model {
+    fn new(builder: &AdapterBuilder, vb: VarBuilder) -> candle_doft::Result<Self> {
+        Ok(Self {
+            a: builder.linear_no_bias(32, 32, vb.pp("a"))?,
+            b: builder.linear_no_bias(32, 32, vb.pp("b"))?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.b.forward(&self.a.forward(x)?.relu()?)
+    }
+}
+
+/// The same model without adapter support.
+fn plain(vb: VarBuilder) -> Result<(Linear, Linear)> {
+    let layer = |name| candle_nn::linear_no_bias(32, 32, vb.pp(name));
+    Ok((layer("a")?, layer("b")?))
+}
+
+fn trained(config: DoftConfig) -> candle_doft::Result<(Model, Adapter)> {
+    let builder = Adapter::builder(config.with_block_size(8), &CPU)?;
+    let model = Model::new(&builder, vb().pp("model"))?;
+    let adapter = builder.finish()?;
+    disturb_all(adapter.vars(), 0.3)?;
+    Ok((model, adapter))
+}
+
+#[test]
+fn a_path_is_the_whole_prefix_in_training_and_merging() -> candle_doft::Result<()> {
+    let (model, adapter) = trained(DoftConfig::default())?;
+    let expected = model.forward(&x())?;
+    let run = |(a, b): (Linear, Linear)| b.forward(&a.forward(&x())?.relu()?);
+    // With the prefix given before, and inside.
+    let before = adapter.merged(vb().pp("model"), plain)?;
+    let inside = adapter.merged(vb(), |vb| plain(vb.pp("model")))?;
+    let (before, inside) = (run(before)?, run(inside)?);
+    assert!(relative(&before, &expected) < 1e-5);
+    assert_eq!(bits(&before), bits(&inside));
+    assert!(relative(&run(plain(vb().pp("model"))?)?, &expected) > 1e-2);
+    Ok(())
+}
+
+#[test]
+fn merging_into_a_model_that_asks_for_other_paths_is_an_error() -> candle_doft::Result<()> {
+    let (_, adapter) = trained(DoftConfig::default())?;
+    let tensors = |path: &str| {
+        let weight = seeded((32, 32), 1).to_dtype(DType::F32).unwrap();
+        let named = [(format!("{path}.weight"), weight)];
+        VarBuilder::from_tensors(named.into_iter().collect(), DType::F32, &CPU)
+    };
+    let built = adapter.merged(tensors("net.model_a"), |vb| {
+        vb.get((32, 32), "net.model_a.weight")
+    });
+    let error = Error::from(built.unwrap_err()).to_string();
+    assert!(
+        error.contains("2 of 2 layers") && error.contains("`net.model_a`"),
+        "{error}"
+    );
+    // One of two is an error as well, unless that is allowed; and merged counts as used.
+    let half = |vb: VarBuilder| vb.get((32, 32), "model.a.weight");
+    assert!(adapter.merged(vb(), half).is_err());
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("adapter.safetensors");
+    adapter.save(&file)?;
+    let partial = LoadOptions::default().with_allow_partial(true);
+    let merge = Merge::new().with_file(&file, &partial, Strength::default())?;
+    merge.build(vb(), half)?;
+    assert_eq!(merge.warnings().len(), 1);
+    merge.build(vb().pp("model"), plain)?;
+    assert!(merge.warnings().is_empty());
+    Ok(())
+}
+
+#[test]
+fn dropout_trains_in_a_sequential_and_behind_module_t() -> candle_doft::Result<()> {
+    let builder = Adapter::builder(
+        DoftConfig::default().with_block_size(8).with_dropout(0.5),
+        &CPU,
+    )?;
+    let layer = builder.linear_no_bias(32, 32, vb().pp("model.a"))?;
+    let adapter = builder.finish()?;
+    disturb_all(adapter.vars(), 0.3)?;
+    let net = candle_nn::seq()
+        .add(layer.clone())
+        .add(candle_nn::Activation::Relu);
+    let mut optimizer = AdamW::new_lr(adapter.vars(), 1e-2)?;
+    let start = bits(&adapter.vars()[0]);
+    for (step, forward) in [
+        &(|| net.forward(&x())) as &dyn Fn() -> Result<Tensor>,
+        &|| layer.forward_t(&x(), true),
+        // The flag has no effect: the mode decides.
+        &|| layer.forward_t(&x(), false),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let before = bits(&adapter.vars()[0]);
+        adapter.set_step(step as u64);
+        let (first, second) = (forward()?, forward()?);
+        assert_ne!(bits(&first), bits(&second), "blocks are dropped");
+        let grads = (first + second)?.sqr()?.mean_all()?.backward()?;
+        adapter.check_gradients(&grads)?;
+        optimizer.step(&grads)?;
+        assert_ne!(bits(&adapter.vars()[0]), before);
+        let eval = || adapter.with_mode(Mode::Eval, forward);
+        assert_eq!(bits(&eval()?), bits(&eval()?));
+    }
+    assert_ne!(bits(&adapter.vars()[0]), start);
+    Ok(())
+}
+
+#[test]
+fn the_dropout_of_a_loaded_adapter_can_be_changed() -> candle_doft::Result<()> {
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("adapter.safetensors");
+    trained(DoftConfig::default().with_dropout(0.5))?
+        .1
+        .save(&file)?;
+    for (dropout, same) in [(None, false), (Some(0.), true)] {
+        let mut options = LoadOptions::default();
+        options.dropout = dropout;
+        let builder = Adapter::load_with(&file, &CPU, &options)?;
+        let model = Model::new(&builder, vb().pp("model"))?;
+        builder.finish()?;
+        let (first, second) = (model.forward(&x())?, model.forward(&x())?);
+        assert_eq!(bits(&first) == bits(&second), same, "{dropout:?}");
+    }
+    let wrong = LoadOptions::default().with_dropout(1.5);
+    let error = Adapter::load_with(&file, &CPU, &wrong)
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("`dropout` is 1.5"), "{error}");
+    Ok(())
+}
+
+/// A struct of adaptable layers runs on merged weights, or as the base.
+#[test]
+fn an_adapter_without_targets_is_the_frozen_model() -> candle_doft::Result<()> {
+    let (model, adapter) = trained(DoftConfig::default())?;
+    let none = || DoftConfig::default().with_targets(Targets::None);
+    let merged = adapter.merged(vb().pp("model"), |vb| {
+        let builder = Adapter::builder(none(), &CPU)?;
+        let model = Model::new(&builder, vb)?;
+        let frozen = builder.finish()?;
+        assert!(frozen.vars().is_empty() && !model.a.is_adapted());
+        assert_eq!(frozen.report().frozen_layers, 2);
+        Ok::<_, Error>(model)
+    })?;
+    assert!(relative(&merged.forward(&x())?, &model.forward(&x())?) < 1e-5);
+    let builder = Adapter::builder(none(), &CPU)?;
+    Model::new(&builder, vb().pp("model"))?;
+    let home = tempfile::tempdir().unwrap();
+    let saved = builder
+        .finish()?
+        .save(home.path().join("nothing.safetensors"));
+    assert!(matches!(saved, Err(Error::NoLayers)));
+    assert_eq!(std::fs::read_dir(home.path()).unwrap().count(), 0);
+    Ok(())
+}
+
+#[test]
+fn a_list_or_a_regular_expression_given_as_a_string_gets_a_hint() -> candle_doft::Result<()> {
+    for (pattern, hint) in [
+        (
+            "a,b",
+            "; a list of patterns is given as one string each, as in `[\"a\", \"b\"]`",
+        ),
+        (
+            "model.(a|b)",
+            "; a plain string is a name or a glob, a regular expression is `Pattern::Regex`",
+        ),
+        (
+            ".*a",
+            "; a plain string is a name or a glob, a regular expression is `Pattern::Regex`",
+        ),
+        ("c", ""),
+    ] {
+        let builder = Adapter::builder(DoftConfig::default().with_targets(pattern), &CPU)?;
+        Model::new(&builder, vb().pp("model"))?;
+        let error = builder.finish().unwrap_err().to_string();
+        let start = format!("config: targets `{pattern}` matches no layer; the nearest are ");
+        assert!(error.starts_with(&start), "{error}");
+        assert!(error.ends_with(&format!("`{hint}")), "{error}");
+    }
+    let regex = Targets::from(Pattern::Regex("model.(a|b)".into()));
+    let (model, _) = trained(DoftConfig::default().with_targets(regex))?;
+    assert!(model.a.is_adapted() && model.b.is_adapted());
+    Ok(())
+}
+
+#[test]
+fn targets_and_excludes_replace_what_was_set_before() -> candle_doft::Result<()> {
+    let config = DoftConfig::default().with_targets("b").with_targets("a");
+    let config = config.with_exclude(["a"]).with_exclude(["b"]);
+    let (model, _) = trained(config)?;
+    assert!(model.a.is_adapted() && !model.b.is_adapted());
+    Ok(())
+}
