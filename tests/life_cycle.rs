@@ -229,3 +229,48 @@ fn targets_and_excludes_replace_what_was_set_before() -> candle_doft::Result<()>
     assert!(model.a.is_adapted() && !model.b.is_adapted());
     Ok(())
 }
+
+/// candle's models are often built first and loaded then; norms would be of the values before.
+#[test]
+fn a_base_that_changed_after_building_is_refused_by_name() -> candle_doft::Result<()> {
+    let varmap = candle_nn::VarMap::new();
+    let vb = VarBuilder::from_varmap(&varmap, DType::F32, &CPU);
+    let builder = Adapter::builder(DoftConfig::default().with_block_size(8), &CPU)?;
+    let layer = builder.linear_no_bias(32, 16, vb.pp("late"))?;
+    let other = builder.linear_no_bias(32, 16, vb.pp("early"))?;
+    let conv = builder.conv2d_no_bias(8, 4, 3, Default::default(), vb.pp("conv"))?;
+    let adapter = builder.finish()?;
+    other.forward(&x())?;
+    let set = |name: &str, shape: &[usize]| {
+        let value = seeded(shape, 5).to_dtype(DType::F32).unwrap();
+        varmap.clone().set_one(name, value)
+    };
+    set("late.weight", &[16, 32])?;
+    set("conv.weight", &[4, 8, 3, 3])?;
+    let error = layer.forward(&x()).unwrap_err().to_string();
+    assert!(
+        error.starts_with("layer `late`: its base weight changed after it was built"),
+        "{error}"
+    );
+    let image = Tensor::zeros((1, 8, 5, 5), DType::F32, &CPU)?;
+    assert!(
+        conv.forward(&image)
+            .unwrap_err()
+            .to_string()
+            .contains("`conv`")
+    );
+    assert!(
+        adapter
+            .with_mode(Mode::Off, || layer.forward(&x()))
+            .is_err()
+    );
+    other.forward(&x())?;
+    Ok(())
+}
+
+#[test]
+fn what_the_system_says_of_a_file_is_told_once() {
+    let error = Adapter::load("/no/such/file.safetensors", &CPU).unwrap_err();
+    let chain = format!("{:#}", anyhow::Error::from(error));
+    assert_eq!(chain.matches("No such file").count(), 1, "{chain}");
+}

@@ -80,8 +80,8 @@ impl fmt::Display for GradientReport {
             parts.push(format!(
                 "no gradient reached {}: the graph is cut behind them (candle_nn's LayerNorm, \
                  RmsNorm, softmax_last_dim and rope have no backward on contiguous input, a \
-                 quantized matmul has none at all; `frozen` has ones that do), `detach` or an \
-                 inference scope was used, or the layer was not run",
+                 quantized matmul has none at all; `frozen` has ones that do), `detach` was \
+                 used, the adapter was in `Mode::Eval` or `Mode::Off`, or the layer was not run",
                 found(&self.missing)
             ));
         }

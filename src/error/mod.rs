@@ -111,6 +111,16 @@ pub enum Error {
         layer: String,
     },
 
+    /// The weight of a frozen layer has other values than when the layer was built.
+    #[error(
+        "layer `{layer}`: its base weight changed after it was built, so its norms are of other values; \
+         load the weights (`VarMap::load`) before the model is built"
+    )]
+    BaseChanged {
+        /// Path of the layer.
+        layer: String,
+    },
+
     /// A layer was run while its model is still being built.
     #[error(
         "layer `{layer}`: the adapter is not finished; call `AdapterBuilder::finish` when the whole model \
@@ -174,12 +184,12 @@ pub enum Error {
     Gradients(Box<GradientReport>),
 
     /// A file or folder cannot be read or written.
-    #[error("{path}: {source}")]
+    #[error("{path}: {error}")]
     Io {
         /// The file or folder.
         path: PathBuf,
-        /// What the operating system said.
-        source: std::io::Error,
+        /// What the operating system said. Not the `source` of this error, whose text has it already.
+        error: std::io::Error,
     },
 
     /// An adapter file cannot be read as one, or contradicts itself.
@@ -279,9 +289,9 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 impl Error {
     /// For `map_err`: what the operating system said of a file or folder.
     pub(crate) fn io(path: &Path) -> impl Fn(std::io::Error) -> Self + Copy {
-        move |source| Self::Io {
+        move |error| Self::Io {
             path: path.to_path_buf(),
-            source,
+            error,
         }
     }
 

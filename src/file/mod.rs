@@ -54,9 +54,9 @@ impl Adapter {
     ///
     /// # Errors
     ///
-    /// [`Error::NotFinite`](crate::Error::NotFinite) for a parameter that holds a NaN or an infinity,
-    /// [`Error::Io`](crate::Error::Io) if the file cannot be written, and
-    /// [`Error::NoLayers`](crate::Error::NoLayers) if nothing trains.
+    /// [`Error::NotFinite`] for a parameter that holds a NaN or an infinity,
+    /// [`Error::Io`] if the file cannot be written, and
+    /// [`Error::NoLayers`] if nothing trains.
     ///
     /// # Examples
     ///
@@ -98,8 +98,8 @@ impl Adapter {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`](crate::Error::Io) if the file cannot be read; [`Error::File`](crate::Error::File) and
-    /// [`Error::FileTensor`](crate::Error::FileTensor) if it is cut, contradicts itself, or means what
+    /// [`Error::Io`] if the file cannot be read; [`Error::File`] and
+    /// [`Error::FileTensor`] if it is cut, contradicts itself, or means what
     /// this crate cannot express.
     pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<AdapterBuilder> {
         Self::load_with(path, device, &LoadOptions::default())

@@ -2,15 +2,15 @@
 
 use super::mode::{Active, Control, Factors, Pass, Ratio};
 use crate::config::{BlockLayout, DoftConfig, LayerKind};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::frozen::Base;
 use crate::params::{Params, names, row_norms_of};
 use crate::rng::SplitMix64;
 use crate::rotation;
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 /// The adapter of one layer. Layers hold it in an `Arc`, so that clones train the same parameters.
 #[derive(Debug)]
@@ -25,6 +25,8 @@ pub(crate) struct Adaptation {
     seed: u64,
     params: Params,
     control: Arc<Control>,
+    /// Row norms of a base that can be set, until a pass has found them unchanged.
+    unverified: Mutex<Option<Tensor>>,
     /// Training step, and training passes since it began: what dropout masks are made from.
     step: AtomicU64,
     passes: AtomicU64,
@@ -44,9 +46,15 @@ impl Adaptation {
         control: Arc<Control>,
     ) -> Result<Self> {
         let path = vb.prefix();
+        let given = norms.is_some();
         let norms = match norms {
             Some(norms) => norms,
             None => row_norms_of(base.weight)?,
+        };
+        let unverified = match (base.weight.is_variable(), given) {
+            (false, _) => None,
+            (true, false) => Some(norms.clone()),
+            (true, true) => Some(row_norms_of(base.weight)?),
         };
         let config = config.for_layer(&path)?;
         let layout = config.layout(&path, base.weight.in_dim())?;
@@ -63,6 +71,7 @@ impl Adaptation {
             seed: config.seed,
             params,
             control,
+            unverified: Mutex::new(unverified),
             step: AtomicU64::new(0),
             passes: AtomicU64::new(0),
         })
@@ -138,6 +147,27 @@ impl Adaptation {
         };
         let ratio = Ratio::Made(&self.params);
         Ok(Some(Pass { r, ratio }))
+    }
+
+    /// Checks, once, that the values of the base are those that the layer was built over: candle's models
+    /// are often built first and loaded then, through `VarMap::load`.
+    pub(crate) fn check_unchanged(&self, base: &Base) -> Result<()> {
+        // A panic elsewhere leaves the norms whole, so a poisoned lock is still good.
+        let mut unverified = self.unverified.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(norms) = &*unverified {
+            // By their bits: a NaN that was there before has not changed.
+            let bits = |norms: &Tensor| -> Result<Vec<u64>> {
+                let norms = norms.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
+                Ok(norms.to_vec1()?.into_iter().map(f64::to_bits).collect())
+            };
+            if bits(&row_norms_of(base.weight)?)? != bits(norms)? {
+                return Err(Error::BaseChanged {
+                    layer: self.path.clone(),
+                });
+            }
+            *unverified = None;
+        }
+        Ok(())
     }
 
     /// `diag(m / n0) W blockdiag(R)^T` of the layer's weight, whatever the mode: computed in f32 or

@@ -169,12 +169,16 @@ impl<F: Adaptable> Module for Doft<F> {
     ///
     /// # Errors
     ///
-    /// If the input does not have the shape, dtype or device that the layer takes, or
-    /// [`Error::Unfinished`] before [`AdapterBuilder::finish`](crate::AdapterBuilder::finish).
+    /// * If the input does not have the shape, dtype or device that the layer takes.
+    /// * [`Error::Unfinished`] before [`AdapterBuilder::finish`](crate::AdapterBuilder::finish).
+    /// * [`Error::BaseChanged`] if the base is a variable that was set after the layer was built.
     fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         self.control.check_complete(&self.path)?;
         let pass = match &self.adaptation {
-            Some(adaptation) => adaptation.pass()?,
+            Some(adaptation) => {
+                adaptation.check_unchanged(&self.base.as_base())?;
+                adaptation.pass()?
+            }
             None => None,
         };
         match pass {

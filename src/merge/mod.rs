@@ -79,7 +79,7 @@ impl Merge {
     ///
     /// # Errors
     ///
-    /// Those of [`Adapter::load`], and [`Error::Strength`](crate::Error::Strength) for a strength that
+    /// Those of [`Adapter::load`], and [`Error::Strength`] for a strength that
     /// it cannot have.
     ///
     /// # Examples
@@ -116,7 +116,7 @@ impl Merge {
     ///
     /// # Errors
     ///
-    /// [`Error::Strength`](crate::Error::Strength) for a strength that it cannot have.
+    /// [`Error::Strength`] for a strength that it cannot have.
     pub fn with_adapter(self, adapter: &Adapter, strength: Strength) -> Result<Self> {
         self.with_stored(adapter.to_stored("the adapter".into())?, strength)
     }
@@ -150,7 +150,7 @@ impl Merge {
     /// # Errors
     ///
     /// * Returns the error of `model`.
-    /// * [`Error::FileUnused`](crate::Error::FileUnused) if a part of an adapter was not asked for, with
+    /// * [`Error::FileUnused`] if a part of an adapter was not asked for, with
     ///   the nearest paths; [`LoadOptions::allow_partial`] allows it.
     /// * From a get: if the base weight is not the one that the adapter was trained on
     ///   ([`LoadOptions::allow_changed_base`] allows it), does not fit, or the result is not finite.
@@ -220,7 +220,7 @@ impl Merge {
     ///
     /// # Errors
     ///
-    /// [`Error::FileUnused`](crate::Error::FileUnused) with the first that was not.
+    /// [`Error::FileUnused`] with the first that was not.
     pub fn check_used(&self) -> Result<()> {
         self.check_used_by(std::iter::empty())
     }

@@ -22,6 +22,7 @@ const PIECE: usize = 1 << 14;
 #[derive(Clone, Debug)]
 pub(crate) struct Weight {
     values: Values,
+    variable: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -38,6 +39,7 @@ impl Weight {
     pub(crate) fn dense(weight: &Tensor) -> Self {
         Self {
             values: Values::Dense(weight.detach()),
+            variable: weight.track_op(),
         }
     }
 
@@ -47,7 +49,15 @@ impl Weight {
             tensor,
             fast_decode: false,
         };
-        Self { values }
+        Self {
+            values,
+            variable: false,
+        }
+    }
+
+    /// Whether it shares its values with a variable, which can be set.
+    pub(crate) fn is_variable(&self) -> bool {
+        self.variable
     }
 
     /// Lets candle's quantized product answer a few rows in inference.
