@@ -210,6 +210,16 @@ fn attention_and_the_loss_over_a_head_have_the_slopes_of_their_loss() -> Result<
         frozen::causal_attention(&q, &k, &v, 0.5)
     })?;
 
+    // More queries than keys, and some of the keys are padding.
+    let long = Var::from_tensor(&seeded((2, 4, 9, 4), 1))?;
+    let keep = Tensor::new(&[[1u8, 1, 0, 1, 0, 0, 1], [0, 0, 0, 0, 5, 0, 0]], &CPU)?;
+    let vars = named(&none, [("q", &long), ("k", &k), ("v", &v)]);
+    for keep in [None, Some(&keep)] {
+        check_slopes("attention", &vars, || {
+            frozen::attention(&long, &k, &v, keep, 0.5)
+        })?;
+    }
+
     // Turned first, which equals the two functions to the bit and in its slopes.
     let k = Var::from_tensor(&seeded((2, 2, 5, 4), 2))?;
     let v = Var::from_tensor(&seeded((2, 2, 5, 4), 3))?;
@@ -255,6 +265,45 @@ fn attention_does_not_look_ahead_and_continues_a_cache() -> Result<()> {
         let last = q.narrow(2, end - 1, 1)?;
         let one = frozen::causal_attention(&last, &part(&k, end)?, &part(&v, end)?, 0.5)?;
         assert!(relative(&one, &all.narrow(2, end - 1, 1)?) < 1e-14);
+    }
+    Ok(())
+}
+
+/// What is padding has no part in the answer: the rest alone gives the same, and so does candle's softmax.
+#[test]
+fn padding_is_not_seen() -> Result<()> {
+    let (q, k, v) = (
+        seeded((2, 4, 5, 4), 1),
+        seeded((2, 2, 5, 4), 2),
+        seeded((2, 2, 5, 4), 3),
+    );
+    let keep = Tensor::new(&[[1u32, 1, 1, 0, 0], [1, 1, 1, 1, 1]], &CPU)?;
+    let y = frozen::attention(&q, &k, &v, Some(&keep), 0.5)?;
+    let short = |t: &Tensor| t.narrow(0, 0, 1)?.narrow(2, 0, 3);
+    let alone = frozen::attention(&q.narrow(0, 0, 1)?, &short(&k)?, &short(&v)?, None, 0.5)?;
+    assert!(relative(&y.narrow(0, 0, 1)?, &alone) < 1e-14);
+    let repeated = |t: &Tensor| Tensor::stack(&[t, t], 2)?.reshape((2, 4, 5, 4));
+    let mask = (keep.to_dtype(DType::F64)? * 1e300)?.affine(1., -1e300)?;
+    let scores = (q.matmul(&repeated(&k)?.t()?)? * 0.5)?;
+    let scores = scores.broadcast_add(&mask.reshape((2, 1, 1, 5))?)?;
+    let plain = candle_nn::ops::softmax(&scores, 3)?.matmul(&repeated(&v)?)?;
+    assert!(relative(&y, &plain) < 1e-14);
+    for (keep, expected) in [
+        (
+            Tensor::zeros((2, 5), DType::U8, &CPU)?,
+            "`attention`: `keep` is 0 everywhere in row 0, expected at least one key that is kept in each row",
+        ),
+        (
+            Tensor::ones((2, 4), DType::U8, &CPU)?,
+            "`attention`: `keep` is [2, 4] of U8, expected (2, 5), u8, u32 or i64",
+        ),
+        (
+            Tensor::ones((2, 5), DType::F32, &CPU)?,
+            "`attention`: `keep` is [2, 5] of F32, expected (2, 5), u8, u32 or i64",
+        ),
+    ] {
+        let error = frozen::attention(&q, &k, &v, Some(&keep), 0.5).unwrap_err();
+        assert_eq!(error.to_string(), expected);
     }
     Ok(())
 }
@@ -347,6 +396,7 @@ fn nothing_in_gives_nothing_out() -> Result<()> {
         "silu_mul" => frozen::silu_mul(x, x),
         "rope" => frozen::rope(x, &table, &table),
         "attention" => frozen::causal_attention(x, x, x, 1.),
+        "both ways" => frozen::attention(x, x, x, None, 1.),
         _ => norm.forward(x),
     };
     for (name, shape) in [
@@ -357,6 +407,8 @@ fn nothing_in_gives_nothing_out() -> Result<()> {
         ("rope", &[0, 2, 3, 8]),
         ("attention", &[1, 2, 0, 8]),
         ("attention", &[0, 2, 3, 8]),
+        ("both ways", &[1, 2, 0, 8]),
+        ("both ways", &[0, 2, 3, 8]),
         ("norm", &[0, 8]),
     ] {
         let x = empty(shape)?;

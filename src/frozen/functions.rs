@@ -2,11 +2,12 @@
 
 use super::{FLOATS, check_float};
 use crate::error::Error;
-use crate::ops::attention::Attention;
+use crate::ops::attention::{Attention, Sees};
 use crate::ops::pointwise::{Rope, SiluMul, Softmax};
 use crate::ops::real::has_kernel;
 use crate::ops::rotary::RotaryAttention;
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
+use std::sync::Arc;
 
 /// [`Error::argument`] as candle's result.
 fn refuse<A>(
@@ -253,11 +254,93 @@ fn turned(x: &Tensor, rope: Rope) -> Result<Tensor> {
 ///
 /// "FlashAttention-2", arXiv:2307.08691, algorithms 1 and 2.
 pub fn causal_attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<Tensor> {
-    check_attention("causal_attention", q, k, v)?;
-    match has_kernel(q) {
-        true => q.apply_op3(k, v, Attention::new(scale))?.transpose(1, 2),
-        false => Attention::composed(q, k, v, scale)?.transpose(1, 2),
+    check_attention("causal_attention", q, k, v, true)?;
+    attend(q, k, v, Attention::new(scale, Sees::Earlier))
+}
+
+/// Attention in which every query sees every key that is kept, as in an encoder; grouped queries, too.
+///
+/// ```text
+/// y = P v,   P = softmax(scale * q k^T + m),   m = 0 where a key is kept, else -infinity
+/// ```
+///
+/// The backward pass and what it keeps are those of [`causal_attention`]. Keys and values that are not
+/// kept have no effect on the answer and get a gradient of 0.
+///
+/// # Shapes
+///
+/// `q` is `(B, H, T, d)`, `k` and `v` are `(B, G, S, d)` with `G` a divisor of `H`; `keep` is `(B, S)`,
+/// u8, u32 or i64, 0 for padding, and none keeps all. Returns `(B, H, T, d)`, in memory `(B, T, H, d)`.
+///
+/// # Errors
+///
+/// * If the shapes do not fit, or the three differ in dtype.
+/// * If `keep` is not an integer tensor `(B, S)`, or a row of it keeps no key: its softmax is undefined.
+///
+/// # Examples
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_doft::frozen::attention;
+///
+/// let q = Tensor::randn(0f32, 1., (2, 4, 3, 8), &Device::Cpu)?;
+/// let keep = Tensor::new(&[[1u8, 1, 1], [1, 1, 0]], &Device::Cpu)?; // the second text is shorter
+/// let y = attention(&q, &q, &q, Some(&keep), 8f64.powf(-0.5))?;
+/// assert_eq!(y.dims(), [2, 4, 3, 8]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+///
+/// # References
+///
+/// "BERT", arXiv:1810.04805, section 3; "FlashAttention-2", arXiv:2307.08691, algorithms 1 and 2.
+pub fn attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    keep: Option<&Tensor>,
+    scale: f64,
+) -> Result<Tensor> {
+    check_attention("attention", q, k, v, false)?;
+    let kept = keep.map(|keep| kept(keep, (k.dim(0)?, k.dim(2)?)));
+    attend(
+        q,
+        k,
+        v,
+        Attention::new(scale, Sees::Kept(kept.transpose()?)),
+    )
+}
+
+fn attend(q: &Tensor, k: &Tensor, v: &Tensor, attention: Attention) -> Result<Tensor> {
+    let y = if has_kernel(q) {
+        q.apply_op3(k, v, attention)?
+    } else {
+        attention.composed(q, k, v)?
+    };
+    y.transpose(1, 2)
+}
+
+/// A padding mask on the host.
+fn kept(keep: &Tensor, (batch, keys): (usize, usize)) -> Result<Arc<[bool]>> {
+    const NAME: &str = "attention";
+    let integer = [DType::U8, DType::U32, DType::I64].contains(&keep.dtype());
+    if keep.dims() != [batch, keys] || !integer {
+        let found = format!("{:?} of {:?}", keep.dims(), keep.dtype());
+        let expected = format!("({batch}, {keys}), u8, u32 or i64");
+        return refuse(NAME, "`keep`", found, expected);
     }
+    let values = keep.to_dtype(DType::I64)?.flatten_all()?.to_vec1::<i64>()?;
+    let kept: Vec<bool> = values.iter().map(|v| *v != 0).collect();
+    let mut rows = kept.chunks(keys.max(1));
+    if let Some(row) = rows.position(|row| !row.contains(&true)) {
+        let found = format!("0 everywhere in row {row}");
+        return refuse(
+            NAME,
+            "`keep`",
+            found,
+            "at least one key that is kept in each row",
+        );
+    }
+    Ok(kept.into())
 }
 
 /// [`causal_attention`] of `rope(q)` and `rope(k)`, with the tables of [`rope`].
@@ -306,7 +389,7 @@ pub fn rotary_causal_attention(
     scale: f64,
 ) -> Result<Tensor> {
     const NAME: &str = "rotary_causal_attention";
-    check_attention(NAME, q, k, v)?;
+    check_attention(NAME, q, k, v, true)?;
     if q.dim(2)? != k.dim(2)? {
         let found = format!("{:?} and {:?}", q.dims(), k.dims());
         return refuse(
@@ -321,12 +404,18 @@ pub fn rotary_causal_attention(
         let (q, k) = (rope.composed(q)?, rope.composed(k)?);
         return causal_attention(&q, &k, v, scale);
     }
-    let attention = Attention::new(scale);
+    let attention = Attention::new(scale, Sees::Earlier);
     let op = RotaryAttention { attention, rope };
     q.apply_op3(k, v, op)?.transpose(1, 2)
 }
 
-fn check_attention(name: &'static str, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
+fn check_attention(
+    name: &'static str,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    causal: bool,
+) -> Result<()> {
     check_float(name, q, FLOATS)?;
     if k.dtype() != q.dtype() || v.dtype() != q.dtype() {
         let found = format!("{:?}, {:?} and {:?}", q.dtype(), k.dtype(), v.dtype());
@@ -334,13 +423,15 @@ fn check_attention(name: &'static str, q: &Tensor, k: &Tensor, v: &Tensor) -> Re
     }
     let fits = match (q.dims(), k.dims()) {
         (&[b, h, t, d], &[kb, g, s, kd]) => {
-            b == kb && d == kd && d > 0 && g > 0 && h > 0 && h % g == 0 && s >= t
+            let enough = s >= t || !causal;
+            b == kb && d == kd && d > 0 && g > 0 && h > 0 && h % g == 0 && enough
         }
         _ => false,
     };
     if !fits || k.dims() != v.dims() {
         let found = format!("{:?}, {:?}, {:?}", q.dims(), k.dims(), v.dims());
-        let expected = "(B, H, T, d), (B, G, S, d) twice, G a divisor of H, S at least T";
+        let least = if causal { ", S at least T" } else { "" };
+        let expected = format!("(B, H, T, d), (B, G, S, d) twice, G a divisor of H{least}");
         return refuse(name, "the shapes of q, k and v", found, expected);
     }
     Ok(())

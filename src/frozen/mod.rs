@@ -9,7 +9,7 @@
 //! | [`Linear`] | `Linear`, `QMatMul` | makes a gradient of the weight; `QMatMul` passes none on |
 //! | [`Conv1d`], [`Conv2d`] | the same | as above, and fails on some rectangles |
 //! | [`RmsNorm`], [`LayerNorm`], [`softmax_last_dim`], [`rope`], [`rope_i`] | the same | no backward on contiguous input: the graph is cut |
-//! | [`Embedding`], [`silu_mul`], [`causal_attention`], [`cross_entropy`], [`linear_cross_entropy`] | several operations | keeps every step between |
+//! | [`Embedding`], [`silu_mul`], [`attention`], [`causal_attention`], [`cross_entropy`], [`linear_cross_entropy`] | several operations | keeps every step between |
 
 mod base;
 mod conv;
@@ -24,7 +24,7 @@ pub(crate) use base::{Base, Frozen};
 pub use conv::{Conv1d, Conv2d};
 pub use embedding::{Embedding, embedding, quantized_embedding};
 pub use functions::{
-    causal_attention, rope, rope_i, rotary_causal_attention, silu_mul, softmax_last_dim,
+    attention, causal_attention, rope, rope_i, rotary_causal_attention, silu_mul, softmax_last_dim,
 };
 pub use gguf::QuantizedVarBuilder;
 pub use linear::{Linear, linear, linear_no_bias, quantized_linear, quantized_linear_no_bias};

@@ -1,4 +1,4 @@
-//! Causal attention that keeps q, k, v, its output and one number for each row.
+//! Attention that keeps q, k, v, its output and one number for each row.
 //!
 //! ```text
 //! P = softmax(s Q K^T + mask),  O = P V,  L_i = ln sum_j exp(s q_i . k_j)
@@ -7,7 +7,7 @@
 //!
 //! Scores exist for one block of rows at a time, and are made again from `L` on the way back
 //! ("FlashAttention-2", arXiv:2307.08691, algorithms 1 and 2; the blocks here are of rows alone, for a
-//! cache holds a strip of scores). Query `i` of `T` sees the keys up to `S - T + i`.
+//! cache holds a strip of scores). Query `i` of `T` sees the keys up to `S - T + i`, or all that are kept.
 
 use super::composed::composed_in;
 use super::gemm::{Mat, MatMut, multiply};
@@ -27,8 +27,49 @@ const ROWS: usize = 64;
 #[derive(Clone)]
 pub(crate) struct Attention {
     scale: f64,
+    sees: Sees,
     /// `L`, `(B, H, T)`.
     sums: Arc<OnceLock<Vec<f64>>>,
+}
+
+/// Which keys a query sees.
+#[derive(Clone, Debug)]
+pub(crate) enum Sees {
+    /// Query `i` of `T` those up to `S - T + i`.
+    Earlier,
+    /// Every query those that are kept, of `(B, S)`; without a list all of them.
+    Kept(Option<Arc<[bool]>>),
+}
+
+impl Sees {
+    /// The keys that the queries up to `end` see at most.
+    fn until(&self, s: &Sizes, end: usize) -> usize {
+        match self {
+            Self::Earlier => s.keys - s.steps + end,
+            Self::Kept(_) => s.keys,
+        }
+    }
+
+    /// Puts `hidden` where query `step` of a batch does not see the key of a score.
+    fn hide<T: Copy>(&self, s: &Sizes, batch: usize, step: usize, scores: &mut [T], hidden: T) {
+        match self {
+            Self::Earlier => scores[s.keys - s.steps + step + 1..].fill(hidden),
+            Self::Kept(None) => {}
+            Self::Kept(Some(kept)) => {
+                let kept = &kept[batch * s.keys..];
+                for (score, kept) in scores.iter_mut().zip(kept) {
+                    if !kept {
+                        *score = hidden;
+                    }
+                }
+            }
+        }
+    }
+
+    /// How many of the first keys of a score row can be seen at all.
+    fn visible(&self, s: &Sizes, step: usize) -> usize {
+        self.until(s, step + 1)
+    }
 }
 
 /// A rank 4 tensor as matrices, one for each of the first two indices.
@@ -103,25 +144,24 @@ impl Sizes {
         }
     }
 
-    /// Blocks of rows, and the keys that the last of each sees.
-    fn blocks(&self) -> impl Iterator<Item = (usize, usize, usize)> + '_ {
-        (0..self.steps).step_by(ROWS).map(|start| {
-            let rows = ROWS.min(self.steps - start);
-            (start, rows, self.keys - self.steps + start + rows)
-        })
+    /// Blocks of rows.
+    fn blocks(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
+        let starts = (0..self.steps).step_by(ROWS);
+        starts.map(|start| (start, ROWS.min(self.steps - start)))
     }
 }
 
 impl Attention {
-    pub(crate) fn new(scale: f64) -> Self {
+    pub(crate) fn new(scale: f64, sees: Sees) -> Self {
         Self {
             scale,
+            sees,
             sums: Arc::default(),
         }
     }
 
     /// The same out of candle's operations, scores and all; `(B, T, H, d)`.
-    pub(crate) fn composed(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<Tensor> {
+    pub(crate) fn composed(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let s = Sizes::new(q.dims(), k.dims());
         let dtype = composed_in(q.dtype());
         let repeat = |t: &Tensor| -> Result<Tensor> {
@@ -131,12 +171,19 @@ impl Attention {
                 .reshape((s.batch, s.heads, s.keys, s.width))
         };
         let (k, v) = (repeat(k)?, repeat(v)?);
-        let scores = (q.to_dtype(dtype)?.contiguous()?.matmul(&k.t()?)? * scale)?;
-        let late = s.keys - s.steps;
-        let mask = (0..s.steps).flat_map(|i| {
-            (0..s.keys).map(move |j| if j > late + i { f32::NEG_INFINITY } else { 0. })
-        });
-        let mask = Tensor::from_iter(mask, q.device())?.reshape((s.steps, s.keys))?;
+        let scores = (q.to_dtype(dtype)?.contiguous()?.matmul(&k.t()?)? * self.scale)?;
+        let (batches, steps) = match self.sees {
+            Sees::Earlier => (1, s.steps),
+            Sees::Kept(_) => (s.batch, 1),
+        };
+        let mut mask = vec![0f32; batches * steps * s.keys];
+        if s.keys > 0 {
+            for (row, mask) in mask.chunks_exact_mut(s.keys).enumerate() {
+                let (batch, step) = (row / steps, row % steps);
+                self.sees.hide(&s, batch, step, mask, f32::NEG_INFINITY);
+            }
+        }
+        let mask = Tensor::from_vec(mask, (batches, 1, steps, s.keys), q.device())?;
         let scores = scores.broadcast_add(&mask.to_dtype(dtype)?)?;
         let scores = scores
             .broadcast_sub(&scores.max_keepdim(D::Minus1)?.detach())?
@@ -168,7 +215,7 @@ impl Attention {
                 .zip(sums.par_chunks_mut(ROWS * s.heads));
             blocks.enumerate().for_each(|(block, (y, sums))| {
                 let (start, rows) = (block * ROWS, y.len() / row);
-                let seen = s.keys - s.steps + start + rows;
+                let seen = self.sees.until(&s, start + rows);
                 let mut scores = vec![T::zero(); rows * seen];
                 for head in 0..s.heads {
                     let q = queries.get(batch, head).part((start, rows), (0, s.width));
@@ -185,9 +232,13 @@ impl Attention {
                         false,
                     );
                     for (i, row) in scores.chunks_exact_mut(seen).enumerate() {
-                        let (row, hidden) = row.split_at_mut(seen - rows + i + 1);
-                        hidden.fill(T::zero());
+                        let (row, later) = row.split_at_mut(self.sees.visible(&s, start + i));
+                        later.fill(T::zero());
                         row.iter_mut().for_each(|v| *v *= scale);
+                        if let Sees::Kept(_) = self.sees {
+                            let hidden = T::from_f64(f64::NEG_INFINITY);
+                            self.sees.hide(&s, batch, start + i, row, hidden);
+                        }
                         let shift = largest(row);
                         let sum = exponentials(row, shift);
                         let inverse = T::one() / sum;
@@ -259,7 +310,8 @@ impl Attention {
         for g in 0..s.group {
             let head = kv_head * s.group + g;
             let queries = q.get(batch, head);
-            for (start, rows, seen) in s.blocks() {
+            for (start, rows) in s.blocks() {
+                let seen = self.sees.until(s, start + rows);
                 let all = (0, s.width);
                 let q = queries.part((start, rows), all);
                 let (k, v) = (k.part((0, seen), all), v.part((0, seen), all));
@@ -274,12 +326,16 @@ impl Attention {
                     let along = sum_of(&y[at..at + s.width], &dy[at..at + s.width], |y, d| y * d);
                     let sum = sums[(batch * s.steps + start + i) * s.heads + head];
                     let sum = T::from_f64(sum);
-                    let visible = seen - rows + i + 1;
+                    let visible = self.sees.visible(s, start + i);
                     p[visible..].fill(T::zero());
                     ds[visible..].fill(T::zero());
                     for (p, ds) in p[..visible].iter_mut().zip(&mut ds[..visible]) {
                         *p = (*p * scale - sum).exp();
                         *ds = *p * (*ds - along) * scale;
+                    }
+                    if let Sees::Kept(_) = self.sees {
+                        self.sees.hide(s, batch, start + i, p, T::zero());
+                        self.sees.hide(s, batch, start + i, ds, T::zero());
                     }
                 }
                 let (p, ds) = (
@@ -302,7 +358,7 @@ impl Attention {
 
 impl CustomOp3 for Attention {
     fn name(&self) -> &'static str {
-        "causal-attention"
+        "attention"
     }
 
     fn cpu_fwd(

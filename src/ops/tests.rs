@@ -1,6 +1,6 @@
 //! The fused products against their composed twins.
 
-use super::attention::Attention;
+use super::attention::{Attention, Sees};
 use super::norm::Norm;
 use super::pointwise::{Rope, SiluMul, Softmax};
 use super::{Weight, composed, embedding, linear, loss};
@@ -353,14 +353,20 @@ fn attention_equals_its_composed_twin() -> Result<()> {
                 var((2, kinds, keys, 8), 2, dtype)?,
             );
             let v = var((2, kinds, keys, 8), 3, dtype)?;
-            // A transposed view, as projections give it.
-            let fused = || {
-                let q = q.transpose(1, 2)?;
-                q.apply_op3(&k, &v, Attention::new(0.3))
-            };
-            let twin = || Attention::composed(&q.transpose(1, 2)?.contiguous()?, &k, &v, 0.3);
-            let what = format!("attention, {dtype:?}, {steps} of {keys}, {heads}/{kinds}");
-            twins(&what, &[&q, &k, &v], fused, twin, tolerance)?;
+            let kept: Vec<bool> = (0..2 * keys).map(|i| i % 3 != 1 || i % keys == 0).collect();
+            for sees in [
+                Sees::Earlier,
+                Sees::Kept(None),
+                Sees::Kept(Some(kept.into())),
+            ] {
+                let attention = || Attention::new(0.3, sees.clone());
+                // A transposed view, as projections give it.
+                let fused = || q.transpose(1, 2)?.apply_op3(&k, &v, attention());
+                let twin = || attention().composed(&q.transpose(1, 2)?.contiguous()?, &k, &v);
+                let what =
+                    format!("attention, {dtype:?}, {steps} of {keys}, {heads}/{kinds}, {sees:?}");
+                twins(&what, &[&q, &k, &v], fused, twin, tolerance)?;
+            }
         }
     }
     Ok(())
