@@ -403,3 +403,22 @@ fn a_rate_that_is_none_moves_nothing() -> candle_doft::Result<()> {
     assert_eq!(bits(&all[0].1), before);
     Ok(())
 }
+
+#[test]
+fn gradients_serve_one_step() -> candle_doft::Result<()> {
+    let mut run = Run::new(Magnitude::Log)?;
+    let x = seeded((4, 32), 1).to_dtype(DType::F32)?;
+    let mut gradients = run.optimizer.gradients();
+    gradients.backward(&run.layer.forward(&x)?.sqr()?.mean_all()?, 1.)?;
+    run.optimizer.step(&gradients)?;
+    let before: Vec<_> = run.adapter.vars().iter().map(|var| bits(var)).collect();
+    let error = run.optimizer.step(&gradients).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "`AdamW`: the step of the gradients is 1, expected 2: `gradients` makes new ones for each step"
+    );
+    let after: Vec<_> = run.adapter.vars().iter().map(|var| bits(var)).collect();
+    assert_eq!(before, after);
+    assert_eq!(run.optimizer.steps(), 1);
+    Ok(())
+}

@@ -10,6 +10,19 @@
 //! | [`Conv1d`], [`Conv2d`] | the same | as above, and fails on some rectangles |
 //! | [`RmsNorm`], [`LayerNorm`], [`softmax_last_dim`], [`rope`], [`rope_i`] | the same | no backward on contiguous input: the graph is cut |
 //! | [`Embedding`], [`silu_mul`], [`attention`], [`causal_attention`], [`cross_entropy`], [`linear_cross_entropy`] | several operations | keeps every step between |
+//!
+//! # Which layers of candle 0.11 pass gradients
+//!
+//! Tried on CPU on contiguous input; `tests/candle_layers.rs` holds each line.
+//!
+//! | candle's layer or function | its gradient |
+//! |---|---|
+//! | `softmax`, `log_softmax`, `silu`, `Dropout`, `PReLU` | right |
+//! | `GroupNorm`, `BatchNorm` (evaluated), `ConvTranspose2d`, `LSTM`, `GRU` | right |
+//! | `upsample_nearest2d`, `pixel_shuffle`, `pad_with_zeros`, `pad_with_same`, `avg_pool2d` | right |
+//! | `max_pool2d` | **wrong, silently**: divided by the size of the window |
+//! | `LayerNorm`, `RmsNorm`, `softmax_last_dim`, `rope`, `rope_i` | **none, silently**: the graph is cut; use those of this module |
+//! | `upsample_bilinear2d`, pooling whose stride is not its kernel, `sdpa` | an error |
 
 mod base;
 mod conv;

@@ -227,9 +227,21 @@ impl AdamW {
     ///
     /// # Errors
     ///
-    /// [`Error::Gradients`] when a variable got no gradient, [`Error::Diverged`] when one is not
-    /// finite, [`Error::Argument`] for a rate that is none.
+    /// * [`Error::Gradients`] if a variable got no gradient, [`Error::Diverged`] if one is not finite.
+    /// * [`Error::Argument`] if a learning rate is negative or not finite, or the gradients are those of
+    ///   another step: they serve one.
     pub fn step(&mut self, gradients: &Gradients) -> Result<()> {
+        if gradients.step() != self.steps + 1 {
+            let expected = format!(
+                "{}: `gradients` makes new ones for each step",
+                self.steps + 1
+            );
+            return refuse(
+                "the step of the gradients",
+                gradients.step().to_string(),
+                &expected,
+            );
+        }
         gradients.norm()?;
         let each = gradients.each()?;
         check_rate("the learning rate", self.params.lr)?;

@@ -13,6 +13,7 @@ mod results;
 mod support;
 
 mod benches;
+mod bert;
 mod commands;
 mod compare;
 mod digits;
