@@ -253,6 +253,9 @@ fn what_cannot_be_expressed_is_refused_with_the_reason() {
         ("a.hada_t2", "is LoHa"),
         ("a.lokr_w1_b", "is LoKr"),
         ("a.oft_r", "`oft_r` without `oft_s`"),
+        ("a.dora_log_multiplier_row", "fourth generation"),
+        ("lora_unet_a_dora_log_multiplier_col", "fourth generation"),
+        ("a.oft_R.capped_oft", "fourth generation"),
         (
             "a.weight",
             "it holds no adapter tensors; its first keys are `a.weight`",

@@ -274,3 +274,21 @@ fn what_the_system_says_of_a_file_is_told_once() {
     let chain = format!("{:#}", anyhow::Error::from(error));
     assert_eq!(chain.matches("No such file").count(), 1, "{chain}");
 }
+
+/// A row that is no number makes every output none, and a checkpoint is often damaged in one tensor.
+#[test]
+fn a_base_that_is_not_finite_is_refused_by_layer_and_row() -> candle_doft::Result<()> {
+    for value in [f32::NAN, f32::INFINITY, f32::MAX] {
+        let mut rows = vec![1f32; 8 * 16];
+        rows[5 * 16..5 * 16 + 2].fill(value);
+        let weight = Tensor::from_vec(rows, (8, 16), &CPU)?;
+        let builder = Adapter::builder(DoftConfig::default().with_block_size(8), &CPU)?;
+        let error = builder.wrap("late", Linear::new(weight, None)).unwrap_err();
+        let error = error.to_string();
+        assert!(
+            error.starts_with("layer `late`: row 5 of its base weight has norm "),
+            "{error}"
+        );
+    }
+    Ok(())
+}

@@ -334,6 +334,8 @@ fn bad_settings_are_refused() -> candle_doft::Result<()> {
     );
     let twice = vec![Group::new(all.clone()), Group::new(all.clone())];
     assert!(error(twice, PARAMS).contains("`a` twice"));
+    let still = ParamsAdamW { eps: 0., ..PARAMS };
+    assert!(error(vec![Group::new(all.clone())], still).contains("`eps` is 0"));
     let beta = ParamsAdamW {
         beta1: 1.,
         ..PARAMS
@@ -420,5 +422,68 @@ fn gradients_serve_one_step() -> candle_doft::Result<()> {
     let after: Vec<_> = run.adapter.vars().iter().map(|var| bits(var)).collect();
     assert_eq!(before, after);
     assert_eq!(run.optimizer.steps(), 1);
+    Ok(())
+}
+
+/// A finite step over an infinite second moment is 0: the variable would stand still, unseen.
+#[test]
+fn a_gradient_whose_square_overflows_stops_the_step_by_name() -> candle_doft::Result<()> {
+    for (dtype, factor, stops) in [
+        (DType::F32, 1e21, true),
+        (DType::F32, 1e17, false),
+        (DType::F64, 1e21, false),
+    ] {
+        let all = vars(dtype)?;
+        let mut optimizer = AdamW::new(vec![Group::new(all.clone())], PARAMS)?;
+        let mut gradients = optimizer.gradients();
+        let sum = |i: usize| all[i].1.as_tensor().sum_all();
+        gradients.backward(&(sum(0)? + (sum(1)? * factor)?)?, 1.)?;
+        let before = bits(&all[1].1);
+        match optimizer.step(&gradients) {
+            Ok(()) => assert!(!stops && bits(&all[1].1) != before, "{dtype:?} {factor}"),
+            Err(error) => {
+                assert!(stops, "{error}");
+                assert!(error.to_string().contains("gradient of `b`"), "{error}");
+                assert_eq!(bits(&all[1].1), before);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Moments that no step makes: their run could not go on, or would go on as another.
+#[test]
+fn a_checkpoint_whose_moments_are_no_moments_is_refused() -> candle_doft::Result<()> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("checkpoint.safetensors");
+    let mut run = Run::new(Magnitude::Log)?;
+    run.train(0..2)?;
+    Checkpoint::save(&path, &run.optimizer, &(), &())?;
+    let whole = std::fs::read(&path).unwrap();
+    let start = 8 + u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize;
+    let header: serde_json::Value = serde_json::from_slice(&whole[8..start]).unwrap();
+    for (role, value, refused) in [
+        ("second", -1e-9f32, true),
+        ("second", f32::NAN, true),
+        ("first", f32::INFINITY, true),
+        ("trained", f32::NAN, true),
+        ("first", -1e-9, false),
+    ] {
+        let key = format!("{role}.layer.oft_R.weight");
+        let at = start + header[&key]["data_offsets"][0].as_u64().unwrap() as usize + 8;
+        let mut bytes = whole.clone();
+        bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
+        std::fs::write(&path, bytes).unwrap();
+        let before = bits(&run.adapter.vars()[0]);
+        match Checkpoint::load(&path)?.restore(&mut run.optimizer) {
+            Ok(()) => assert!(!refused, "{role} {value}"),
+            Err(error) => {
+                let error = error.to_string();
+                assert!(refused && error.contains(&key), "{error}");
+                assert!(error.contains("at index 2"), "{error}");
+                assert_eq!(bits(&run.adapter.vars()[0]), before);
+            }
+        }
+    }
     Ok(())
 }

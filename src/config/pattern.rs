@@ -3,6 +3,8 @@
 use super::{DoftConfig, Magnitude, Map};
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
 /// A pattern over dotted layer paths such as `model.layers.3.self_attn.q_proj`.
 ///
@@ -90,16 +92,48 @@ fn failed(pattern: &str) -> impl Fn(&dyn std::fmt::Display) -> Error {
     }
 }
 
+/// Compiled patterns by their text: a rule is matched with every layer, and compiling takes far longer
+/// than matching.
+type Compiled<T> = LazyLock<Mutex<HashMap<String, T>>>;
+
+/// More are not kept: a program has a few rules, and text that is made up has no end.
+const KEPT: usize = 1024;
+
+fn compiled<T: Clone>(
+    cache: &Compiled<T>,
+    text: &str,
+    compile: impl FnOnce() -> Result<T>,
+) -> Result<T> {
+    // A panic elsewhere leaves the map whole, so a poisoned lock is still good.
+    let mut cache = cache.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(found) = cache.get(text) {
+        return Ok(found.clone());
+    }
+    let made = compile()?;
+    if cache.len() >= KEPT {
+        cache.clear();
+    }
+    cache.insert(text.to_string(), made.clone());
+    Ok(made)
+}
+
 // A dotted path is matched as a file path, so that `*` stops at a dot.
-fn glob_matcher(glob: &str) -> Result<globset::GlobMatcher> {
-    let built = globset::GlobBuilder::new(&glob.replace('.', "/"))
-        .literal_separator(true)
-        .build();
-    Ok(built.map_err(|e| failed(glob)(e.kind()))?.compile_matcher())
+fn glob_matcher(glob: &str) -> Result<Arc<globset::GlobMatcher>> {
+    static CACHE: Compiled<Arc<globset::GlobMatcher>> = LazyLock::new(Mutex::default);
+    compiled(&CACHE, glob, || {
+        let built = globset::GlobBuilder::new(&glob.replace('.', "/"))
+            .literal_separator(true)
+            .build();
+        let built = built.map_err(|e| failed(glob)(e.kind()))?;
+        Ok(Arc::new(built.compile_matcher()))
+    })
 }
 
 fn regex_matcher(regex: &str) -> Result<regex::Regex> {
-    regex::Regex::new(&format!("^(?:{regex})$")).map_err(|e| failed(regex)(&e))
+    static CACHE: Compiled<regex::Regex> = LazyLock::new(Mutex::default);
+    compiled(&CACHE, regex, || {
+        regex::Regex::new(&format!("^(?:{regex})$")).map_err(|e| failed(regex)(&e))
+    })
 }
 
 impl From<&str> for Pattern {

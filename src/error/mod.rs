@@ -121,6 +121,20 @@ pub enum Error {
         layer: String,
     },
 
+    /// The weight of a layer that is to be adapted holds a NaN or an infinity.
+    #[error(
+        "layer `{layer}`: row {row} of its base weight has norm {found}: it holds a NaN or an infinity, or \
+         its norm is above the range of f32; is the checkpoint damaged?"
+    )]
+    BaseNotFinite {
+        /// Path of the layer.
+        layer: String,
+        /// The first such row.
+        row: usize,
+        /// Its norm.
+        found: f64,
+    },
+
     /// A layer was run while its model is still being built.
     #[error(
         "layer `{layer}`: the adapter is not finished; call `AdapterBuilder::finish` when the whole model \

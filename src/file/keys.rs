@@ -45,7 +45,16 @@ const DOTTED: [&str; 16] = [
 
 /// Families that this crate cannot express, by the segments of their keys; `_` at the end stands for
 /// any rest.
-const REFUSED: [(&[&str], &str); 5] = [
+const REFUSED: [(&[&str], &str); 6] = [
+    (
+        &[
+            "dora_log_multiplier_row",
+            "dora_log_multiplier_col",
+            "capped_oft",
+        ],
+        "is of OneTrainer's fourth generation (`dora_log_multiplier_row` and `_col`, `capped_oft`), with a \
+         magnitude of the input as well; this crate does not read it yet",
+    ),
     (
         &["oft_blocks", "oft_diag"],
         "is LyCORIS or kohya OFT, which rotates the output side of a weight; this crate rotates the \
@@ -72,7 +81,9 @@ const REFUSED: [(&[&str], &str); 5] = [
 /// The reason why a key belongs to a family that is refused.
 pub(super) fn refused_family(key: &str) -> Option<&'static str> {
     let is = |segment: &str, name: &str| {
-        segment == name || name.ends_with('_') && segment.starts_with(name)
+        segment == name
+            || name.ends_with('_') && segment.starts_with(name)
+            || segment.ends_with(&format!("_{name}"))
     };
     let named = |name: &&str| key.split('.').any(|segment| is(segment, name));
     let found = REFUSED.iter().find(|(names, _)| names.iter().any(named));

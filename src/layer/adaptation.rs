@@ -51,6 +51,7 @@ impl Adaptation {
             Some(norms) => norms,
             None => row_norms_of(base.weight)?,
         };
+        check_finite(&path, &norms)?;
         let unverified = match (base.weight.is_variable(), given) {
             (false, _) => None,
             (true, false) => Some(norms.clone()),
@@ -196,5 +197,20 @@ impl Adaptation {
         let identity = Tensor::eye(b, r.dtype(), r.device())?.unsqueeze(0)?;
         let dropped = identity.broadcast_mul(&keep.affine(-1., 1.)?)?;
         Ok(r.broadcast_mul(&keep)?.add(&dropped)?)
+    }
+}
+
+fn check_finite(layer: &str, norms: &Tensor) -> Result<()> {
+    let norms: Vec<f64> = norms
+        .to_device(&Device::Cpu)?
+        .to_dtype(DType::F64)?
+        .to_vec1()?;
+    match norms.iter().position(|norm| !norm.is_finite()) {
+        None => Ok(()),
+        Some(row) => Err(Error::BaseNotFinite {
+            layer: layer.to_string(),
+            row,
+            found: norms[row],
+        }),
     }
 }

@@ -4,7 +4,7 @@ use super::AdamW;
 use super::optimizer::moment_dtype;
 use crate::error::{Error, Result, shown};
 use crate::file::{CHECKPOINT, Tensors, replace, safetensors_bytes};
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -177,6 +177,18 @@ impl Checkpoint {
                         fix: "resume with the configuration that the run had",
                     });
                 }
+                if let Some((index, value)) = unusable(role, tensor)? {
+                    return Err(Error::FileTensor {
+                        file: self.file.clone(),
+                        tensor: key,
+                        found: format!("{value} at index {index}"),
+                        expected: match role {
+                            "second" => "finite numbers from 0".to_string(),
+                            _ => "finite numbers".to_string(),
+                        },
+                        fix: "go on from an older checkpoint",
+                    });
+                }
                 Ok(tensor.to_device(var.device())?)
             };
             found.push((var, name, get("trained")?, get("first")?, get("second")?));
@@ -200,4 +212,13 @@ impl Checkpoint {
         optimizer.resume(self.steps, moments);
         Ok(())
     }
+}
+
+/// The first value that no run can go on with: one that is not finite, or a second moment below 0.
+fn unusable(role: &str, tensor: &Tensor) -> Result<Option<(usize, f64)>> {
+    let host = tensor.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
+    let values: Vec<f64> = host.flatten_all()?.to_vec1()?;
+    let bad = |value: &f64| !value.is_finite() || role == "second" && *value < 0.;
+    let at = values.iter().position(bad);
+    Ok(at.map(|index| (index, values[index])))
 }

@@ -106,6 +106,21 @@ impl Gradients {
         Ok(norm)
     }
 
+    /// Returns an error for an entry whose square leaves the range of the second moment: the variable
+    /// would stand still, because a finite step over an infinite moment is 0.
+    pub(super) fn check_squares(&self, moment: impl Fn(&Var) -> DType) -> Result<()> {
+        for ((name, var), sum) in self.vars.iter().zip(&self.sums) {
+            let Some(sum) = sum else { continue };
+            let largest: f64 = wide(sum)?.abs()?.flatten_all()?.max(0)?.to_scalar()?;
+            if moment(var) == DType::F32 && largest * largest > f64::from(f32::MAX) {
+                let what =
+                    format!("a gradient of `{name}`, whose square is above the range of f32,");
+                return self.diverged(&what, largest);
+            }
+        }
+        Ok(())
+    }
+
     /// Each variable with its gradient, in order.
     pub(super) fn each(&self) -> Result<Vec<(&str, &Var, &Tensor)>> {
         let mut all = Vec::with_capacity(self.vars.len());

@@ -242,8 +242,11 @@ impl AdamW {
                 &expected,
             );
         }
-        gradients.norm()?;
+        let norm = gradients.norm()?;
         let each = gradients.each()?;
+        if norm * norm > f64::from(f32::MAX) {
+            gradients.check_squares(moment_dtype)?;
+        }
         check_rate("the learning rate", self.params.lr)?;
         for group in &self.groups {
             check_rate("the rate of a group", group.rate)?;
@@ -323,6 +326,10 @@ fn check_params(params: &ParamsAdamW) -> Result<()> {
         }
     }
     check_rate("`lr`", params.lr)?;
+    if params.eps == 0. {
+        // A gradient of 0 would divide 0 by 0.
+        return refuse("`eps`", "0".into(), "a finite number above 0");
+    }
     check_rate("`eps`", params.eps)?;
     check_rate("`weight_decay`", params.weight_decay)
 }

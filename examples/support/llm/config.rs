@@ -60,9 +60,13 @@ struct HuggingFace {
     num_key_value_heads: Option<usize>,
     head_dim: Option<usize>,
     rms_norm_eps: f64,
-    #[serde(default = "ten_thousand")]
-    rope_theta: f64,
+    rope_theta: Option<f64>,
     rope_scaling: Option<serde_json::Value>,
+    rope_parameters: Option<serde_json::Value>,
+    quantization_config: Option<serde_json::Value>,
+    layer_types: Option<Vec<String>>,
+    partial_rotary_factor: Option<f64>,
+    pretraining_tp: Option<usize>,
     max_position_embeddings: usize,
     vocab_size: usize,
     #[serde(default)]
@@ -74,10 +78,134 @@ struct HuggingFace {
     #[serde(default)]
     use_sliding_window: bool,
     hidden_act: Option<String>,
+    /// Whatever else there is: a field that changes what the model computes may be among it.
+    #[serde(flatten)]
+    others: HashMap<String, serde_json::Value>,
 }
 
-fn ten_thousand() -> f64 {
-    10_000.
+/// Fields that say nothing about what a forward pass computes.
+const HARMLESS: [&str; 32] = [
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "_name_or_path",
+    "architectures",
+    "attention_dropout",
+    "auto_map",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "do_sample",
+    "dtype",
+    "eos_token_id",
+    "finetuning_task",
+    "id2label",
+    "initializer_range",
+    "is_llama_config",
+    "keys_to_ignore_at_inference",
+    "label2id",
+    "max_length",
+    "max_window_layers",
+    "num_beams",
+    "pad_token_id",
+    "return_dict",
+    "sliding_window",
+    "temperature",
+    "tokenizer_class",
+    "top_k",
+    "top_p",
+    "torch_dtype",
+    "transformers.js_config",
+    "transformers_version",
+    "unk_token_id",
+    "use_cache",
+];
+
+impl HuggingFace {
+    /// Returns an error for a field that is not read and may change what the model computes. One that is
+    /// absent, false or empty changes nothing.
+    fn check_others(&self) -> Result<()> {
+        if let Some(found) = self.quantization_config.as_ref().filter(|v| !v.is_null()) {
+            let method = found.get("quant_method").unwrap_or(found);
+            bail!(
+                "config.json: the weights are quantized (`quantization_config`: {method}), which is not \
+                 supported; use the original weights or a GGUF file"
+            );
+        }
+        let whole = |kind: &String| kind == "full_attention";
+        if let Some(kind) = self.layer_types.iter().flatten().find(|kind| !whole(kind)) {
+            bail!("config.json: layer_types has `{kind}`, expected full_attention alone");
+        }
+        ensure!(
+            self.partial_rotary_factor.unwrap_or(1.) == 1. && self.pretraining_tp.unwrap_or(1) == 1,
+            "config.json: partial_rotary_factor and pretraining_tp other than 1 are not supported"
+        );
+        let mut names: Vec<&String> = self.others.keys().collect();
+        names.sort();
+        for name in names {
+            let nothing = match &self.others[name] {
+                serde_json::Value::Null | serde_json::Value::Bool(false) => true,
+                serde_json::Value::Array(values) => values.is_empty(),
+                serde_json::Value::Object(values) => values.is_empty(),
+                _ => false,
+            };
+            let known = HARMLESS.contains(&name.as_str()) || name.starts_with("unsloth");
+            ensure!(
+                nothing || known,
+                "config.json: the field `{name}` is not known to this program and may change what the \
+                 model computes; remove it if it does not"
+            );
+        }
+        Ok(())
+    }
+
+    /// Base and scaling of the rotary embedding: of `rope_parameters`, as transformers 5 writes them, or
+    /// of `rope_theta` and `rope_scaling`.
+    fn rope(&self) -> Result<(f64, Option<Scaling>)> {
+        let new = self.rope_parameters.as_ref().filter(|v| !v.is_null());
+        let old = self.rope_scaling.as_ref().filter(|v| !v.is_null());
+        let (name, values) = match (new, old) {
+            (Some(values), _) => ("rope_parameters", Some(values)),
+            (None, values) => ("rope_scaling", values),
+        };
+        let inner = match new.and_then(|values| values.get("rope_theta")) {
+            Some(theta) => Some(
+                theta
+                    .as_f64()
+                    .with_context(|| format!("config.json: {name}: rope_theta"))?,
+            ),
+            None => None,
+        };
+        let theta = match (inner, self.rope_theta) {
+            (Some(inner), Some(outer)) if inner != outer => {
+                bail!("config.json: rope_theta is {outer}, in rope_parameters it is {inner}")
+            }
+            (inner, outer) => inner.or(outer).unwrap_or(10_000.),
+        };
+        let Some(values) = values else {
+            return Ok((theta, None));
+        };
+        let fraction = values
+            .get("partial_rotary_factor")
+            .map_or(Some(1.), |v| v.as_f64());
+        ensure!(
+            fraction == Some(1.),
+            "config.json: {name}: partial_rotary_factor other than 1 is not supported"
+        );
+        let kind = values.get("rope_type").or_else(|| values.get("type"));
+        match kind.and_then(|kind| kind.as_str()) {
+            Some("llama3") => {
+                let scaling = serde_json::from_value(values.clone());
+                Ok((
+                    theta,
+                    Some(scaling.with_context(|| format!("config.json: {name}"))?),
+                ))
+            }
+            Some("default") => Ok((theta, None)),
+            Some(other) => {
+                bail!("config.json: {name} is of type `{other}`, expected default or llama3")
+            }
+            None => bail!("config.json: {name} lacks `rope_type`, expected default or llama3"),
+        }
+    }
 }
 
 impl Config {
@@ -99,19 +227,8 @@ impl Config {
             activation == "silu",
             "config.json: hidden_act `{activation}`, expected silu"
         );
-        let scaling = match found.rope_scaling {
-            None | Some(serde_json::Value::Null) => None,
-            Some(value) => {
-                let kind = value.get("rope_type").or_else(|| value.get("type"));
-                match kind.and_then(|kind| kind.as_str()) {
-                    Some("llama3") => {
-                        Some(serde_json::from_value(value).context("config.json: rope_scaling")?)
-                    }
-                    Some("default") => None,
-                    other => bail!("config.json: rope_scaling {other:?}, expected llama3"),
-                }
-            }
-        };
+        found.check_others()?;
+        let (theta, scaling) = found.rope()?;
         let heads = found.num_attention_heads;
         let config = Self {
             architecture,
@@ -122,7 +239,7 @@ impl Config {
             kv_heads: found.num_key_value_heads.unwrap_or(heads),
             head_dim: found.head_dim.unwrap_or(found.hidden_size / heads.max(1)),
             eps: found.rms_norm_eps,
-            theta: found.rope_theta,
+            theta,
             scaling,
             factors: None,
             context: found.max_position_embeddings,

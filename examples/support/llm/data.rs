@@ -86,13 +86,22 @@ impl Data {
                 let bytes = std::fs::read(file).with_context(|| name.clone())?;
                 let content = String::from_utf8(bytes);
                 let content = content.with_context(|| format!("{name} is no UTF-8 text"))?;
+                // Marks of other systems, which no model has to learn.
+                let content = content.strip_prefix('\u{feff}').unwrap_or(&content);
+                let content = content.replace("\r\n", "\n");
                 (name, content)
             }
         };
-        let named =
-            file.is_some_and(|f| f.extension().is_some_and(|e| e == "jsonl" || e == "json"));
+        let named = file.is_some_and(|f| {
+            f.extension()
+                .is_some_and(|e| e == "jsonl" || e == "ndjson" || e == "json")
+        });
         let first = content.lines().find(|line| !line.trim().is_empty());
-        let lines = named || first.is_some_and(|line| serde_json::from_str::<Line>(line).is_ok());
+        let object = |line: &str| {
+            serde_json::from_str::<serde_json::Value>(line).is_ok_and(|value| value.is_object())
+        };
+        // JSON of any kind is read or refused, and never trained on as text.
+        let lines = named || first.is_some_and(object);
         let data = match lines {
             true => Self::from_lines(&content, text, length, seed),
             false => Self::from_text(&content, text, length),

@@ -39,11 +39,16 @@ impl Text {
             false => weights.path.parent().unwrap_or(Path::new(".")),
         };
         let file = folder.join("tokenizer.json");
-        let tokenizer = match file.exists() {
+        let mut tokenizer = match file.exists() {
             true => Tokenizer::from_file(&file).map_err(|e| anyhow!("{}: {e}", file.display()))?,
             false if weights.metadata.is_empty() => bail!("{} is missing", file.display()),
             false => from_gguf(&weights.metadata)?,
         };
+        // Left behind by the call before a `tokenizer.json` was saved; lengths are this program's matter.
+        tokenizer.with_padding(None);
+        tokenizer
+            .with_truncation(None)
+            .map_err(|e| anyhow!("{e}"))?;
         match weights.metadata.is_empty() {
             true => Self::of_folder(tokenizer, folder),
             false => Self::of_gguf(tokenizer, &weights.metadata),
