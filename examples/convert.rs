@@ -11,6 +11,7 @@ use candle_doft::merge::weight_shapes;
 use clap::{Parser, ValueEnum};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use support::cli::say;
 
 /// Rewrites an adapter; what the target cannot hold is an error.
 #[derive(Parser, Debug)]
@@ -60,6 +61,6 @@ fn run(flags: &Flags) -> Result<()> {
     for warning in convert(&flags.adapter, &flags.output, target, &options, &shapes)? {
         eprintln!("warning: {warning}");
     }
-    println!("{}", flags.output.display());
+    say(format_args!("{}", flags.output.display()));
     Ok(())
 }

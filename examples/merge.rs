@@ -10,6 +10,7 @@ use anyhow::Result;
 use candle_doft::merge::{CheckpointOptions, Merge, Strength};
 use clap::{Parser, ValueEnum};
 use std::path::PathBuf;
+use support::cli::say;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -54,16 +55,14 @@ fn main() -> std::process::ExitCode {
 }
 
 fn run(flags: &Flags) -> Result<()> {
-    let options = flags
-        .read_as
-        .options()
-        .with_allow_partial(flags.allow_partial);
     let strength = match flags.strength_mode {
         Mode::Linear => Strength::linear(flags.strength),
         Mode::Geodesic => Strength::geodesic(flags.strength),
     };
     let mut merge = Merge::new();
     for adapter in &flags.adapter {
+        let options = flags.read_as.options_for(adapter, &flags.base)?;
+        let options = options.with_allow_partial(flags.allow_partial);
         merge = merge.with_file(adapter, &options, strength)?;
     }
     let bar = support::progress::bar(0, "merge");
@@ -74,20 +73,24 @@ fn run(flags: &Flags) -> Result<()> {
     let mut how = CheckpointOptions::default();
     how.allow_changed_base = flags.allow_changed_base;
     how.progress = Some(&mut progress);
+    let stop = support::cli::stop()?;
+    how.stop = Some(&stop);
     let report = merge.checkpoint(&flags.base, &flags.output, how)?;
     bar.finish_and_clear();
     for warning in merge.warnings() {
         eprintln!("warning: {warning}");
     }
-    println!(
+    say(format_args!(
         "{}: {} tensors merged, {} copied, {} added",
         flags.output.display(),
         report.merged.len(),
         report.copied,
         report.added.len()
-    );
+    ));
     if report.untied {
-        println!("the head shared its weight with the embedding and has one of its own now");
+        say(format_args!(
+            "the head shared its weight with the embedding and has one of its own now"
+        ));
     }
     Ok(())
 }

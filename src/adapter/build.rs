@@ -341,6 +341,17 @@ impl AdapterBuilder {
         VarBuilder::from_backend(Box::new(backend), dtype, self.parts.device.clone())
     }
 
+    /// Names of the extra tensors that the loaded file has and that nobody asked for yet, sorted: what a
+    /// program has to look for in its model, such as norms or a head that were trained whole.
+    pub fn unasked_extras(&self) -> Vec<String> {
+        let Some(source) = &self.parts.source else {
+            return Vec::new();
+        };
+        let made = locked(&self.parts.extras);
+        let names = source.extras().filter(|name| !made.contains_key(*name));
+        names.cloned().collect()
+    }
+
     /// Makes `value` an extra trainable tensor, or returns the one of that name that exists already, or
     /// that the loaded file has.
     ///

@@ -75,6 +75,20 @@ pub(crate) fn component(module: &str) -> Option<&str> {
     cut(module.strip_prefix(PEFT_PREFIX).unwrap_or(module)).component
 }
 
+/// The component that a name means: as adapter files call it (`te1`, `unet`), as the folders of a pipeline
+/// do (`text_encoder_2`, `transformer`), or its own.
+pub(crate) fn component_named(name: &str) -> &str {
+    match name {
+        "unet" | "transformer" | "prior" | "diffusion_model" => "denoiser",
+        "te" | "te1" | "text_encoder_1" => "text_encoder",
+        "te2" => "text_encoder_2",
+        "te3" => "text_encoder_3",
+        "te4" => "text_encoder_4",
+        "prior_te" => "prior_text_encoder",
+        other => other,
+    }
+}
+
 /// The rule under which a module means a path: 0 the same name, 1 the same but for dots, 2 without
 /// the module's prefix, 3 without the path's as well. None when it does not.
 pub(crate) fn rule(module: &str, path: &str) -> Option<u8> {

@@ -11,7 +11,7 @@ use crate::frozen::Base;
 use crate::layer::Adaptation;
 use crate::params::row_norms_of;
 use candle_core::{Device, Tensor, Var};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Mutex;
 
@@ -93,6 +93,11 @@ impl Source {
         Some(value)
     }
 
+    /// Names of the extra tensors of the file.
+    pub(super) fn extras(&self) -> impl Iterator<Item = &String> {
+        self.stored.extras.keys()
+    }
+
     pub(super) fn has_extra(&self, name: &str) -> bool {
         self.stored.extras.contains_key(name)
     }
@@ -168,6 +173,7 @@ impl Adapter {
             config: self.inner.config.clone(),
             layers,
             extras: self.stored_extras()?,
+            unannounced: BTreeSet::new(),
             warnings: left_out.into_iter().collect(),
             allow_partial: false,
             allow_changed_base: false,

@@ -206,6 +206,13 @@ pub enum Error {
         error: std::io::Error,
     },
 
+    /// The work was asked to stop; nothing was written.
+    #[error("{}: stopped on request; nothing was written", .path.display())]
+    Stopped {
+        /// The file or folder that was to be written.
+        path: PathBuf,
+    },
+
     /// An adapter file cannot be read as one, or contradicts itself.
     #[error("{}: {reason}", .file.display())]
     File {

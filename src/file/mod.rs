@@ -35,12 +35,13 @@ pub use convert::{Target, convert};
 pub(crate) use metadata::CHECKPOINT;
 pub use options::{Divisor, LoadOptions, Rename};
 pub use read::Dialect;
-pub(crate) use tensors::{Tensors, float, instead};
+pub(crate) use tensors::{Tensors, float, instead, twice};
 pub(crate) use write::{
     Folder, filled, head, persist, raw_bytes, replace, safetensors as safetensors_bytes, temporary,
 };
+pub use write::{replace_with, save_tensors};
 
-use crate::adapter::{Adapter, AdapterBuilder, Stored, Warning};
+use crate::adapter::{Adapter, AdapterBuilder, Stored, Warning, component_named};
 use crate::error::{Error, Result};
 use candle_core::Device;
 use std::path::Path;
@@ -118,6 +119,39 @@ impl Adapter {
         let (_, stored) = read_stored(path.as_ref(), options)?;
         AdapterBuilder::from_stored(stored, device)
     }
+}
+
+/// The models of a pipeline that an adapter has layers for, by the prefixes of its modules: `denoiser`,
+/// `text_encoder`, `text_encoder_2` .., sorted; none where modules have no such prefix.
+///
+/// # Errors
+///
+/// Those of [`Adapter::load`].
+///
+/// # Examples
+///
+/// ```
+/// # use candle_core::{DType, Device, Tensor};
+/// # let folder = tempfile::tempdir().unwrap();
+/// # let path = folder.path().join("adapter.safetensors");
+/// # let theta = Tensor::zeros((2, 496), DType::F32, &Device::Cpu)?;
+/// # let names = ["lora_te1_q_proj.oft_R.weight", "lora_unet_q_proj.oft_R.weight"];
+/// # let tensors = names.map(|name| (name.to_string(), theta.clone()));
+/// # candle_core::safetensors::save(&tensors.into_iter().collect(), &path)?;
+/// use candle_doft::file::{LoadOptions, components, is_component};
+///
+/// let found = components(&path, &LoadOptions::default())?;
+/// assert_eq!(found, ["denoiser", "text_encoder"]);
+/// assert!(is_component("unet", &found[0]));
+/// # Ok::<(), candle_doft::Error>(())
+/// ```
+pub fn components(path: impl AsRef<Path>, options: &LoadOptions) -> Result<Vec<String>> {
+    Ok(read_stored(path.as_ref(), options)?.1.components())
+}
+
+/// Whether a name, such as `te1`, `unet` or that of a pipeline's folder, means a component.
+pub fn is_component(name: &str, component: &str) -> bool {
+    component_named(name) == component
 }
 
 /// Any file or folder as data.

@@ -126,7 +126,9 @@ impl LoadOptions {
         self
     }
 
-    /// Reads one component and skips the others.
+    /// Reads one component and skips the others. A component goes by its own name (`denoiser`,
+    /// `text_encoder`, `text_encoder_2` ..), by that in adapter files (`unet`, `te1`, `te2` ..) or by that of
+    /// its folder (`transformer`); [`components`](super::components) are those of a file.
     pub fn with_component(mut self, component: impl Into<String>) -> Self {
         self.component = Some(component.into());
         self

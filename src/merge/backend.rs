@@ -40,7 +40,7 @@ impl<'a> Merged<'a> {
     /// so that a merge rounds once.
     fn merged(&self, name: &str, base: Tensor) -> Result<Tensor> {
         let tensor = match self.merge.extra(name) {
-            Some(extra) => replaced(name, extra, base.shape(), base.dtype(), base.device())?,
+            Some((_, extra)) => replaced(name, extra, base.shape(), base.dtype(), base.device())?,
             None => base,
         };
         // An f64 weight that was asked for stays one; the path is that of the weight.
@@ -56,7 +56,7 @@ impl<'a> Merged<'a> {
     fn added(&self, name: &str) -> Option<&Tensor> {
         match self.base().contains_tensor(name) {
             true => None,
-            false => self.merge.extra(name),
+            false => self.merge.extra(name).map(|(_, extra)| extra),
         }
     }
 }

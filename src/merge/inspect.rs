@@ -211,7 +211,7 @@ struct Weights {
 impl Weights {
     fn open(base: &Path) -> Result<Self> {
         let (mut sources, mut paths) = (Vec::new(), BTreeMap::new());
-        for file in header::files(base)?.0 {
+        for file in header::checkpoints(base)? {
             let source = Source::open(&file)?;
             for name in source.names() {
                 let rank = source.info(&name)?.shape.len();

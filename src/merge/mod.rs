@@ -34,7 +34,7 @@ pub use inspect::{Inspection, LayerInspection, inspect, weight_shapes};
 pub use strength::{Strength, StrengthMode};
 
 use crate::adapter::{Adapter, Stored, Warning, locked};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shown};
 use crate::file::{self, LoadOptions};
 use crate::params::row_norms;
 use candle_core::Tensor;
@@ -215,6 +215,42 @@ impl Merge {
         Ok(Some(merged))
     }
 
+    /// What becomes of a tensor of the base: the extra tensor of that name that an adapter has, in the dtype of
+    /// `base`, or the merged weight, where the name ends with `.weight`; none when no adapter has it.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Merge::weight`], and [`Error::FileTensor`] for an extra tensor of another shape.
+    pub fn tensor(
+        &self,
+        name: &str,
+        base: &Tensor,
+        allow_changed_base: bool,
+    ) -> Result<Option<Tensor>> {
+        let replaced = match self.extra(name) {
+            None => None,
+            Some((file, extra)) if extra.dims() != base.dims() => {
+                return Err(Error::FileTensor {
+                    file: file.to_path_buf(),
+                    tensor: shown(name),
+                    found: format!("shape {:?}", extra.dims()),
+                    expected: format!("{:?}, that of the base", base.dims()),
+                    fix: "is this the model it was trained on?",
+                });
+            }
+            Some((_, extra)) => Some(extra.to_dtype(base.dtype())?.to_device(base.device())?),
+        };
+        let Some(path) = name.strip_suffix(".weight") else {
+            return Ok(replaced);
+        };
+        let tensor = replaced.as_ref().unwrap_or(base);
+        if tensor.rank() < 2 {
+            return Ok(replaced);
+        }
+        let merged = self.weight(path, tensor, allow_changed_base)?;
+        Ok(merged.or(replaced))
+    }
+
     /// Checks that every layer and extra tensor of every adapter was asked for: by [`Merge::weight`] since
     /// it was made.
     ///
@@ -231,9 +267,11 @@ impl Merge {
         parts.try_for_each(|part| part.check_used(names.clone()))
     }
 
-    /// The tensor that replaces the whole tensor of that name, of the last adapter that has one.
-    fn extra(&self, name: &str) -> Option<&Tensor> {
-        self.parts.iter().rev().find_map(|part| part.extra(name))
+    /// The tensor that replaces the whole tensor of that name, of the last adapter that has one, and the file
+    /// of that adapter.
+    fn extra(&self, name: &str) -> Option<(&Path, &Tensor)> {
+        let mut parts = self.parts.iter().rev();
+        parts.find_map(|part| Some((part.stored.file.as_path(), part.extra(name)?)))
     }
 }
 

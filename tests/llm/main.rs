@@ -6,6 +6,7 @@ mod common;
 #[path = "../../examples/support/mod.rs"]
 mod support;
 
+mod foreign;
 mod hub;
 mod memory;
 mod model;
@@ -16,3 +17,4 @@ mod refusals;
 mod runs;
 mod small;
 mod text;
+mod texts;
