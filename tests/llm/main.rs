@@ -7,6 +7,8 @@ mod common;
 mod support;
 
 mod foreign;
+mod gguf;
+mod hostile;
 mod hub;
 mod memory;
 mod model;

@@ -41,7 +41,7 @@ impl Text {
         let file = folder.join("tokenizer.json");
         let of_gguf = !weights.metadata.is_empty();
         let mut tokenizer = match file.exists() {
-            true => Tokenizer::from_file(&file).map_err(|e| anyhow!("{}: {e}", file.display()))?,
+            true => read(&file).with_context(|| file.display().to_string())?,
             false if of_gguf => gguf_tokenizer::read(&weights.metadata)?,
             false => bail!("{} is missing", file.display()),
         };
@@ -300,6 +300,14 @@ impl Text {
     pub fn end_of_turn(&self) -> Option<u32> {
         self.end_of_turn
     }
+}
+
+/// A `tokenizer.json`. The crate's own reader panics on one that is cut short.
+fn read(file: &Path) -> Result<Tokenizer> {
+    let bytes = std::fs::read(file)?;
+    let json: serde_json::Value = serde_json::from_slice(&bytes).context("not JSON")?;
+    ensure!(json.is_object(), "expected a JSON object");
+    Tokenizer::from_bytes(&bytes).map_err(|e| anyhow!("{e}"))
 }
 
 /// The last place up to `at` where a character begins.
