@@ -12,6 +12,7 @@ mod hostile;
 mod hub;
 mod memory;
 mod model;
+mod places;
 mod programs;
 mod readers;
 mod real;
