@@ -14,7 +14,9 @@ use std::fs::File;
 use std::path::Path;
 
 /// The tensors and metadata of a file.
-fn parts(file: &Path) -> Result<(HashMap<String, Value>, Vec<(String, QTensor)>)> {
+type Metadata = HashMap<String, Value>;
+
+fn parts(file: &Path) -> Result<(Metadata, Vec<(String, QTensor)>)> {
     let mut reader = File::open(file)?;
     let content = Content::read(&mut reader)?;
     let mut names: Vec<String> = content.tensor_infos.keys().cloned().collect();
