@@ -2,10 +2,14 @@
 
 use super::source::Source;
 use super::wrap::{WeightSource, Wrap};
-use super::{Adapter, Entry, Inner, extra, locked, select, trained};
+use super::{Adapter, Entry, Inner, Site, extra, locked, select, trained};
 use crate::config::{DoftConfig, LayerKind, Targets};
 use crate::error::{Error, Result};
-use crate::layer::{Adaptable, Control, Doft, DoftConv1d, DoftConv2d, DoftEmbedding, DoftLinear};
+use crate::frozen::Frozen;
+use crate::layer::{
+    Adaptable, Adaptation, Control, Doft, DoftConv1d, DoftConv2d, DoftEmbedding, DoftLinear,
+    next_id,
+};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Conv1dConfig, Conv2dConfig, VarBuilder, VarMap};
 use std::collections::BTreeMap;
@@ -128,6 +132,12 @@ impl AdapterBuilder {
     ///
     /// The layers of a model that fails here cannot be run.
     pub fn finish(self) -> Result<Adapter> {
+        let control = self.parts.control.clone();
+        self.finish_as(control, true)
+    }
+
+    /// `first` is the adapter that the model is built with.
+    fn finish_as(self, control: Arc<Control>, first: bool) -> Result<Adapter> {
         let parts = &self.parts;
         let layers = std::mem::take(&mut *locked(&parts.layers));
         let extras = std::mem::take(&mut *locked(&parts.extras));
@@ -150,16 +160,18 @@ impl AdapterBuilder {
             return Err(Error::NoLayers);
         }
         let trained = trained(adapted(), &extras)?;
-        parts.control.set_complete();
+        control.set_complete();
         Ok(Adapter {
             inner: Arc::new(Inner {
+                id: next_id(),
+                first,
                 config: parts.config.clone(),
                 device: parts.device.clone(),
                 layers,
                 extras,
                 trained,
                 source: parts.source.clone(),
-                control: parts.control.clone(),
+                control,
             }),
         })
     }
@@ -388,22 +400,55 @@ impl AdapterBuilder {
         if locked(&parts.layers).contains_key(path) {
             return Err(exists(path));
         }
-        let frozen = base.as_base().elements();
-        let layer = if self.selects(path, F::KIND)? {
-            self.check(path, &base)?;
-            let (config, norms) = match &parts.source {
-                None => (parts.config.clone(), None),
-                Some(source) => source.setting(path, F::KIND, &base.as_base())?,
-            };
-            // Params choose the dtype after the weight.
-            let vb = VarBuilder::from_varmap(&parts.varmap, DType::F32, &parts.device).pp(path);
-            Doft::with_control(base, &config, norms, vb, parts.control.clone())?
-        } else {
-            Doft::plain(path, base, parts.control.clone())
+        let id = next_id();
+        let adaptation = self.adaptation(id, path, F::KIND, &base)?.map(Arc::new);
+        let site = Site {
+            id,
+            kind: F::KIND,
+            base: Arc::new(base.clone()),
         };
-        let adaptation = layer.adaptation().cloned();
-        self.register(path, Entry { adaptation, frozen })?;
-        Ok(layer)
+        let entry = Entry {
+            adaptation: adaptation.clone(),
+            site: Arc::new(site),
+        };
+        self.register(path, entry)?;
+        let control = parts.control.clone();
+        Ok(Doft::from_parts(id, path, base, adaptation, control))
+    }
+
+    /// What this adapter makes of a layer; none where it does not mean it.
+    fn adaptation(
+        &self,
+        id: u64,
+        path: &str,
+        kind: LayerKind,
+        base: &dyn Frozen,
+    ) -> Result<Option<Adaptation>> {
+        if !self.selects(path, kind)? {
+            return Ok(None);
+        }
+        self.check(path, base)?;
+        let parts = &self.parts;
+        let (config, norms) = match &parts.source {
+            None => (parts.config.clone(), None),
+            Some(source) => source.setting(path, kind, &base.as_base())?,
+        };
+        // Params choose the dtype after the weight.
+        let vb = VarBuilder::from_varmap(&parts.varmap, DType::F32, &parts.device).pp(path);
+        Adaptation::new(id, kind, &base.as_base(), &config, norms, vb).map(Some)
+    }
+
+    /// An adapter over the layers of a model that is complete.
+    pub(super) fn beside(self, first: &Adapter) -> Result<Adapter> {
+        for (path, Entry { site, .. }) in &first.inner.layers {
+            let adaptation = self.adaptation(site.id, path, site.kind, &*site.base)?;
+            let entry = Entry {
+                adaptation: adaptation.map(Arc::new),
+                site: site.clone(),
+            };
+            self.register(path, entry)?;
+        }
+        self.finish_as(first.inner.control.clone(), false)
     }
 
     /// Whether the layer is to be adapted: by the configuration, or by what a loaded file holds.
@@ -415,7 +460,7 @@ impl AdapterBuilder {
     }
 
     /// Returns an error for a base that cannot be adapted.
-    fn check(&self, path: &str, base: &impl Adaptable) -> Result<()> {
+    fn check(&self, path: &str, base: &dyn Frozen) -> Result<()> {
         let (found, expected) = (&base.as_base().weight.device(), &self.parts.device);
         if !found.same_device(expected) {
             return Err(Error::Device {

@@ -25,7 +25,9 @@ mod matching;
 mod report;
 mod scope;
 mod select;
+mod set;
 mod source;
+mod state;
 mod stored;
 mod wrap;
 
@@ -34,12 +36,15 @@ pub use build::AdapterBuilder;
 pub(crate) use fingerprint::{differs, fingerprint};
 pub(crate) use matching::{PEFT_PREFIX, component_named, flat};
 pub use report::{LayerReport, Report};
+pub use set::{Adapters, Pinned};
+pub use state::{Average, State};
 pub use stored::Warning;
 pub(crate) use stored::{NORMS_DIFFER, Stored, StoredLayer};
 pub use wrap::{WeightSource, Wrap};
 
-use crate::config::DoftConfig;
+use crate::config::{DoftConfig, LayerKind};
 use crate::error::{Error, GradientReport, Result};
+use crate::frozen::Frozen;
 use crate::layer::{Adaptation, Control};
 use crate::params::names;
 use candle_core::backprop::GradStore;
@@ -83,6 +88,10 @@ pub struct Adapter {
 }
 
 struct Inner {
+    /// Tells the adapters of a model apart.
+    id: u64,
+    /// Whether the model was built with it, so that its layers hold it themselves.
+    first: bool,
     config: DoftConfig,
     device: Device,
     layers: BTreeMap<String, Entry>,
@@ -97,8 +106,14 @@ struct Inner {
 /// A layer that was built through the adapter.
 struct Entry {
     adaptation: Option<Arc<Adaptation>>,
-    /// Frozen parameters, weight and bias.
-    frozen: usize,
+    site: Arc<Site>,
+}
+
+/// The frozen layer itself, for adapters that come later.
+struct Site {
+    id: u64,
+    kind: LayerKind,
+    base: Arc<dyn Frozen + Send + Sync>,
 }
 
 /// One tensor that trains.
@@ -177,7 +192,7 @@ impl Adapter {
             total: extras,
         };
         for (path, entry) in &self.inner.layers {
-            report.total += entry.frozen;
+            report.total += entry.site.base.as_base().elements();
             let Some(layer) = &entry.adaptation else {
                 report.frozen_layers += 1;
                 continue;

@@ -135,6 +135,51 @@ pub enum Error {
         found: f64,
     },
 
+    /// No adapter on the model has that name.
+    #[error("no adapter is called `{name}`; the model has `{}`", .known.join("`, `"))]
+    NoAdapter {
+        /// The name that was asked for.
+        name: String,
+        /// Those that there are.
+        known: Vec<String>,
+    },
+
+    /// An adapter of that name is on the model already.
+    #[error("an adapter is called `{name}` already; remove it first, or load over it")]
+    AdapterExists {
+        /// The name.
+        name: String,
+    },
+
+    /// The adapter that acts cannot be removed.
+    #[error("the adapter `{name}` acts; activate another first, or deactivate it")]
+    AdapterActs {
+        /// The name.
+        name: String,
+    },
+
+    /// An input does not fit the scope that names an adapter for each row.
+    #[error("layer `{layer}`: the input has {found}, expected {expected}")]
+    Rows {
+        /// Path of the layer.
+        layer: String,
+        /// What it has.
+        found: String,
+        /// What it has to have.
+        expected: String,
+    },
+
+    /// A state in memory is not one of the adapter.
+    #[error("`{name}`: the state has {found}, the adapter expects {expected}")]
+    State {
+        /// The trainable tensor.
+        name: String,
+        /// What the state has.
+        found: String,
+        /// What the adapter has.
+        expected: String,
+    },
+
     /// A layer was run while its model is still being built.
     #[error(
         "layer `{layer}`: the adapter is not finished; call `AdapterBuilder::finish` when the whole model \

@@ -41,7 +41,7 @@ pub(crate) use write::{
 };
 pub use write::{replace_with, save_tensors};
 
-use crate::adapter::{Adapter, AdapterBuilder, Stored, Warning, component_named};
+use crate::adapter::{Adapter, AdapterBuilder, Adapters, Stored, Warning, component_named};
 use crate::error::{Error, Result};
 use candle_core::Device;
 use std::path::Path;
@@ -118,6 +118,34 @@ impl Adapter {
     ) -> Result<AdapterBuilder> {
         let (_, stored) = read_stored(path.as_ref(), options)?;
         AdapterBuilder::from_stored(stored, device)
+    }
+}
+
+impl Adapters {
+    /// Loads an adapter of any dialect onto the model. An adapter of that name is replaced when the new one is
+    /// whole; if it acts for all threads, the new one acts in its place and mode from then on.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Adapter::load`] and [`AdapterBuilder::finish`]; nothing has changed then. Extra tensors of
+    /// a file, such as a head, are a part of the model and cannot be swapped: [`Error::FileUnused`].
+    pub fn load(&self, name: &str, path: impl AsRef<Path>) -> Result<Adapter> {
+        self.load_with(name, path, &LoadOptions::default())
+    }
+
+    /// [`Adapters::load`] with decisions for what a file leaves open.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Adapters::load`].
+    pub fn load_with(
+        &self,
+        name: &str,
+        path: impl AsRef<Path>,
+        options: &LoadOptions,
+    ) -> Result<Adapter> {
+        let (_, stored) = read_stored(path.as_ref(), options)?;
+        self.put(name, stored)
     }
 }
 

@@ -28,7 +28,7 @@ use super::real::{
     with_slice,
 };
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, Layout, Result, Shape, Storage, Tensor};
+use candle_core::{CpuStorage, DType, Layout, Result, Shape, Storage, Tensor};
 use rayon::prelude::*;
 
 /// Rows up to which candle's quantized product beats dequantizing, where it is allowed.
@@ -65,6 +65,32 @@ pub(crate) fn doft(
     flattened(x, weight, |x| {
         apply(x, Some((r, ratio)), Product::new(weight, bias))
     })
+}
+
+/// `x . blockdiag(r)`, without a graph, in the dtype that products are computed in.
+pub(crate) fn rotated(x: &Tensor, r: &Tensor) -> Result<Tensor> {
+    let x = in_computed(x)?;
+    match (has_kernel(&x), x.dtype()) {
+        (true, DType::F32) => rotated_by_kernel::<f32>(&x, r),
+        (true, DType::F64) => rotated_by_kernel::<f64>(&x, r),
+        _ => composed::rotate(&x, r),
+    }
+}
+
+fn rotated_by_kernel<T: Real>(x: &Tensor, r: &Tensor) -> Result<Tensor> {
+    let width = x.dim(candle_core::D::Minus1)?;
+    let rows = x.elem_count() / width.max(1);
+    let x = x.contiguous()?;
+    let turned = with_elements(r, |blocks: &[T]| {
+        let r = Blocks::new(blocks, r.shape())?;
+        with_elements(&x, |x: &[T]| Ok(rotate(Mat::row_major(x, rows, width), r)))
+    })?;
+    tensor(turned, x.shape())
+}
+
+/// `x` in the dtype that products are computed in: f32 for half types.
+pub(crate) fn in_computed(x: &Tensor) -> Result<Tensor> {
+    x.to_dtype(composed::composed_in(x.dtype()))
 }
 
 /// Whether candle's quantized product may answer: asked for, few rows, nothing to train.
