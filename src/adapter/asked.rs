@@ -46,8 +46,10 @@ impl Asked {
         locked(&self.0).is_empty()
     }
 
-    pub(crate) fn clear(&self) {
-        locked(&self.0).clear();
+    /// Becomes what another one is.
+    pub(crate) fn copy_from(&self, other: &Self) {
+        let asked = locked(&other.0).clone();
+        *locked(&self.0) = asked;
     }
 
     /// Modules, then extra tensors, that were not asked for.

@@ -149,11 +149,10 @@ impl AdapterBuilder {
         let paths = layers.keys().map(String::as_str);
         // Without any layer every pattern matches nothing, and the first would be blamed.
         let built = !(layers.is_empty() && extras.is_empty());
-        if built {
-            match &parts.source {
-                None => select::check_patterns(&parts.config, paths)?,
-                Some(source) => source.check_used(paths)?,
-            }
+        match &parts.source {
+            None if built => select::check_patterns(&parts.config, paths)?,
+            None => {}
+            Some(source) => source.check_used(paths)?,
         }
         let empty = adapted().next().is_none() && extras.is_empty();
         if empty && parts.config.targets != Targets::None {

@@ -5,7 +5,16 @@
 //! whose names do not fit would leave the frozen base running unnoticed. It is a builder, and not a
 //! closure, because models are built as with candle's `VarBuilder`: passed by reference from constructor
 //! to constructor. [`AdapterBuilder::finish`] takes the builder by value, so the compiler refuses a layer
-//! that comes later:
+//! that comes later. This compiles, and with one line more it does not:
+//!
+//! ```
+//! # use candle_core::{DType, Device};
+//! # let vb = candle_nn::VarBuilder::zeros(DType::F32, &Device::Cpu);
+//! let builder = candle_doft::Adapter::builder(Default::default(), &Device::Cpu)?;
+//! builder.linear(64, 64, vb.pp("first"))?;
+//! let adapter = builder.finish()?;
+//! # Ok::<(), candle_doft::Error>(())
+//! ```
 //!
 //! ```compile_fail,E0382
 //! # use candle_core::{DType, Device};

@@ -34,7 +34,8 @@ impl Adapter {
     }
 
     /// Runs `f` in a mode, for this thread alone: sampling in one thread leaves training in another as
-    /// it is. Scopes can be nested; a panic leaves them.
+    /// it is. Scopes can be nested; a panic leaves them. Closures that other threads run, rayon's too, are not in
+    /// it: give each a [`Scope`], or use [`Adapter::set_mode`].
     ///
     /// # Errors
     ///
@@ -67,7 +68,8 @@ impl Adapter {
     }
 
     /// A mode that several threads can enter: see [`Scope::run`]. [`Mode::Eval`] keeps the values that
-    /// the adapter has now.
+    /// the adapter has now. Make it in the thread that steps the optimizer: made during a step, it may mix two
+    /// steps.
     ///
     /// # Errors
     ///

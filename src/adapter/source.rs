@@ -8,7 +8,7 @@ use super::{Adapter, AdapterBuilder, locked};
 use crate::config::{DoftConfig, LayerKind, Magnitude};
 use crate::error::{Error, Result};
 use crate::frozen::Base;
-use crate::layer::Adaptation;
+use crate::layer::{Adaptation, check_finite};
 use crate::params::row_norms_of;
 use candle_core::{Device, Tensor, Var};
 use std::collections::{BTreeMap, BTreeSet};
@@ -49,7 +49,11 @@ impl Source {
         layer.check_shape(&self.stored.file, module, path, base.shape)?;
         let norms = row_norms_of(base.weight)?;
         self.compare_base(path, layer, &norms)?;
-        let config = layer.settings(&self.stored.config, base.weight.in_dim());
+        check_finite(path, &norms)?;
+        let mut config = layer.settings(&self.stored.config, base.weight.in_dim());
+        // The rules of a file decide nothing but this: all else stands with the layer.
+        config.dropout = self.stored.config.for_layer(module)?.dropout;
+        config.validate()?;
         let norms = match &layer.norms {
             Some(stored) => stored.to_dtype(norms.dtype())?.to_device(norms.device())?,
             None => norms,

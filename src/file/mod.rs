@@ -190,6 +190,10 @@ pub(crate) fn read_stored(path: &Path, options: &LoadOptions) -> Result<(Dialect
     stored.allow_changed_base = options.allow_changed_base;
     if let Some(dropout) = options.dropout {
         stored.config.dropout = dropout;
+        for rule in &mut stored.config.rules {
+            rule.dropout = None;
+        }
+        stored.config.validate()?;
     }
     Ok((dialect, stored))
 }

@@ -181,7 +181,8 @@ impl Adaptation {
     }
 }
 
-fn check_finite(layer: &str, norms: &Tensor) -> Result<()> {
+/// Returns an error for a base weight with a row whose norm is no number.
+pub(crate) fn check_finite(layer: &str, norms: &Tensor) -> Result<()> {
     let norms: Vec<f64> = norms
         .to_device(&Device::Cpu)?
         .to_dtype(DType::F64)?

@@ -74,6 +74,14 @@ impl<F: Adaptable> Doft<F> {
         let base = base.into();
         let path = vb.prefix();
         base.check_base(&path)?;
+        if config.dropout > 0. {
+            let expected = "0: a layer that stands alone has no mode to switch it off; build it through an adapter";
+            return Err(Error::config(
+                "dropout",
+                config.dropout.to_string(),
+                expected,
+            ));
+        }
         let id = next_id();
         let adaptation = Adaptation::new(id, F::KIND, &base.as_base(), config, None, vb)?;
         Ok(Self::from_parts(
@@ -159,9 +167,13 @@ impl<F: Adaptable> Doft<F> {
     ///
     /// Those of candle's operations.
     pub fn effective_weight(&self) -> Result<Tensor> {
-        let weight = self.base.as_base().tensor()?;
+        let base = self.base.as_base();
+        let weight = base.tensor()?;
         match &self.adaptation {
-            Some(adaptation) => adaptation.effective_weight(&weight),
+            Some(adaptation) => {
+                adaptation.check_unchanged(&base)?;
+                adaptation.effective_weight(&weight)
+            }
             None => Ok(weight),
         }
     }
@@ -183,7 +195,7 @@ impl<F: Adaptable> Module for Doft<F> {
     ///
     /// * If the input does not have the shape, dtype or device that the layer takes.
     /// * [`Error::Unfinished`] before [`AdapterBuilder::finish`](crate::AdapterBuilder::finish).
-    /// * [`Error::BaseChanged`] if the base is a variable that was set after the layer was built.
+    /// * [`Error::BaseChanged`] if the base is a variable that was set between building and the first pass.
     /// * [`Error::Rows`] under [`Adapters::rows`](crate::Adapters::rows), for an input with another number of
     ///   rows or a graph.
     fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {

@@ -16,7 +16,7 @@ mod linear;
 mod mixed;
 mod mode;
 
-pub(crate) use adaptation::Adaptation;
+pub(crate) use adaptation::{Adaptation, check_finite};
 pub use adapted::Doft;
 pub(crate) use adapted::{Adaptable, next_id};
 pub use conv::{DoftConv1d, DoftConv2d};

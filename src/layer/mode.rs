@@ -15,15 +15,18 @@ use std::sync::{Arc, PoisonError, RwLock};
 /// [`Module::forward`](candle_nn::Module::forward) and
 /// [`ModuleT::forward_t`](candle_nn::ModuleT::forward_t) both obey it, and the `train` flag of
 /// `forward_t` has no effect, because candle's blanket implementation drops it.
+///
+/// Extra tensors, such as a new head, are not affected: they stay in the graph and keep their trained values
+/// in every mode.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mode {
     /// Rotations and magnitudes are part of the graph, and dropout acts. The mode of a new adapter,
     /// and of one that was loaded.
     #[default]
     Train,
-    /// Rotations and ratios are constants, taken when the mode is entered. There is no graph, no
-    /// dropout, and no rotation is rebuilt for each call. A step of an optimizer is not seen until
-    /// the mode is entered again.
+    /// Rotations and ratios are constants: there is no dropout, and no graph of the layers. Entering the mode makes
+    /// every rotation once, so put a whole loop inside, or keep a [`Scope`]. A step of an optimizer is
+    /// not seen until the mode is entered again.
     Eval,
     /// Each layer returns what its frozen base returns.
     Off,

@@ -90,6 +90,7 @@ impl Added {
         let mut tensors = Vec::new();
         let file = source.file_name();
         for (name, _) in self.files.iter().filter(|(_, of)| **of == file) {
+            merge.mark_extra(name);
             let tensor = match (merge.extra(name), &self.table) {
                 (Some((_, extra)), _) => extra.clone(),
                 (None, Some(table)) => source.tensor(table)?,

@@ -36,8 +36,7 @@ impl<'a> Merged<'a> {
         locked(&self.names).insert(path.to_string());
     }
 
-    /// The merged tensor of a name, from what the base answers. Weights are read in their own dtype,
-    /// so that a merge rounds once.
+    /// The merged tensor of a name, from what the base returns in the dtype that was asked for.
     fn merged(&self, name: &str, base: Tensor) -> Result<Tensor> {
         let tensor = match self.merge.extra(name) {
             Some((_, extra)) => replaced(name, extra, base.shape(), base.dtype(), base.device())?,
@@ -88,6 +87,7 @@ impl SimpleBackend for Merged<'_> {
         _: &Device,
     ) -> Result<Tensor> {
         self.note(name);
+        self.merge.mark_extra(name);
         let base = self.base();
         match self.added(name) {
             Some(extra) => replaced(name, extra, &shape, dtype, base.device()),
@@ -97,6 +97,7 @@ impl SimpleBackend for Merged<'_> {
 
     fn get_unchecked(&self, name: &str, dtype: DType, _: &Device) -> Result<Tensor> {
         self.note(name);
+        self.merge.mark_extra(name);
         let base = self.base();
         match self.added(name) {
             Some(extra) => replaced(name, extra, extra.shape(), dtype, base.device()),

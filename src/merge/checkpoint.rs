@@ -99,9 +99,21 @@ impl Merge {
         &self,
         base: impl AsRef<Path>,
         output: impl AsRef<Path>,
+        options: CheckpointOptions,
+    ) -> Result<MergeReport> {
+        // A plan of its own: others may merge the same adapters at the same time.
+        let plan = self.fresh();
+        let report = plan.write_checkpoint(base.as_ref(), output.as_ref(), options);
+        self.publish(&plan);
+        report
+    }
+
+    fn write_checkpoint(
+        &self,
+        base: &Path,
+        output: &Path,
         mut options: CheckpointOptions,
     ) -> Result<MergeReport> {
-        let (base, output) = (base.as_ref(), output.as_ref());
         let (checkpoints, others) = header::files(base, output)?;
         let folder = base.is_dir();
         check_output(output, folder)?;
@@ -166,7 +178,6 @@ impl Merge {
                 .map(|name| name.strip_suffix(".weight").unwrap_or(name))
         };
         for part in self.parts.iter() {
-            part.asked.clear();
             // A weaker match that comes first in a file must not take what belongs to another.
             for path in part.stored.matched(paths())?.into_values() {
                 part.asked.insert(&part.stored, path)?;

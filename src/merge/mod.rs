@@ -123,10 +123,7 @@ impl Merge {
 
     fn with_stored(self, stored: Stored, strength: Strength) -> Result<Self> {
         strength.check(&stored)?;
-        let mut parts: Vec<Part> = match Arc::try_unwrap(self.parts) {
-            Ok(parts) => parts,
-            Err(shared) => shared.iter().map(Part::fresh).collect(),
-        };
+        let mut parts = self.into_parts();
         parts.push(Part::new(stored, strength));
         Ok(Self {
             parts: Arc::new(parts),
@@ -159,13 +156,11 @@ impl Merge {
         base: VarBuilder<'a>,
         model: impl FnOnce(VarBuilder<'a>) -> Result<M, E>,
     ) -> Result<M, E> {
-        // What was asked for is counted for this model alone.
-        for part in self.parts.iter() {
-            part.asked.clear();
-        }
+        // What was asked for is counted for this model alone, also when others are built at the same time.
+        let plan = self.fresh();
         let (dtype, device, prefix) = (base.dtype(), base.device().clone(), base.prefix());
         let names = Arc::default();
-        let backend = backend::Merged::new(self.clone(), base.root(), Arc::clone(&names));
+        let backend = backend::Merged::new(plan.clone(), base.root(), Arc::clone(&names));
         let merged = VarBuilder::from_backend(Box::new(backend), dtype, device);
         let merged = if prefix.is_empty() {
             merged
@@ -174,8 +169,49 @@ impl Merge {
         };
         let built = model(merged)?;
         let names: Vec<String> = locked(&names).iter().cloned().collect();
-        self.check_used_by(names.iter().map(String::as_str))?;
+        plan.check_used_by(names.iter().map(String::as_str))?;
+        self.publish(&plan);
         Ok(built)
+    }
+
+    /// The same adapters, of which nothing was asked for yet.
+    fn fresh(&self) -> Self {
+        Self {
+            parts: Arc::new(self.parts.iter().map(Part::fresh).collect()),
+        }
+    }
+
+    /// Takes over what a finished merge met, for [`Merge::warnings`].
+    fn publish(&self, plan: &Self) {
+        for (part, other) in self.parts.iter().zip(plan.parts.iter()) {
+            part.take_over(other);
+        }
+    }
+
+    /// Lets modules of the adapters added so far match no weight, with a warning: for adapters in memory, whose
+    /// file options do not apply.
+    pub fn with_allow_partial(self, allow: bool) -> Self {
+        self.changed(|stored| stored.allow_partial = allow)
+    }
+
+    /// Lets the adapters added so far be merged into another base than they were trained on.
+    pub fn with_allow_changed_base(self, allow: bool) -> Self {
+        self.changed(|stored| stored.allow_changed_base = allow)
+    }
+
+    fn changed(self, change: impl Fn(&mut Stored)) -> Self {
+        let mut parts = self.into_parts();
+        parts.iter_mut().for_each(|part| change(&mut part.stored));
+        Self {
+            parts: Arc::new(parts),
+        }
+    }
+
+    fn into_parts(self) -> Vec<Part> {
+        match Arc::try_unwrap(self.parts) {
+            Ok(parts) => parts,
+            Err(shared) => shared.iter().map(Part::fresh).collect(),
+        }
     }
 
     /// The merged weight of the layer at `path`, in the dtype of `weight`; none when no adapter has it.
@@ -227,6 +263,7 @@ impl Merge {
         base: &Tensor,
         allow_changed_base: bool,
     ) -> Result<Option<Tensor>> {
+        self.mark_extra(name);
         let replaced = match self.extra(name) {
             None => None,
             Some((file, extra)) if extra.dims() != base.dims() => {
@@ -272,6 +309,13 @@ impl Merge {
     fn extra(&self, name: &str) -> Option<(&Path, &Tensor)> {
         let mut parts = self.parts.iter().rev();
         parts.find_map(|part| Some((part.stored.file.as_path(), part.extra(name)?)))
+    }
+
+    /// Counts the extra tensor of that name as asked for, of every adapter that has it.
+    fn mark_extra(&self, name: &str) {
+        for part in self.parts.iter() {
+            part.mark_extra(name);
+        }
     }
 }
 

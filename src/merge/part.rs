@@ -67,7 +67,14 @@ impl Part {
         if self.strength.value == 0. {
             return None;
         }
-        let extra = self.stored.extras.get(name)?;
+        self.stored.extras.get(name)
+    }
+
+    /// Counts an extra tensor that there is as asked for.
+    pub(super) fn mark_extra(&self, name: &str) {
+        if self.extra(name).is_none() {
+            return;
+        }
         self.asked.insert_extra(name);
         if self.strength.value != 1. {
             self.warn(
@@ -75,7 +82,13 @@ impl Part {
                 "an extra tensor is there in full, whatever the strength",
             );
         }
-        Some(extra)
+    }
+
+    /// Takes over what another use of the same adapter met.
+    pub(super) fn take_over(&self, other: &Self) {
+        let met = locked(&other.met).clone();
+        *locked(&self.met) = met;
+        self.asked.copy_from(&other.asked);
     }
 
     /// Checks that a layer fits its weight, and that the weight is the one that it was trained on.
