@@ -1,17 +1,18 @@
 //! [`Checkpoint`]: everything that a run needs to go on, in one file.
 
 use super::AdamW;
-use super::optimizer::moment_dtype;
+use super::optimizer::{State, wide_dtype};
 use crate::error::{Error, Result, shown};
 use crate::file::{CHECKPOINT, Tensors, replace, safetensors_bytes};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, Var};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-const VERSION: &str = "1";
+/// 2: copies in f32 of half variables.
+const VERSION: &str = "2";
 
 /// A point of a run to go on from: trained variables, the moments and steps of the optimizer, the
 /// configuration, and whatever else the run keeps (the position in its data, its random state).
@@ -24,6 +25,7 @@ const VERSION: &str = "1";
 /// |---|---|
 /// | `trained.<name>` | the variable |
 /// | `first.<name>`, `second.<name>` | its moments |
+/// | `master.<name>` | its copy in f32, of a variable in f16 or bf16 |
 ///
 /// Metadata: `format`, `format_version`, `steps`, and `config` and `state` as JSON.
 ///
@@ -55,9 +57,12 @@ impl Checkpoint {
         for (name, var) in optimizer.named_vars() {
             tensors.insert(format!("trained.{name}"), var.as_tensor().clone());
         }
-        for (name, first, second) in optimizer.moments() {
-            tensors.insert(format!("first.{name}"), first.clone());
-            tensors.insert(format!("second.{name}"), second.clone());
+        for (name, state) in optimizer.states()? {
+            tensors.insert(format!("first.{name}"), state.first);
+            tensors.insert(format!("second.{name}"), state.second);
+            if let Some(master) = state.master {
+                tensors.insert(format!("master.{name}"), master);
+            }
         }
         let json = |what: &str, value: serde_json::Result<String>| {
             value.map_err(|error| Error::file(path, format!("the {what} is no JSON: {error}")))
@@ -153,66 +158,105 @@ impl Checkpoint {
     /// shape or dtype differs. Nothing is changed then.
     pub fn restore(&self, optimizer: &mut AdamW) -> Result<()> {
         let vars = optimizer.named_vars();
-        let expected = 3 * vars.len();
         let mut found = Vec::with_capacity(vars.len());
         for (name, var) in &vars {
-            let get = |role: &str| {
-                let key = format!("{role}.{name}");
-                let Some(tensor) = self.tensors.get(&key) else {
-                    return Err(Error::file(
-                        &self.file,
-                        format!("it lacks `{key}`: the run trained other variables"),
-                    ));
-                };
-                let dtype = match role {
-                    "trained" => var.dtype(),
-                    _ => moment_dtype(var),
-                };
-                if tensor.dims() != var.dims() || tensor.dtype() != dtype {
-                    return Err(Error::FileTensor {
-                        file: self.file.clone(),
-                        tensor: key,
-                        found: format!("{:?} of {:?}", tensor.dims(), tensor.dtype()),
-                        expected: format!("{:?} of {dtype:?}, as the model", var.dims()),
-                        fix: "resume with the configuration that the run had",
-                    });
-                }
-                if let Some((index, value)) = unusable(role, tensor)? {
-                    return Err(Error::FileTensor {
-                        file: self.file.clone(),
-                        tensor: key,
-                        found: format!("{value} at index {index}"),
-                        expected: match role {
-                            "second" => "finite numbers from 0".to_string(),
-                            _ => "finite numbers".to_string(),
-                        },
-                        fix: "go on from an older checkpoint",
-                    });
-                }
-                Ok(tensor.to_device(var.device())?)
+            let trained = self.get("trained", name, var)?;
+            let first = self.get("first", name, var)?;
+            let second = self.get("second", name, var)?;
+            let master = match var.dtype() == wide_dtype(var) {
+                true => None,
+                false => Some(self.master(name, var, &trained)?),
             };
-            found.push((var, name, get("trained")?, get("first")?, get("second")?));
+            let state = State {
+                first,
+                second,
+                master,
+            };
+            found.push((name.clone(), var, trained, state));
         }
-        if self.tensors.len() != expected {
-            let known = |key: &&String| {
-                let mut roles = ["trained.", "first.", "second."].into_iter();
-                let name = roles.find_map(|role| key.strip_prefix(role));
-                name.is_some_and(|name| vars.iter().any(|(var, _)| var == name))
+        let expected = |key: &str| {
+            let (role, name) = key.split_once('.').unwrap_or_default();
+            let of_name = |(known, _, _, state): &&(String, _, _, State)| {
+                known == name && (role != "master" || state.master.is_some())
             };
-            let other = self.tensors.keys().find(|key| !known(key));
-            let other = other.map_or(String::new(), |name| shown(name));
+            ["trained", "first", "second", "master"].contains(&role)
+                && found.iter().any(|entry| of_name(&entry))
+        };
+        if let Some(other) = self.tensors.keys().find(|key| !expected(key)) {
+            let other = shown(other);
             let reason = format!("it holds `{other}`, which the model does not train");
             return Err(Error::file(&self.file, reason));
         }
-        let mut moments = Vec::with_capacity(found.len());
-        for (var, name, trained, first, second) in found {
+        let mut states = Vec::with_capacity(found.len());
+        for (name, var, trained, state) in found {
             var.set(&trained)?;
-            moments.push((name.clone(), first, second));
+            states.push((name, state));
         }
-        optimizer.resume(self.steps, moments);
+        optimizer.resume(self.steps, states);
         Ok(())
     }
+
+    /// What it holds of a variable, on the device of that.
+    fn get(&self, role: &str, name: &str, var: &Var) -> Result<Tensor> {
+        let key = format!("{role}.{name}");
+        let Some(tensor) = self.tensors.get(&key) else {
+            return Err(Error::file(
+                &self.file,
+                format!("it lacks `{key}`: the run trained other variables"),
+            ));
+        };
+        let dtype = match role {
+            "trained" => var.dtype(),
+            _ => wide_dtype(var),
+        };
+        if tensor.dims() != var.dims() || tensor.dtype() != dtype {
+            return Err(Error::FileTensor {
+                file: self.file.clone(),
+                tensor: key,
+                found: format!("{:?} of {:?}", tensor.dims(), tensor.dtype()),
+                expected: format!("{:?} of {dtype:?}, as the model", var.dims()),
+                fix: "resume with the configuration that the run had",
+            });
+        }
+        if let Some((index, value)) = unusable(role, tensor)? {
+            return Err(Error::FileTensor {
+                file: self.file.clone(),
+                tensor: key,
+                found: format!("{value} at index {index}"),
+                expected: match role {
+                    "second" => "finite numbers from 0".to_string(),
+                    _ => "finite numbers".to_string(),
+                },
+                fix: OLDER,
+            });
+        }
+        Ok(tensor.to_device(var.device())?)
+    }
+
+    /// The copy in f32 of a half variable, of which that has to be the rounding.
+    fn master(&self, name: &str, var: &Var, trained: &Tensor) -> Result<Tensor> {
+        let master = self.get("master", name, var)?;
+        let host = |t: &Tensor| -> Result<Vec<f32>> {
+            let host = t.to_device(&Device::Cpu)?.to_dtype(var.dtype())?;
+            Ok(host.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+        };
+        let (rounded, trained) = (host(&master)?, host(trained)?);
+        let other = rounded.iter().zip(&trained).position(|(a, b)| a != b);
+        match other {
+            None => Ok(master),
+            Some(index) => Err(Error::FileTensor {
+                file: self.file.clone(),
+                tensor: format!("master.{name}"),
+                found: format!("{} at index {index}, rounded", rounded[index]),
+                expected: format!("{}, as `trained.{name}`", trained[index]),
+                fix: OLDER,
+            }),
+        }
+    }
 }
+
+/// What to do about numbers that no run has.
+const OLDER: &str = "go on from an older checkpoint";
 
 /// The first value that no run can go on with: one that is not finite, or a second moment below 0.
 fn unusable(role: &str, tensor: &Tensor) -> Result<Option<(usize, f64)>> {
