@@ -18,7 +18,7 @@
 //! [composed] twin runs.
 
 use super::Weight;
-use super::adapted::{Gradients, Kernel, Stored, apply, bias_values, swamped};
+use super::adapted::{Gradients, Kernel, Limits, Stored, apply, bias_values};
 use super::blocks::{Blocks, gradient, gradient_and_back, rotate, rotate_back};
 use super::composed;
 use super::gemm::{Mat, MatMut, multiply, multiply_wide};
@@ -194,14 +194,14 @@ impl Product {
     ) -> Result<(Vec<T>, Tensor)> {
         let bias = bias_values::<T>(self.bias.as_ref(), self.weight.out_dim())?;
         let values = ratio.to_vec1::<T>()?;
-        let swamped = swamped(y.dtype());
+        let limits = Limits::of(y.dtype());
         let (scaled, sums) = with_elements::<T, _>(y, |y| {
             with_elements::<T, _>(dy, |dy| {
                 Ok(scaled_and_gradient(
                     (y, dy),
                     bias.as_deref(),
                     &values,
-                    swamped,
+                    limits,
                 ))
             })
         })?;
