@@ -17,8 +17,8 @@ use candle_core::Tensor;
 /// `R` comes from the packed parameter (see [`rotation`](crate::rotation)), `m` from the magnitude
 /// (see [`Magnitude`](crate::Magnitude)). Because a rotation keeps norms, `n0 = ||W_row||` is taken
 /// once, when the layer is made. A new layer answers what its base answers, bit for bit on CPU, also to
-/// views of any strides. In f32 and f64 that is what candle's layer answers, but for inputs of rank 3 or
-/// more that are not contiguous: candle multiplies those batch by batch, the layers here copy them.
+/// views of any strides. In f32 and f64 that is what candle's layer answers; to a view, what it answers to
+/// a contiguous copy of it, for over other strides candle adds in another order.
 ///
 /// Clones share parameters. A layer outside the targets of an [`Adapter`](crate::Adapter) is the plain
 /// frozen layer: [`DoftLinear::is_adapted`] is false. It runs as the [`Mode`](crate::Mode) of its adapter

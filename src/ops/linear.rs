@@ -272,19 +272,26 @@ impl Kernel for Product {
             let (y, shape) = self.forward::<T>((&wide, &layout), r, ratio)?;
             return Ok((narrowed(T::cpu_storage_data(y)?, x.0.dtype())?, shape));
         }
-        let (rows, _) = x.1.shape().dims2()?;
+        let (rows, width) = x.1.shape().dims2()?;
         let out = self.weight.out_dim();
         let shape = Shape::from((rows, out));
         if rows == 0 {
             return Ok((T::to_cpu_storage_owned(Vec::new()), shape));
         }
         let y = match r {
-            None => self.times_weight::<T>(x.0, x.1, true)?,
+            None => match as_rows(x.1)? {
+                Some(layout) => self.times_weight::<T>(x.0, &layout, true)?,
+                None => {
+                    let copy = elements::<T>(x.0, x.1)?.into_owned();
+                    let layout = Layout::contiguous((rows, width));
+                    self.times_weight::<T>(&T::to_cpu_storage_owned(copy), &layout, true)?
+                }
+            },
             Some((r, layout)) => {
-                let of_x = matrix::<T>(slice(x.0, x.1)?, x.1)?;
-                let rotated = rotate(of_x, Blocks::new(slice(r, layout)?, layout.shape())?);
-                let (rotated, layout) = laid_out_as(x.1, rotated)?;
-                self.times_weight::<T>(&T::to_cpu_storage_owned(rotated), &layout, true)?
+                let x = matrix::<T>(slice(x.0, x.1)?, x.1)?;
+                let rotated = rotate(x, Blocks::new(slice(r, layout)?, layout.shape())?);
+                let rotated = T::to_cpu_storage_owned(rotated);
+                self.times_weight::<T>(&rotated, &Layout::contiguous((rows, width)), true)?
             }
         };
         let mut y = T::cpu_storage_data(y)?;
@@ -366,29 +373,20 @@ fn wide<T: Real>(x: &Tensor) -> Result<Tensor> {
     with_elements::<T, _>(x, |values| tensor(values.to_vec(), x.shape()))
 }
 
-/// A row-major matrix, copied where products would take another way over it than over one of that
-/// layout: candle's and `gemm`'s choose theirs, and with it the order of their sums, by which strides
-/// are 1. So a rotation by the identity changes no bit of the product of a view either.
-fn laid_out_as<T: Real>(x: &Layout, values: Vec<T>) -> Result<(Vec<T>, Layout)> {
+/// How to read `x` as rows of neighbouring elements; none where it has to be copied for that. Candle's
+/// product and `gemm`'s choose their way, and with it the order of their sums, by which strides are 1:
+/// a view would give other bits than its copy, and than its rotation by the identity.
+fn as_rows(x: &Layout) -> Result<Option<Layout>> {
     let (rows, width) = x.shape().dims2()?;
-    let (of_rows, of_columns) = (x.stride()[0], x.stride()[1]);
-    // The stride of an axis of one element counts, though it leads nowhere.
-    let strides = match (of_rows, of_columns) {
-        (s, 1) => (if rows > 1 { width } else { s }, 1),
-        (s, t) if width == 1 => (if rows > 1 { 1 } else { s }, t),
-        (1, _) => (1, rows.max(2)),
-        _ => (2 * width, 2),
-    };
-    let layout = Layout::new(x.shape().clone(), vec![strides.0, strides.1], 0);
-    if layout.is_contiguous() {
-        return Ok((values, layout));
-    }
-    let mut copy = vec![T::zero(); (rows - 1) * strides.0 + (width - 1) * strides.1 + 1];
-    for (i, row) in values.chunks_exact(width).enumerate() {
-        let to = copy[i * strides.0..].iter_mut().step_by(strides.1);
-        to.zip(row).for_each(|(to, from)| *to = *from);
-    }
-    Ok((copy, layout))
+    // The stride of an axis of one element leads nowhere, but is looked at.
+    let of_rows = if rows == 1 { width } else { x.stride()[0] };
+    let of_columns = if width == 1 { 1 } else { x.stride()[1] };
+    let rows = Layout::new(
+        x.shape().clone(),
+        vec![of_rows, of_columns],
+        x.start_offset(),
+    );
+    Ok((of_columns == 1).then_some(rows))
 }
 
 /// A CPU tensor of rank 2 as a matrix.
