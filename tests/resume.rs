@@ -1,11 +1,14 @@
-//! What a run keeps from step to step and in a checkpoint: copies in f32 of half variables.
+//! What a run keeps from step to step and in a checkpoint: copies in f32 of half variables, and what the
+//! parameters of its layers mean.
 
 mod support;
 
 use candle_core::{DType, Result, Tensor, Var};
+use candle_doft::config::Rule;
 use candle_doft::train::{AdamW, Checkpoint, Group};
-use candle_nn::ParamsAdamW;
-use support::tensors::{CPU, seeded, values};
+use candle_doft::{Adapter, DoftConfig, Magnitude, Map};
+use candle_nn::{Linear, ParamsAdamW};
+use support::tensors::{CPU, disturb_all, seeded, values};
 
 const PARAMS: ParamsAdamW = ParamsAdamW {
     lr: 1e-2,
@@ -198,5 +201,138 @@ fn a_half_variable_out_of_step_or_out_of_range_is_refused() -> candle_doft::Resu
         .to_string();
     let expected = "tensor `master.a` has 1 at index 0, rounded, expected 60000, as `trained.a`";
     assert!(error.contains(expected), "{error}");
+    Ok(())
+}
+
+/// Parameters of equal names and shapes that mean another layer under other settings.
+#[test]
+fn a_checkpoint_is_restored_into_no_other_adapter() -> candle_doft::Result<()> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("checkpoint.safetensors");
+    let start =
+        |config: DoftConfig, bases: &[(&str, u64, (usize, usize))]| -> candle_doft::Result<_> {
+            let builder = Adapter::builder(config.with_block_size(8), &CPU)?;
+            for (path, seed, shape) in bases {
+                let weight = seeded(*shape, *seed).to_dtype(DType::F32)?;
+                builder.wrap(path, Linear::new(weight, None))?;
+            }
+            let adapter = builder.finish()?;
+            let params = ParamsAdamW {
+                weight_decay: 0.,
+                ..PARAMS
+            };
+            let optimizer = AdamW::for_adapter(&adapter, params.clone())?;
+            Ok((adapter, optimizer, params))
+        };
+    let bases = [("q", 1, (6, 32)), ("v", 2, (6, 8))];
+    let config = || DoftConfig::default().with_max_norm(0.5);
+    let (adapter, optimizer, params) = start(config(), &bases)?;
+    disturb_all(adapter.vars(), 0.1)?;
+    Checkpoint::save(&path, &optimizer, &(), &())?;
+    let loaded = Checkpoint::load(&path)?;
+    for (config, bases, expected) in [
+        (
+            config().with_map(Map::Exponential),
+            bases,
+            "`q` has `map` exponential, in the run `map` cayley",
+        ),
+        (config().with_map(Map::SERIES), bases, "`q` has `map`"),
+        (
+            config().with_scaled(false),
+            bases,
+            "`q` has `scaled` false, in the run `scaled` true",
+        ),
+        (
+            config().with_max_norm(0.6),
+            bases,
+            "`q` has `max_norm` 0.6, in the run `max_norm` 0.5",
+        ),
+        (
+            config().with_max_norm(None),
+            bases,
+            "`q` has no `max_norm`, in the run",
+        ),
+        // One block, which is stored as one that is shared is.
+        (
+            config().with_rule(Rule::new("v").with_block_share(true)),
+            bases,
+            "`v` has `block_share` true, in the run `block_share` false",
+        ),
+        (
+            config().with_magnitude(Magnitude::Factor),
+            bases,
+            "it lacks `trained.q.dora_multiplier`",
+        ),
+        (
+            config(),
+            [bases[0], ("v", 9, (6, 8))],
+            "`v` is over another base weight than in the run",
+        ),
+        (config(), bases, ""),
+    ] {
+        let (adapter, mut optimizer, params) = start(config, &bases)?;
+        let before: Vec<_> = adapter.vars().iter().map(|var| values(var)).collect();
+        let result = loaded.restore(&mut optimizer);
+        let after: Vec<_> = adapter.vars().iter().map(|var| values(var)).collect();
+        if expected.is_empty() {
+            result?;
+            assert_ne!(before, after);
+            // Groups of one's own know it where they are told.
+            let group = || vec![Group::new(adapter.named_vars())];
+            let error = loaded.restore(&mut AdamW::new(group(), params.clone())?);
+            let error = error.unwrap_err().to_string();
+            assert!(
+                error.contains("of which the optimizer knows nothing"),
+                "{error}"
+            );
+            let mut own = AdamW::new(group(), params)?.with_adapter(&adapter)?;
+            loaded.restore(&mut own)?;
+        } else {
+            let error = result.unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+            assert_eq!((before, optimizer.steps()), (after, 0));
+        }
+    }
+    // A checkpoint that cannot be compared, and one of no adapter at all.
+    let plain = || AdamW::new(vec![Group::new(adapter.named_vars())], params.clone());
+    Checkpoint::save(&path, &plain()?, &(), &())?;
+    let loaded = Checkpoint::load(&path)?;
+    loaded.restore(&mut plain()?)?;
+    let (_, mut optimizer, _) = start(config(), &bases)?;
+    let error = loaded.restore(&mut optimizer).unwrap_err().to_string();
+    assert!(
+        error.contains("it does not say what the parameters of its layers mean"),
+        "{error}"
+    );
+    Ok(())
+}
+
+/// The shape of the base is not in that of the parameters: 6 outputs of one block, or of two.
+#[test]
+fn a_shared_block_is_restored_over_no_other_width() -> candle_doft::Result<()> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("checkpoint.safetensors");
+    let start = |width: usize| -> candle_doft::Result<_> {
+        let config = DoftConfig::default()
+            .with_block_size(8)
+            .with_block_share(true);
+        let builder = Adapter::builder(config, &CPU)?;
+        let weight = seeded((6, width), 1).to_dtype(DType::F32)?;
+        builder.wrap("q", Linear::new(weight, None))?;
+        let params = ParamsAdamW {
+            weight_decay: 0.,
+            ..PARAMS
+        };
+        AdamW::for_adapter(&builder.finish()?, params)
+    };
+    Checkpoint::save(&path, &start(16)?, &(), &())?;
+    let error = Checkpoint::load(&path)?
+        .restore(&mut start(32)?)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("layer `q` has `shape` [6, 32], in the run `shape` [6, 16]"),
+        "{error}"
+    );
     Ok(())
 }

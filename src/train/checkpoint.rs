@@ -2,6 +2,7 @@
 
 use super::AdamW;
 use super::optimizer::{State, wide_dtype};
+use crate::adapter::Settings;
 use crate::error::{Error, Result, shown};
 use crate::file::{CHECKPOINT, Tensors, replace, safetensors_bytes};
 use candle_core::{DType, Device, Tensor, Var};
@@ -11,7 +12,7 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-/// 2: copies in f32 of half variables.
+/// 2: copies in f32 of half variables, and the settings of layers.
 const VERSION: &str = "2";
 
 /// A point of a run to go on from: trained variables, the moments and steps of the optimizer, the
@@ -27,7 +28,8 @@ const VERSION: &str = "2";
 /// | `first.<name>`, `second.<name>` | its moments |
 /// | `master.<name>` | its copy in f32, of a variable in f16 or bf16 |
 ///
-/// Metadata: `format`, `format_version`, `steps`, and `config` and `state` as JSON.
+/// Metadata: `format`, `format_version`, `steps`, and as JSON `config`, `state` and `layers`: what the
+/// parameters of each layer of an adapter mean, which is compared when they are restored.
 ///
 /// [`train`](super#examples) shows its use.
 #[derive(Clone, Debug)]
@@ -36,6 +38,8 @@ pub struct Checkpoint {
     steps: u64,
     config: Value,
     state: Value,
+    /// Of the layers of an adapter; none where the optimizer knew of none.
+    layers: Option<BTreeMap<String, Settings>>,
     tensors: BTreeMap<String, Tensor>,
 }
 
@@ -76,6 +80,10 @@ impl Checkpoint {
                 json("configuration", serde_json::to_string(config))?,
             ),
             ("state".into(), json("state", serde_json::to_string(state))?),
+            (
+                "layers".into(),
+                json("settings", serde_json::to_string(&optimizer.layers()))?,
+            ),
         ]);
         replace(path, &safetensors_bytes(&tensors, &metadata)?)
     }
@@ -105,10 +113,12 @@ impl Checkpoint {
                 format!("its `steps` are `{found}`, expected a number"),
             )
         })?;
-        let json = |key: &str| {
-            serde_json::from_str(get(key))
-                .map_err(|error| Error::file(path, format!("its `{key}` cannot be read: {error}")))
+        let unread = |key: &str, error: serde_json::Error| {
+            Error::file(path, format!("its `{key}` cannot be read: {error}"))
         };
+        let json = |key: &str| serde_json::from_str(get(key)).map_err(|error| unread(key, error));
+        let layers =
+            serde_json::from_str(get("layers")).map_err(|error| unread("layers", error))?;
         let mut tensors = BTreeMap::new();
         for name in file.names() {
             tensors.insert(name.to_string(), file.tensor(name)?);
@@ -118,6 +128,7 @@ impl Checkpoint {
             steps,
             config: json("config")?,
             state: json("state")?,
+            layers,
             tensors,
         })
     }
@@ -154,8 +165,9 @@ impl Checkpoint {
     ///
     /// # Errors
     ///
-    /// [`Error::FileTensor`] or [`Error::File`] when a variable is missing, another is there, or a
-    /// shape or dtype differs. Nothing is changed then.
+    /// [`Error::FileTensor`] or [`Error::File`] when a variable is missing, another is there, a shape or
+    /// dtype differs, or the layers of the adapter (see [`AdamW::with_adapter`]) have other settings or
+    /// another base weight than those of the run. Nothing is changed then.
     pub fn restore(&self, optimizer: &mut AdamW) -> Result<()> {
         let vars = optimizer.named_vars();
         let mut found = Vec::with_capacity(vars.len());
@@ -187,12 +199,61 @@ impl Checkpoint {
             let reason = format!("it holds `{other}`, which the model does not train");
             return Err(Error::file(&self.file, reason));
         }
+        self.check_layers(optimizer.layers())?;
         let mut states = Vec::with_capacity(found.len());
         for (name, var, trained, state) in found {
             var.set(&trained)?;
             states.push((name, state));
         }
         optimizer.resume(self.steps, states);
+        Ok(())
+    }
+
+    /// Returns an error for layers by whose settings the parameters mean something else.
+    fn check_layers(&self, layers: Option<&BTreeMap<String, Settings>>) -> Result<()> {
+        let refuse = |reason: String| Err(Error::file(&self.file, reason));
+        const KNOWN: &str = "`AdamW::for_adapter` or `AdamW::with_adapter`";
+        let (run, model) = match (&self.layers, layers) {
+            (None, None) => return Ok(()),
+            (Some(run), Some(model)) => (run, model),
+            (Some(_), None) => {
+                return refuse(format!(
+                    "it is of the layers of an adapter, of which the optimizer knows nothing; make that \
+                     by {KNOWN}"
+                ));
+            }
+            (None, Some(_)) => {
+                return refuse(format!(
+                    "it does not say what the parameters of its layers mean, for its optimizer did not \
+                     know; save with one that was made by {KNOWN}"
+                ));
+            }
+        };
+        for path in run.keys().chain(model.keys()) {
+            let layer = shown(path);
+            let (Some(was), Some(is)) = (run.get(path), model.get(path)) else {
+                let (there, other) = match run.contains_key(path) {
+                    true => ("run", "model"),
+                    false => ("model", "run"),
+                };
+                return refuse(format!(
+                    "layer `{layer}` is adapted in the {there} and not in the {other}; resume with the \
+                     configuration that the run had"
+                ));
+            };
+            if let Some([was, is]) = was.difference(is) {
+                return refuse(format!(
+                    "layer `{layer}` has {is}, in the run {was}; resume with the configuration that the \
+                     run had"
+                ));
+            }
+            if was.other_base(is) {
+                return refuse(format!(
+                    "layer `{layer}` is over another base weight than in the run, by its row norms; \
+                     resume over that one"
+                ));
+            }
+        }
         Ok(())
     }
 

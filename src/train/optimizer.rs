@@ -1,7 +1,7 @@
 //! [`AdamW`] over named variables in groups, with moments that can be saved.
 
 use super::Gradients;
-use crate::adapter::Adapter;
+use crate::adapter::{Adapter, Settings};
 use crate::error::{Error, Result};
 use crate::params::names;
 use candle_core::{DType, Tensor, Var};
@@ -26,7 +26,7 @@ use std::collections::{BTreeMap, HashSet};
 /// let vars = adapter.named_vars().into_iter();
 /// let (magnitudes, rotations) = vars.partition(|(name, _)| name.contains("dora_"));
 /// let groups = vec![Group::new(rotations), Group::new(magnitudes).with_rate(0.1)];
-/// let mut optimizer = AdamW::new(groups, params.clone())?;
+/// let mut optimizer = AdamW::new(groups, params.clone())?.with_adapter(&adapter)?;
 ///
 /// let mut optimizer = AdamW::for_adapter(&adapter, params)?;
 /// optimizer.set_group_rate(AdamW::MAGNITUDES, 0.1)?;
@@ -127,6 +127,8 @@ pub struct AdamW {
     params: ParamsAdamW,
     steps: u64,
     states: BTreeMap<String, State>,
+    /// Of the layers whose parameters the variables are, by their paths.
+    layers: Option<BTreeMap<String, Settings>>,
 }
 
 impl AdamW {
@@ -139,7 +141,8 @@ impl AdamW {
     /// The group of the extra tensors in [`AdamW::for_adapter`].
     pub const EXTRAS: usize = 2;
 
-    /// An optimizer of the given groups.
+    /// An optimizer of the given groups. Groups of an adapter's variables need
+    /// [`AdamW::with_adapter`] for checkpoints that cannot be restored into another one.
     ///
     /// # Errors
     ///
@@ -170,6 +173,7 @@ impl AdamW {
             params,
             steps: 0,
             states,
+            layers: None,
         })
     }
 
@@ -199,10 +203,19 @@ impl AdamW {
                 extras.push((name, var));
             }
         }
-        Self::new(
-            [rotations, magnitudes, extras].map(Group::new).into(),
-            params,
-        )
+        let groups = [rotations, magnitudes, extras].map(Group::new);
+        Self::new(groups.into(), params)?.with_adapter(adapter)
+    }
+
+    /// Says whose parameters the variables are, for groups of one's own: a checkpoint then holds what the
+    /// parameters mean (map, blocks, base weight, ..), and is restored into no other adapter.
+    ///
+    /// # Errors
+    ///
+    /// Those of candle's elementwise operations.
+    pub fn with_adapter(mut self, adapter: &Adapter) -> Result<Self> {
+        self.layers = Some(adapter.settings()?);
+        Ok(self)
     }
 
     /// Steps that were made.
@@ -323,6 +336,11 @@ impl AdamW {
         }
         self.steps += 1;
         Ok(())
+    }
+
+    /// The settings of the layers whose parameters the variables are, where that is known.
+    pub(super) fn layers(&self) -> Option<&BTreeMap<String, Settings>> {
+        self.layers.as_ref()
     }
 
     /// What is kept for each variable, by its name.
