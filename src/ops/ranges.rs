@@ -11,7 +11,7 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 fn run(y: &Tensor, upstream: &Tensor, vars: &[&Var]) -> Result<(Tensor, Vec<Tensor>)> {
     let along = (y.to_dtype(upstream.dtype())? * upstream)?.sum_all()?;
     let grads = along.backward()?;
-    let of = |var: &&Var| grads.get(*var).expect("a gradient").clone();
+    let of = |var: &&Var| grads.get(var).expect("a gradient").clone();
     Ok((y.detach(), vars.iter().map(of).collect()))
 }
 
