@@ -4,10 +4,11 @@ mod support;
 
 use candle_core::quantized::{GgmlDType, QMatMul, QTensor};
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
+use candle_doft::adapter::Average;
 use candle_doft::train::AdamW;
 use candle_doft::{
-    Adapter, AdapterBuilder, Adapters, Average, DoftConfig, DoftConv2d, DoftEmbedding, DoftLinear,
-    Error, Magnitude, Map, Mode, Targets, frozen,
+    Adapter, AdapterBuilder, Adapters, DoftConfig, DoftConv2d, DoftEmbedding, DoftLinear, Error,
+    Magnitude, Map, Mode, Targets, frozen,
 };
 use candle_nn::{Conv2d, Embedding, Linear, ParamsAdamW};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};

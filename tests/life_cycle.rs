@@ -392,11 +392,55 @@ fn the_dropout_of_a_rule_is_loaded_and_one_out_of_range_refused() -> candle_doft
         let converted = convert(&file, &out, Target::Doft, &options, &Default::default());
         assert!(converted.is_err() && !out.exists());
     }
-    let alone = DoftLinear::new(
-        Linear::new(Tensor::ones((4, 16), DType::F32, &CPU)?, None),
-        &DoftConfig::default().with_dropout(0.1),
-        VarBuilder::zeros(DType::F32, &CPU).pp("alone"),
+    Ok(())
+}
+
+/// A second layer would train a tensor of another dtype than it asked for, without a word.
+#[test]
+fn an_extra_tensor_has_one_shape_and_dtype() -> candle_doft::Result<()> {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("adapter.safetensors");
+    let value = Tensor::new(&[[1f32, 1e6]], &CPU)?;
+    let ask = |builder: &AdapterBuilder| -> candle_doft::Result<()> {
+        builder.extra("head.bias", &value)?;
+        let vb = builder.extra_vb(DType::F16).pp("head");
+        for error in [
+            builder
+                .extra("head.bias", &value.to_dtype(DType::F16)?)
+                .unwrap_err()
+                .to_string(),
+            vb.get((1, 2), "bias").unwrap_err().to_string(),
+            vb.get_unchecked("bias").unwrap_err().to_string(),
+        ] {
+            assert_eq!(
+                error,
+                "layer `head.bias`: the extra tensor has dtype F16, expected F32, as it was first made"
+            );
+        }
+        let vb = builder.extra_vb(DType::F32).pp("head");
+        let error = vb.get((2, 2), "bias").unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "layer `head.bias`: the extra tensor has shape [2, 2], expected [1, 2], as it was first made"
+        );
+        assert_eq!(vb.get((1, 2), "bias")?.to_vec2::<f32>()?, [[1., 1e6]]);
+        Ok(())
+    };
+    let builder = Adapter::builder(DoftConfig::default(), &CPU)?;
+    ask(&builder)?;
+    builder.finish()?.save(&file)?;
+    ask(&Adapter::load(&file, &CPU)?)?;
+    // The first to ask chooses the dtype, as with candle's, if that can hold the values of the file.
+    let builder = Adapter::load(&file, &CPU)?;
+    let error = builder
+        .extra("head.bias", &value.to_dtype(DType::F16)?)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("`head.bias` has a value at index 1 that is inf in F16"),
+        "{error}"
     );
-    assert!(alone.unwrap_err().to_string().contains("stands alone"));
+    let wide = builder.extra("head.bias", &value.to_dtype(DType::F64)?)?;
+    assert_eq!(wide.to_vec2::<f64>()?, [[1., 1e6]]);
     Ok(())
 }

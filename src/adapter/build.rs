@@ -65,7 +65,7 @@ pub(super) struct Parts {
     layers: Mutex<BTreeMap<String, Entry>>,
     pub(super) extras: Mutex<BTreeMap<String, Var>>,
     pub(super) source: Option<Arc<Source>>,
-    control: Arc<Control>,
+    pub(super) control: Arc<Control>,
 }
 
 impl std::fmt::Debug for AdapterBuilder {
@@ -332,7 +332,8 @@ impl AdapterBuilder {
     /// A `VarBuilder` for extra trainable tensors that are saved with the adapter, such as a new
     /// head: `candle_nn::linear(hidden, classes, builder.extra_vb(dtype).pp("classifier"))`. Tensors
     /// are made when asked for the first time, from the configuration's seed and their name, or come from
-    /// the loaded file. After [`AdapterBuilder::finish`] it returns [`Error::Finished`].
+    /// the loaded file, as [`AdapterBuilder::extra`] says. After [`AdapterBuilder::finish`] it returns
+    /// [`Error::Finished`].
     ///
     /// # Examples
     ///
@@ -364,24 +365,16 @@ impl AdapterBuilder {
     }
 
     /// Makes `value` an extra trainable tensor, or returns the one of that name that exists already, or
-    /// that the loaded file has.
+    /// that the loaded file has; that of the file is converted to the dtype of `value`.
     ///
     /// # Errors
     ///
-    /// If an extra of that name has another shape.
+    /// * [`Error::Shape`] or [`Error::DType`] if an extra of that name has another shape or dtype.
+    /// * [`Error::FileTensor`] if a value of the file is out of the range of the dtype.
     pub fn extra(&self, name: &str, value: &Tensor) -> Result<Var> {
         let fresh = || Ok(value.to_device(&self.parts.device)?.detach());
-        let var = self.parts.extra(name, value.dtype(), fresh)?;
-        if var.dims() == value.dims() {
-            return Ok(var);
-        }
-        let expected = format!("{:?}, as it was first made", var.dims());
-        Err(Error::shape(
-            name,
-            "the extra tensor",
-            value.dims(),
-            expected,
-        ))
+        let (shape, dtype) = (Some(value.shape()), value.dtype());
+        self.parts.extra(name, shape, dtype, fresh)
     }
 
     /// A layer of any kind, adapted or plain, entered under its path.
@@ -480,35 +473,6 @@ impl AdapterBuilder {
             Some(_) => Err(exists(path)),
             None => Ok(()),
         }
-    }
-}
-
-impl Parts {
-    /// The extra tensor of that name: the one that there is, that of the loaded file, or a fresh one.
-    pub(super) fn extra(
-        &self,
-        name: &str,
-        dtype: DType,
-        fresh: impl FnOnce() -> candle_core::Result<Tensor>,
-    ) -> candle_core::Result<Var> {
-        if self.control.is_complete() {
-            return Err(Error::Finished {
-                name: name.to_string(),
-            }
-            .into());
-        }
-        let mut extras = locked(&self.extras);
-        if let Some(var) = extras.get(name) {
-            return Ok(var.clone());
-        }
-        let stored = self.source.as_ref().and_then(|source| source.extra(name));
-        let value = match stored {
-            Some(stored) => stored.to_dtype(dtype)?.to_device(&self.device)?,
-            None => fresh()?,
-        };
-        let var = Var::from_tensor(&value)?;
-        extras.insert(name.to_string(), var.clone());
-        Ok(var)
     }
 }
 

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::frozen::Base;
 use crate::layer::{Adaptation, check_finite};
 use crate::params::row_norms_of;
-use candle_core::{Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Mutex;
@@ -90,11 +90,31 @@ impl Source {
         self.asked.insert(&self.stored, layer.path())
     }
 
-    /// The value of an extra tensor, once it is asked for.
-    pub(super) fn extra(&self, name: &str) -> Option<&Tensor> {
-        let value = self.stored.extras.get(name)?;
+    /// The value of an extra tensor in a dtype, once it is asked for.
+    pub(super) fn extra(&self, name: &str, dtype: DType) -> Result<Option<Tensor>> {
+        let Some(stored) = self.stored.extras.get(name) else {
+            return Ok(None);
+        };
+        let value = stored.to_dtype(dtype)?;
+        // What the file holds is finite.
+        let host = value
+            .to_dtype(DType::F64)?
+            .flatten_all()?
+            .to_vec1::<f64>()?;
+        if let Some(index) = host.iter().position(|v| !v.is_finite()) {
+            return Err(Error::FileTensor {
+                file: self.stored.file.clone(),
+                tensor: name.to_string(),
+                found: format!(
+                    "a value at index {index} that is {} in {dtype:?}",
+                    host[index]
+                ),
+                expected: "finite numbers".to_string(),
+                fix: "ask for the tensor in a wider dtype",
+            });
+        }
         self.asked.insert_extra(name);
-        Some(value)
+        Ok(Some(value))
     }
 
     /// Names of the extra tensors of the file.

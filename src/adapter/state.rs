@@ -103,7 +103,7 @@ impl State {
 ///
 /// ```
 /// # use candle_core::{DType, Device};
-/// # use candle_doft::{Adapter, Average, DoftConfig};
+/// # use candle_doft::{Adapter, DoftConfig, adapter::Average};
 /// # let vb = candle_nn::VarBuilder::zeros(DType::F32, &Device::Cpu);
 /// # let builder = Adapter::builder(DoftConfig::default(), &Device::Cpu)?;
 /// # builder.linear(64, 8, vb.pp("layer"))?;

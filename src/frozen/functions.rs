@@ -225,7 +225,7 @@ fn turned(x: &Tensor, rope: Rope) -> Result<Tensor> {
 /// Query `i` of `T` sees the keys `0 ..= S - T + i`, so that the last query sees them all, with a
 /// cache of earlier keys or without. Query head `h` uses the keys of head `h / (H / G)`.
 ///
-/// Kept for the backward pass are q, k, v, the output and one number for each row, never the scores.
+/// Kept for the backward pass are q, k, v, the output and two numbers for each row, never the scores.
 ///
 /// # Shapes
 ///

@@ -62,7 +62,8 @@ pub struct Doft<F> {
 }
 
 impl<F: Adaptable> Doft<F> {
-    /// Wraps `base`. Parameters are taken from `vb` under the names of adapter files
+    /// Wraps `base`, to stand alone: it is always in [`Mode::Train`](crate::Mode::Train), so with dropout it always
+    /// drops blocks. Parameters are taken from `vb` under the names of adapter files
     /// (`oft_R.weight`, `dora_log_multiplier`, ..); the prefix of `vb` is the layer's path.
     ///
     /// # Errors

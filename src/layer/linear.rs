@@ -17,7 +17,9 @@ use candle_core::Tensor;
 /// that is, a linear layer of weight `diag(m / n0) W blockdiag(R)^T`. `W` and the bias are frozen;
 /// `R` comes from the packed parameter (see [`rotation`](crate::rotation)), `m` from the magnitude
 /// (see [`Magnitude`](crate::Magnitude)). Because a rotation keeps norms, `n0 = ||W_row||` is taken
-/// once, when the layer is made. A new layer answers what its base answers, bit for bit on CPU.
+/// once, when the layer is made. A new layer answers what its base answers, bit for bit on CPU, also to
+/// views of any strides. In f32 and f64 that is what candle's layer answers; to a view, what it answers to
+/// a contiguous copy of it, for over other strides candle adds in another order.
 ///
 /// Clones share parameters. A layer outside the targets of an [`Adapter`](crate::Adapter) is the plain
 /// frozen layer: [`DoftLinear::is_adapted`] is false. It runs as the [`Mode`](crate::Mode) of its adapter

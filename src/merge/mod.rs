@@ -37,7 +37,7 @@ use crate::adapter::{Adapter, Stored, Warning, locked};
 use crate::error::{Error, Result, shown};
 use crate::file::{self, LoadOptions};
 use crate::params::row_norms;
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
 use part::Part;
 use std::path::Path;
@@ -243,12 +243,27 @@ impl Merge {
         if found.is_empty() {
             return Ok(None);
         }
-        let mut merged = weight.clone();
+        // Several steps over a half weight are made in f32, and rounded once.
+        let steps: usize = found.iter().map(|(part, _)| part.strength.steps()).sum();
+        let half = matches!(weight.dtype(), DType::F16 | DType::BF16);
+        let mut merged = match half && steps > 1 {
+            true => weight.to_dtype(DType::F32)?,
+            false => weight.clone(),
+        };
+        let mut last = None;
         for (part, layer) in found {
             merged = part.merge(path, layer, &merged, norms.as_ref())?;
             part.asked.insert(&part.stored, path)?;
+            last = Some(part);
         }
-        Ok(Some(merged))
+        match last.filter(|_| merged.dtype() != weight.dtype()) {
+            None => Ok(Some(merged)),
+            Some(last) => {
+                let rounded = merged.to_dtype(weight.dtype())?;
+                last.check_range(path, &rounded)?;
+                Ok(Some(rounded))
+            }
+        }
     }
 
     /// What becomes of a tensor of the base: the extra tensor of that name that an adapter has, in the dtype of

@@ -102,6 +102,7 @@ impl Part {
         allow_changed_base: bool,
     ) -> Result<()> {
         let kind = self.kind(layer, path, weight)?;
+        check_finite(path, norms)?;
         layer.check_shape(&self.stored.file, module, path, weight.dims())?;
         let patch: usize = weight.dims().iter().skip(2).product();
         if kind.is_kernel() && layer.kernel_factor == 1. && patch > 1 {
@@ -129,7 +130,8 @@ impl Part {
         }
     }
 
-    /// The weight with the layer in it, at the strength of this part.
+    /// The weight with the layer in it, at the strength of this part. Rounds to the dtype of `weight`, a
+    /// linear strength more than once.
     pub(super) fn merge(
         &self,
         path: &str,
@@ -173,17 +175,38 @@ impl Part {
             let (from, to) = (weight.to_dtype(wide)?, merged.to_dtype(wide)?);
             merged = (&from + ((to - &from)? * s)?)?.to_dtype(weight.dtype())?;
         }
+        self.check_range(path, &merged)?;
+        Ok(merged)
+    }
+
+    /// Returns an error for a merged weight that is not finite.
+    pub(super) fn check_range(&self, path: &str, merged: &Tensor) -> Result<()> {
         // On the host, for Metal has no f64.
         let sizes = merged.to_device(&Device::Cpu)?.abs()?;
         let sum: f64 = sizes.to_dtype(DType::F64)?.sum_all()?.to_scalar()?;
         match sum.is_finite() {
-            true => Ok(merged),
+            true => Ok(()),
             false => self.refuse(&format!("the merged `{path}` is not finite")),
         }
     }
 
     fn refuse<T>(&self, reason: &str) -> Result<T> {
         Err(Error::file(&self.stored.file, reason))
+    }
+}
+
+/// Returns an error for a base with a row whose norm is infinite: a magnitude relative to it would be 0.
+fn check_finite(path: &str, norms: &Tensor) -> Result<()> {
+    let norms = norms.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
+    let norms: Vec<f64> = norms.to_vec1()?;
+    // A NaN shows in the merged weight.
+    match norms.iter().position(|norm| norm.is_infinite()) {
+        None => Ok(()),
+        Some(row) => Err(Error::BaseNotFinite {
+            layer: path.to_string(),
+            row,
+            found: norms[row],
+        }),
     }
 }
 

@@ -57,6 +57,15 @@ impl Strength {
         }
     }
 
+    /// How many steps a merge takes that each would round: to the whole adapter, and a part of the way.
+    pub(super) fn steps(self) -> usize {
+        match (self.value, self.mode) {
+            (0., _) => 0,
+            (1., _) | (_, StrengthMode::Geodesic) => 1,
+            (_, StrengthMode::Linear) => 2,
+        }
+    }
+
     /// Refuses a strength that the adapter cannot have.
     pub(super) fn check(self, stored: &Stored) -> Result<()> {
         let refuse = |reason: String| {
