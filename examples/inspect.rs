@@ -6,7 +6,7 @@
 mod support;
 
 use anyhow::Result;
-use candle_doft::merge::{Inspection, LayerInspection, inspect};
+use candle_doft::merge::{Inspection, LayerInspection, inspect_with};
 use clap::Parser;
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -24,6 +24,8 @@ struct Flags {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
+    names: support::cli::Names,
+    #[command(flatten)]
     read_as: support::cli::ReadAs,
 }
 
@@ -34,7 +36,13 @@ fn main() -> std::process::ExitCode {
 
 fn run(flags: &Flags) -> Result<()> {
     let options = flags.read_as.options();
-    let found = inspect(&flags.adapter, &options, flags.base.as_deref())?;
+    let names = flags.names.table()?;
+    let found = inspect_with(
+        &flags.adapter,
+        &options,
+        flags.base.as_deref(),
+        names.as_ref(),
+    )?;
     match flags.json {
         true => println!("{}", serde_json::to_string_pretty(&as_json(&found)?)?),
         false => table(&found),

@@ -39,6 +39,8 @@ struct Flags {
     #[arg(long)]
     allow_partial: bool,
     #[command(flatten)]
+    names: support::cli::Names,
+    #[command(flatten)]
     read_as: support::cli::ReadAs,
 }
 
@@ -65,6 +67,9 @@ fn run(flags: &Flags) -> Result<()> {
     let mut merge = Merge::new();
     for adapter in &flags.adapter {
         merge = merge.with_file(adapter, &options, strength)?;
+    }
+    if let Some(table) = flags.names.table()? {
+        merge = merge.with_names(table);
     }
     let bar = support::progress::bar(0, "merge");
     let mut progress = |done: u64, total: u64| {

@@ -4,6 +4,8 @@
 use candle_core::Device;
 use candle_doft::Map;
 use candle_doft::file::{Divisor, LoadOptions};
+use candle_doft::merge::NameTable;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 /// Where to compute.
@@ -41,6 +43,22 @@ impl ReadAs {
         options.map = self.map;
         options.divisor = self.divisor;
         options
+    }
+}
+
+/// Where a checkpoint has the layers that an adapter names.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Names {
+    /// A table from the layers of the adapter to the tensors of the base, as JSON: {"layers": {"to_k":
+    /// {"tensor": "qkv.weight", "rows": [[64, 128]]}, "proj": "out.weight"}, "unnamed": ["vae."]}. Found without
+    /// it: Stable Diffusion 1, 2, XL, 3 and 3.5, Flux, and their text encoders, in one file
+    #[arg(long, value_name = "FILE")]
+    names: Option<PathBuf>,
+}
+
+impl Names {
+    pub fn table(&self) -> candle_doft::Result<Option<NameTable>> {
+        self.names.as_ref().map(NameTable::load).transpose()
     }
 }
 

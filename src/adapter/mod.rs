@@ -32,7 +32,7 @@ mod wrap;
 pub(crate) use asked::Asked;
 pub use build::AdapterBuilder;
 pub(crate) use fingerprint::{differs, fingerprint};
-pub(crate) use matching::{PEFT_PREFIX, flat};
+pub(crate) use matching::{PEFT_PREFIX, TRANSLATED, flat, keys, translated};
 pub use report::{LayerReport, Report};
 pub use stored::Warning;
 pub(crate) use stored::{NORMS_DIFFER, Stored, StoredLayer};

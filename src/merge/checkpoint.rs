@@ -1,8 +1,9 @@
 //! Merged checkpoints on disk: one file, or a folder with shards and whatever lies beside them.
 
-use super::Merge;
 use super::added::{self, Added};
-use super::header::{self, Source};
+use super::header::{self, Shapes, Source};
+use super::part::Part;
+use super::{Merge, NameTable};
 use crate::error::{Error, Result};
 use crate::file::{Folder, filled, persist, raw_bytes, temporary};
 use std::collections::BTreeSet;
@@ -68,8 +69,8 @@ impl Merge {
     ///
     /// # Errors
     ///
-    /// [`Error::FileUnused`] for modules that match no weight, those of [`Merge::weight`], and
-    /// [`Error::Io`].
+    /// [`Error::FileUnused`] for modules that match no weight, [`Error::Unnamed`] if layers were found by a
+    /// table of names that lacks one of the checkpoint, those of [`Merge::weight`], and [`Error::Io`].
     ///
     /// # Examples
     ///
@@ -109,7 +110,9 @@ impl Merge {
         let mut sources = opened?;
         let added = Added::of(self, &sources, folder && added::tied(base)?)?;
         let names = sources.iter().flat_map(Source::names).chain(added.names());
-        self.check_names(&names.collect())?;
+        let names: BTreeSet<String> = names.collect();
+        let merge = self.named(|| NameTable::detect(names.iter().map(String::as_str)));
+        merge.check_names(&names, &header::shapes(&sources)?)?;
         let mut job = Job {
             added: &added,
             total: sources.iter().map(Source::size).sum(),
@@ -123,7 +126,7 @@ impl Merge {
         let mut written = Vec::new();
         for source in &mut sources {
             let to = target(&source.path);
-            written.push((self.write(source, &to, &mut job)?, to));
+            written.push((merge.write(source, &to, &mut job)?, to));
         }
         let report = job.report;
         self.check_used()?;
@@ -142,7 +145,7 @@ impl Merge {
     }
 
     /// Every module has its weight, before anything is computed.
-    fn check_names(&self, names: &BTreeSet<String>) -> Result<()> {
+    fn check_names(&self, names: &BTreeSet<String>, shapes: &Shapes) -> Result<()> {
         let paths = || {
             names
                 .iter()
@@ -154,16 +157,46 @@ impl Merge {
             for path in part.stored.matched(paths())?.into_values() {
                 part.asked.insert(&part.stored, path)?;
             }
+            let found = self.check_layers(part, names, shapes)?;
             let modules = part.stored.layers.keys();
             let unused = part.asked.unused(&part.stored);
             let missing: Vec<&String> = modules.filter(|name| unused.contains(name)).collect();
             let partial = part.stored.allow_partial && !part.asked.is_empty();
             if !missing.is_empty() && !partial {
-                let names = names.iter().map(String::as_str);
+                let names = names.iter().chain(&found).map(String::as_str);
                 return Err(part.stored.unused(&missing, names));
             }
         }
-        Ok(())
+        let mut unnamed = Vec::new();
+        for (name, shape) in shapes {
+            if self.is_unnamed(name, shape)? {
+                unnamed.push(name.as_str());
+            }
+        }
+        self.check_named(unnamed)
+    }
+
+    /// Enters the modules that the table of names finds, where others are left; returns the names of all
+    /// layers in it.
+    fn check_layers(
+        &self,
+        part: &Part,
+        names: &BTreeSet<String>,
+        shapes: &Shapes,
+    ) -> Result<Vec<String>> {
+        let Some(table) = self.names.as_deref() else {
+            return Ok(Vec::new());
+        };
+        let mut layers = Vec::new();
+        for (name, shape) in shapes {
+            for target in part.targets(name, shape, Some(table))? {
+                part.enter(&target)?;
+            }
+            let parts = table.parts(name, shape)?.into_iter().flatten();
+            layers.extend(parts.map(|named| named.module));
+        }
+        part.check_extras(names, &layers)?;
+        Ok(layers)
     }
 
     fn write(&self, source: &mut Source, to: &Path, job: &mut Job) -> Result<NamedTempFile> {
@@ -213,13 +246,11 @@ impl Merge {
         allow_changed_base: bool,
     ) -> Result<Option<Vec<u8>>> {
         let extra = self.extra(name);
-        let path = name.strip_suffix(".weight");
+        let shape = source.info(name)?.shape.clone();
         let mut adapted = false;
         for part in self.parts.iter() {
-            adapted |= match path {
-                Some(path) => part.asked.find(&part.stored, path)?.is_some(),
-                None => false,
-            };
+            let targets = part.targets(name, &shape, self.names.as_deref())?;
+            adapted |= !targets.is_empty();
         }
         if extra.is_none() && !adapted {
             return Ok(None);
@@ -237,9 +268,7 @@ impl Merge {
             }
             tensor = extra.to_dtype(tensor.dtype())?;
         }
-        if let (true, Some(path)) = (adapted, path)
-            && let Some(merged) = self.weight(path, &tensor, allow_changed_base)?
-        {
+        if adapted && let Some(merged) = self.tensor(name, &tensor, allow_changed_base)? {
             tensor = merged;
         }
         raw_bytes(&tensor).map(Some)

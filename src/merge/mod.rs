@@ -26,15 +26,18 @@ mod backend;
 mod checkpoint;
 mod header;
 mod inspect;
+mod names;
 mod part;
 mod strength;
+mod target;
 
 pub use checkpoint::{CheckpointOptions, MergeReport};
-pub use inspect::{Inspection, LayerInspection, inspect, weight_shapes};
+pub use inspect::{Inspection, LayerInspection, inspect, inspect_with, weight_shapes};
+pub use names::{NameTable, NamedRows};
 pub use strength::{Strength, StrengthMode};
 
 use crate::adapter::{Adapter, Stored, Warning, locked};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shown};
 use crate::file::{self, LoadOptions};
 use crate::params::row_norms;
 use candle_core::Tensor;
@@ -67,6 +70,7 @@ use std::sync::Arc;
 #[must_use = "each `with_` answers the merge with one adapter more"]
 pub struct Merge {
     parts: Arc<Vec<Part>>,
+    names: Option<Arc<NameTable>>,
 }
 
 impl Merge {
@@ -130,7 +134,47 @@ impl Merge {
         parts.push(Part::new(stored, strength));
         Ok(Self {
             parts: Arc::new(parts),
+            names: self.names,
         })
+    }
+
+    /// Sets where a checkpoint keeps the layers that adapters call by other names. Without it the names of
+    /// the checkpoint decide, by [`NameTable::detect`].
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor};
+    /// # use candle_doft::{Adapter, DoftConfig};
+    /// # use candle_nn::{Linear, VarBuilder};
+    /// # let device = Device::Cpu;
+    /// # let vb = VarBuilder::zeros(DType::F32, &device);
+    /// # let builder = Adapter::builder(DoftConfig::default(), &device)?;
+    /// # builder.linear_no_bias(64, 8, vb.pp("to_k"))?;
+    /// # let adapter = builder.finish()?;
+    /// use candle_doft::merge::{Merge, NameTable, Strength};
+    ///
+    /// // The adapter has `to_k`; the model has it in rows 8 to 15 of `qkv`.
+    /// let table = r#"{"layers": {"to_k": {"tensor": "qkv.weight", "rows": [[8, 16]]}}}"#;
+    /// let merge = Merge::new()
+    ///     .with_adapter(&adapter, Strength::default())?
+    ///     .with_names(NameTable::from_json(table)?);
+    /// let merged = merge.weight("qkv", &Tensor::ones((24, 64), DType::F32, &device)?, true)?;
+    /// assert_eq!(merged.map(|weight| weight.dims().to_vec()), Some(vec![24, 64]));
+    /// # Ok::<(), candle_doft::Error>(())
+    /// ```
+    pub fn with_names(mut self, table: NameTable) -> Self {
+        self.names = Some(Arc::new(table));
+        self
+    }
+
+    /// The same merge with the table that was set, else one that is found.
+    fn named(&self, find: impl FnOnce() -> Option<NameTable>) -> Self {
+        let names = self.names.clone();
+        Self {
+            parts: Arc::clone(&self.parts),
+            names: names.or_else(|| find().map(Arc::new)),
+        }
     }
 
     /// What is worth knowing about the files; after a merge also which modules of a partial one went
@@ -152,6 +196,7 @@ impl Merge {
     /// * Returns the error of `model`.
     /// * [`Error::FileUnused`] if a part of an adapter was not asked for, with
     ///   the nearest paths; [`LoadOptions::allow_partial`] allows it.
+    /// * [`Error::Unnamed`] if layers were found by a table of names that lacks one of the model.
     /// * From a get: if the base weight is not the one that the adapter was trained on
     ///   ([`LoadOptions::allow_changed_base`] allows it), does not fit, or the result is not finite.
     pub fn build<'a, M, E: From<Error>>(
@@ -164,8 +209,11 @@ impl Merge {
             part.asked.clear();
         }
         let (dtype, device, prefix) = (base.dtype(), base.device().clone(), base.prefix());
-        let names = Arc::default();
-        let backend = backend::Merged::new(self.clone(), base.root(), Arc::clone(&names));
+        let root = base.root();
+        let merge = self.named(|| NameTable::probe(|name| root.contains_tensor(name)));
+        let (names, unnamed) = (Arc::default(), Arc::default());
+        let seen = (Arc::clone(&names), Arc::clone(&unnamed));
+        let backend = backend::Merged::new(merge.clone(), root, seen);
         let merged = VarBuilder::from_backend(Box::new(backend), dtype, device);
         let merged = if prefix.is_empty() {
             merged
@@ -175,6 +223,7 @@ impl Merge {
         let built = model(merged)?;
         let names: Vec<String> = locked(&names).iter().cloned().collect();
         self.check_used_by(names.iter().map(String::as_str))?;
+        merge.check_named(locked(&unnamed).iter().map(String::as_str))?;
         Ok(built)
     }
 
@@ -190,29 +239,62 @@ impl Merge {
         weight: &Tensor,
         allow_changed_base: bool,
     ) -> Result<Option<Tensor>> {
+        self.tensor(&format!("{path}.weight"), weight, allow_changed_base)
+    }
+
+    /// The same for a tensor by its whole name.
+    fn tensor(
+        &self,
+        name: &str,
+        tensor: &Tensor,
+        allow_changed_base: bool,
+    ) -> Result<Option<Tensor>> {
         // Every adapter is checked against the base, before the first is merged.
         let mut found = Vec::new();
-        let mut norms = None;
         for part in self.parts.iter() {
-            let Some((module, layer)) = part.asked.find(&part.stored, path)? else {
-                continue;
-            };
-            let norms = match &norms {
-                Some(norms) => norms,
-                None => norms.insert(row_norms(weight)?),
-            };
-            part.check(module, layer, path, weight, norms, allow_changed_base)?;
-            found.push((part, layer));
+            for target in part.targets(name, tensor.dims(), self.names.as_deref())? {
+                let weight = target.take(tensor)?;
+                let norms = row_norms(&weight)?;
+                let (module, layer, path) = (target.module, target.layer, &target.path);
+                part.check(module, layer, path, &weight, &norms, allow_changed_base)?;
+                found.push((part, target, norms));
+            }
         }
         if found.is_empty() {
             return Ok(None);
         }
-        let mut merged = weight.clone();
-        for (part, layer) in found {
-            merged = part.merge(path, layer, &merged, norms.as_ref())?;
-            part.asked.insert(&part.stored, path)?;
+        let mut merged = tensor.clone();
+        for (part, target, norms) in found {
+            let weight = target.take(&merged)?;
+            let weight = part.merge(&target.path, target.layer, &weight, Some(&norms))?;
+            merged = target.put(&merged, weight)?;
+            part.enter(&target)?;
         }
         Ok(Some(merged))
+    }
+
+    /// Whether no adapter has a layer in a tensor, and the table should name one there and does not.
+    fn is_unnamed(&self, tensor: &str, shape: &[usize]) -> Result<bool> {
+        let Some(table) = self.names.as_deref() else {
+            return Ok(false);
+        };
+        let native = |part: &Part| Ok(!part.targets(tensor, shape, None)?.is_empty());
+        let found: Result<Vec<bool>> = self.parts.iter().map(native).collect();
+        Ok(table.lacks(tensor, shape)? && !found?.contains(&true))
+    }
+
+    /// Returns an error for tensors that the table does not name, where a layer was found by it: what an
+    /// adapter calls them is not known then.
+    fn check_named<'a>(&self, unnamed: impl IntoIterator<Item = &'a str>) -> Result<()> {
+        let used = self.parts.iter().any(Part::is_translated);
+        let (Some(table), Some(first), true) = (&self.names, unnamed.into_iter().next(), used)
+        else {
+            return Ok(());
+        };
+        Err(Error::Unnamed {
+            tensor: shown(first),
+            family: table.family().to_string(),
+        })
     }
 
     /// Checks that every layer and extra tensor of every adapter was asked for: by [`Merge::weight`] since
