@@ -157,7 +157,7 @@ impl Merge {
             for path in part.stored.matched(paths())?.into_values() {
                 part.asked.insert(&part.stored, path)?;
             }
-            let found = self.check_layers(part, names, shapes)?;
+            let found = self.check_layers(part, shapes)?;
             let modules = part.stored.layers.keys();
             let unused = part.asked.unused(&part.stored);
             let missing: Vec<&String> = modules.filter(|name| unused.contains(name)).collect();
@@ -178,12 +178,7 @@ impl Merge {
 
     /// Enters the modules that the table of names finds, where others are left; returns the names of all
     /// layers in it.
-    fn check_layers(
-        &self,
-        part: &Part,
-        names: &BTreeSet<String>,
-        shapes: &Shapes,
-    ) -> Result<Vec<String>> {
+    fn check_layers(&self, part: &Part, shapes: &Shapes) -> Result<Vec<String>> {
         let Some(table) = self.names.as_deref() else {
             return Ok(Vec::new());
         };
@@ -195,7 +190,7 @@ impl Merge {
             let parts = table.parts(name, shape)?.into_iter().flatten();
             layers.extend(parts.map(|named| named.module));
         }
-        part.check_extras(names, &layers)?;
+        part.check_extras(shapes, &layers)?;
         Ok(layers)
     }
 

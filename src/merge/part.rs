@@ -1,5 +1,6 @@
 //! [`Part`]: one adapter of a merge, and what it makes of a weight.
 
+use super::header::Shapes;
 use super::target::Index;
 use super::{Strength, StrengthMode};
 use crate::adapter::{
@@ -69,12 +70,12 @@ impl Part {
 
     /// Refuses an extra tensor of a layer that a table names, as its bias: the checkpoint calls it otherwise,
     /// and it would be added beside what it should replace.
-    pub(super) fn check_extras(&self, names: &BTreeSet<String>, layers: &[String]) -> Result<()> {
+    pub(super) fn check_extras(&self, base: &Shapes, layers: &[String]) -> Result<()> {
         if self.strength.value == 0. || !self.is_translated() {
             return Ok(());
         }
         let extras = self.stored.extras.keys();
-        for name in extras.filter(|name| !names.contains(*name)) {
+        for name in extras.filter(|name| !base.contains_key(*name)) {
             let (module, _) = name.rsplit_once('.').unwrap_or((name, ""));
             if layers
                 .iter()
