@@ -285,6 +285,11 @@ fn other_checkpoints_have_no_table() {
         vec!["transformer_blocks.0.attn.to_q.weight", "proj_out.weight"],
         vec!["down_blocks.0.resnets.0.conv1.weight", "conv_in.weight"],
         vec!["model.layers.0.self_attn.q_proj.weight"],
+        // Flux 2 has no modulation in its blocks.
+        vec![
+            "double_blocks.0.img_attn.qkv.weight",
+            "single_blocks.0.linear1.weight",
+        ],
         // A ControlNet has the first half of a U-Net.
         vec![
             "input_blocks.0.0.weight",
@@ -294,4 +299,48 @@ fn other_checkpoints_have_no_table() {
     ] {
         assert!(NameTable::detect(names).is_none());
     }
+}
+
+/// A file may say of a tensor without elements that its axes are of any length.
+#[test]
+fn shapes_of_any_size_are_taken_or_left() -> candle_doft::Result<()> {
+    let sizes = Sizes {
+        hidden: 16,
+        context: 8,
+        pooled: 8,
+        channels: 4,
+        time: 8,
+    };
+    let mut prefixed = behind(sd3(1, 0, sizes), "model.diffusion_model.", "transformer.");
+    prefixed.extend(behind(
+        open_clip(1, 8, [4, 4], true),
+        "cond_stage_model.model.",
+        "text_encoder.",
+    ));
+    let mut flux = flux(1, 1, true, sizes);
+    flux.extend(behind(
+        open_clip(1, 8, [4, 4], true),
+        "conditioner.embedders.1.model.",
+        "x.",
+    ));
+    for model in [prefixed, flux, sdxl()?] {
+        let table = NameTable::detect(model.iter().map(|spelling| spelling.tensor.as_str()));
+        let table = table.expect("the family is found");
+        for spelling in model {
+            for shape in [
+                &[][..],
+                &[0],
+                &[0, 0],
+                &[0, usize::MAX, 9],
+                &[usize::MAX, 0],
+                &[7, 1, 1],
+            ] {
+                for part in table.parts(&spelling.tensor, shape)?.into_iter().flatten() {
+                    assert!(part.rows.iter().all(|rows| rows.start <= rows.end));
+                    assert!(!part.transposed || shape.len() == 2);
+                }
+            }
+        }
+    }
+    Ok(())
 }

@@ -67,7 +67,7 @@ fn single(i: usize, path: &[&str], rows: usize, width: usize) -> Option<Layers> 
         ["modulation", "lin"] => one(format!("{block}.norm.linear"), rows),
         ["linear2"] => one(format!("{block}.proj_out"), rows),
         // q, k and v are as wide as the block; what is left is of the feed-forward.
-        ["linear1"] if rows > 3 * width => {
+        ["linear1"] if rows > width.saturating_mul(3) => {
             let mut layers = each(
                 &format!("{block}.attn"),
                 ["to_q", "to_k", "to_v"],

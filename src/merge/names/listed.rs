@@ -112,7 +112,7 @@ impl Listed {
         let mut parts = Vec::new();
         for (module, place) in layers {
             let rows = match place.transposed {
-                true => shape.iter().skip(1).product(),
+                true => shape.get(1).copied().unwrap_or(0),
                 false => shape.first().copied().unwrap_or(0),
             };
             let named = place.rows.iter().flatten().map(|(from, to)| *from..*to);

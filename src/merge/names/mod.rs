@@ -5,9 +5,9 @@
 //!
 //! | found | by | its modules begin with |
 //! |---|---|---|
-//! | Flux | `double_blocks.0.img_attn.qkv.weight`, `single_blocks.0.linear1.weight` | `transformer.` |
+//! | Flux | `double_blocks.0.img_attn.qkv.weight`, and `img_mod` and `single_blocks` | `transformer.` |
 //! | Stable Diffusion 3, 3.5 | `joint_blocks.0.x_block.attn.qkv.weight` | `transformer.` |
-//! | Stable Diffusion 1, 2, XL | `input_blocks.0.0.weight` and two more | `unet.` |
+//! | Stable Diffusion 1, 2, XL | `input_blocks.0.0.weight`, and `middle_block` and `output_blocks` | `unet.` |
 //! | CLIP | `cond_stage_model.`, `conditioner.embedders.N.`, `text_encoders.clip_l.` and `clip_g.` | `text_encoder.`, `text_encoder_2.` |
 //! | OpenCLIP | `cond_stage_model.model.`, `conditioner.embedders.N.model.` | the same |
 //! | T5 | `text_encoders.t5xxl.` | `text_encoder_3.`; beside Flux `text_encoder_2.` |
@@ -53,7 +53,11 @@ pub struct NamedRows {
 /// ```
 /// use candle_doft::merge::NameTable;
 ///
-/// let names = ["double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight"];
+/// let names = [
+///     "double_blocks.0.img_attn.qkv.weight",
+///     "double_blocks.0.img_mod.lin.weight",
+///     "single_blocks.0.linear1.weight",
+/// ];
 /// let table = NameTable::detect(names).expect("a Flux checkpoint");
 /// assert_eq!(table.family(), "Flux");
 /// let parts = table.parts("double_blocks.0.img_attn.qkv.weight", &[96, 32])?.expect("a known layer");
@@ -239,7 +243,7 @@ fn one(name: impl Into<String>, rows: usize) -> Option<Layers> {
 fn swapped(name: impl Into<String>, rows: usize) -> Option<Layers> {
     let half = rows / 2;
     let halves = vec![half..rows, 0..half];
-    rows.is_multiple_of(2).then(|| vec![(name.into(), halves)])
+    (half > 0 && rows.is_multiple_of(2)).then(|| vec![(name.into(), halves)])
 }
 
 /// Layers of equal size, one below the other, in the first `rows` of a tensor.

@@ -134,10 +134,13 @@ fn scope(prefix: &str, component: &'static str, alias: Option<&'static str>, rul
 
 fn denoiser(has: &impl Fn(&str) -> bool) -> Option<Rule> {
     let all = |names: &[&str]| names.iter().all(|name| has(name));
-    if all(&[
+    // A modulation in each block tells it from later models with blocks of the same names.
+    let flux = [
         "double_blocks.0.img_attn.qkv.weight",
+        "double_blocks.0.img_mod.lin.weight",
         "single_blocks.0.linear1.weight",
-    ]) {
+    ];
+    if all(&flux) {
         return Some(Rule::Flux);
     }
     if all(&["joint_blocks.0.x_block.attn.qkv.weight"]) {
@@ -166,7 +169,10 @@ impl Scope {
     /// The layers in one of its tensors.
     pub(super) fn parts(&self, tensor: &str, shape: &[usize]) -> Option<Vec<NamedRows>> {
         let inner = tensor.strip_prefix(&self.prefix)?;
-        let (rows, width) = (*shape.first()?, shape.iter().skip(1).product());
+        // A shape of no elements may have axes of any length.
+        let widths = shape.iter().skip(1);
+        let width = widths.fold(1usize, |width, axis| width.saturating_mul(*axis));
+        let rows = *shape.first()?;
         let path = inner.strip_suffix(".weight");
         let split = || Some(path?.split('.').collect::<Vec<&str>>());
         let mut transposed = false;
@@ -177,6 +183,9 @@ impl Scope {
             Rule::Transformers(before) => clip::transformers(inner, before, rows)?,
             Rule::OpenClip => {
                 let (layers, turned) = clip::open(inner, rows, width)?;
+                if turned && shape.len() != 2 {
+                    return None;
+                }
                 transposed = turned;
                 layers
             }

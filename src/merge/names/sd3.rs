@@ -57,7 +57,7 @@ fn context(block: &str, path: &[&str], rows: usize, width: usize) -> Option<Laye
         ["adaLN_modulation", "1"] => {
             let name = format!("{block}.norm1_context.linear");
             // Shift and scale alone, where other blocks have gates as well: the last block.
-            match rows == 2 * width {
+            match rows == width.saturating_mul(2) {
                 true => swapped(name, rows),
                 false => one(name, rows),
             }
