@@ -21,6 +21,20 @@
 //! 0.18, told by the version in its configuration. A cap on the spectral norm is applied with the true
 //! norm, where OneTrainer iterates from random vectors.
 
+//!
+//! # Names
+//!
+//! Adapters of diffusion models mostly have the names of diffusers. A checkpoint in one file has others, and
+//! q, k and v in one weight. [`NameTable`] says which rows of which tensor a layer is; it is found by the
+//! names of the checkpoint, or given with [`Merge::with_names`]. Each part of a fused weight is turned in its
+//! own rows, with its own rotation and magnitude, and checked against its own norms; rows that no adapter has
+//! stay as they are, bit for bit, as do biases. Where Flux and Stable Diffusion 3 keep shift and scale the
+//! other way round, the halves are swapped back.
+//!
+//! It stands behind the rules that match names without it: an adapter that has the names of the checkpoint
+//! needs no table. Where one is used, a weight of the checkpoint that it does not name is an error. Extra
+//! tensors are not translated.
+
 mod added;
 mod backend;
 mod checkpoint;
@@ -227,7 +241,8 @@ impl Merge {
         Ok(built)
     }
 
-    /// The merged weight of the layer at `path`, in the dtype of `weight`; none when no adapter has it.
+    /// The merged weight of the layer at `path`, in the dtype of `weight`; none when no adapter has it. With
+    /// [`Merge::with_names`] also where an adapter has layers that the table names in `path.weight`.
     ///
     /// # Errors
     ///
