@@ -153,7 +153,8 @@ impl Merge {
     }
 
     /// Sets where a checkpoint keeps the layers that adapters call by other names. Without it the names of
-    /// the checkpoint decide, by [`NameTable::detect`].
+    /// the checkpoint decide, by [`NameTable::detect`]; [`Merge::build`] asks the `VarBuilder` for them, and
+    /// finds none in one that does not know which tensors it has.
     ///
     /// # Examples
     ///

@@ -8,6 +8,7 @@
 mod support;
 
 mod families;
+mod golden;
 mod listed;
 mod merged;
 mod refusals;

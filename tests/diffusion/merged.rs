@@ -1,7 +1,7 @@
 //! One adapter file, merged into a base under either names.
 
 use super::families::{Sizes, clip, flux, open_clip, sd3};
-use super::spelling::{Spelling, Tensors, diffusers, layers, original};
+use super::spelling::{Spelling, Tensors, behind, diffusers, layers, original};
 use super::support::golden::load;
 use super::support::tensors::{CPU, bits, relative, seeded};
 use super::tables::{sdxl, small_unet};
@@ -102,11 +102,6 @@ fn flat(path: &str) -> String {
         other => &format!("lora_{other}"),
     };
     format!("{prefix}_{}", name.replace('.', "_"))
-}
-
-fn behind(model: Vec<Spelling>, of_original: &str, of_diffusers: &str) -> Vec<Spelling> {
-    let behind = |spelling: Spelling| spelling.behind(of_original, of_diffusers);
-    model.into_iter().map(behind).collect()
 }
 
 #[test]

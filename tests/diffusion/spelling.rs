@@ -124,3 +124,9 @@ pub fn layers(model: &[Spelling]) -> BTreeMap<String, Vec<usize>> {
     let layers = model.iter().flat_map(|spelling| spelling.layers.clone());
     layers.collect()
 }
+
+/// A model behind a prefix, in both spellings.
+pub fn behind(model: Vec<Spelling>, of_original: &str, of_diffusers: &str) -> Vec<Spelling> {
+    let behind = |spelling: Spelling| spelling.behind(of_original, of_diffusers);
+    model.into_iter().map(behind).collect()
+}

@@ -1,7 +1,7 @@
 //! The tables name every layer of candle's models, and no other.
 
 use super::families::{Sizes, clip, flux, open_clip, sd3, unet_names};
-use super::spelling::{How, Spelling, layers, plain};
+use super::spelling::{How, Spelling, behind, layers, plain};
 use super::support::tensors::CPU;
 use candle_core::{DType, Device, Result, Shape, Tensor};
 use candle_doft::merge::NameTable;
@@ -72,7 +72,7 @@ fn complete(model: &[Spelling], family: &str) -> candle_doft::Result<()> {
             let rows = shape[0];
             let expected = match spelling.how {
                 How::Swapped => vec![rows / 2..rows, 0..rows / 2],
-                _ => Vec::from([at..at + rows]),
+                _ => std::iter::once(at..at + rows).collect(),
             };
             assert_eq!((&part.module, &part.rows), (path, &expected));
             assert_eq!(part.transposed, spelling.how == How::Turned);
@@ -80,11 +80,6 @@ fn complete(model: &[Spelling], family: &str) -> candle_doft::Result<()> {
         }
     }
     Ok(())
-}
-
-fn behind(model: Vec<Spelling>, of_original: &str, of_diffusers: &str) -> Vec<Spelling> {
-    let behind = |spelling: Spelling| spelling.behind(of_original, of_diffusers);
-    model.into_iter().map(behind).collect()
 }
 
 /// The tensors of a model of the original, as candle builds it, are those that were written down.
@@ -152,7 +147,7 @@ fn every_layer_of_candle_s_stable_diffusion_3_is_named() -> candle_doft::Result<
 
 /// The U-Net of candle, which has the names of diffusers, in the spelling of the original. `levels` are
 /// transformer blocks and channels.
-fn unet(
+pub fn unet(
     levels: &[(usize, usize)],
     layers: usize,
     linear: bool,
