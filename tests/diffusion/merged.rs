@@ -10,6 +10,7 @@ use candle_doft::file::LoadOptions;
 use candle_doft::merge::{CheckpointOptions, Merge, Strength};
 use candle_nn::VarBuilder;
 use candle_transformers::models::flux::{WithForward, model as of_flux};
+use candle_transformers::models::mmdit::model as of_mmdit;
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -106,6 +107,13 @@ fn flat(path: &str) -> String {
 
 #[test]
 fn flux_agrees() -> candle_doft::Result<()> {
+    // The parts of a fused weight have blocks of different sizes.
+    let file = adapter(&flux(1, 1, true, SMALL), str::to_string)?;
+    let rows = ["to_q", "to_k", "to_v"].map(|part| {
+        let key = format!("transformer_blocks.0.attn.{part}.oft_R.weight");
+        file[&key].dims()[0]
+    });
+    assert!(rows[0] != rows[1] && rows[1] != rows[2], "{rows:?}");
     for prefix in ["", "model.diffusion_model."] {
         let model = behind(flux(2, 2, true, SMALL), prefix, "transformer.");
         agrees(&model, flat)?;
@@ -259,5 +267,43 @@ fn candle_s_flux_runs_on_an_adapter_with_the_names_of_diffusers() -> candle_doft
     let found = merge.build(vb(with_norms(&base)?), run)?;
     assert_eq!(bits(&found), bits(&by_hand));
     assert!(relative(&found, &plain) > 1e-2);
+    Ok(())
+}
+
+/// candle builds Stable Diffusion 3 behind a prefix, with a second attention where the weights have one.
+#[test]
+fn candle_s_stable_diffusion_3_is_built_behind_its_prefix() -> candle_doft::Result<()> {
+    let config = of_mmdit::Config {
+        patch_size: 2,
+        in_channels: SMALL.channels,
+        out_channels: SMALL.channels,
+        depth: 2,
+        head_size: SMALL.hidden / 2,
+        adm_in_channels: SMALL.pooled,
+        pos_embed_max_size: 4,
+        context_embed_size: SMALL.context,
+        frequency_embedding_size: SMALL.time,
+    };
+    let prefix = "model.diffusion_model";
+    let model = behind(sd3(2, 1, SMALL), &format!("{prefix}."), "transformer.");
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("adapter.safetensors");
+    safetensors::save(&adapter(&model, flat)?, &file)?;
+    let mut base = original(&model, &diffusers(&model)?)?;
+    let positions = Tensor::zeros((1, 16, SMALL.hidden), DType::F32, &CPU)?;
+    base.insert(format!("{prefix}.pos_embed"), positions);
+    let merge = Merge::new().with_file(&file, &LoadOptions::default(), Strength::default())?;
+    let build = |tensors: &Tensors| {
+        let vb = VarBuilder::from_tensors(tensors.clone(), DType::F32, &CPU);
+        merge.build(vb.pp(prefix), |vb| {
+            of_mmdit::MMDiT::new(&config, false, vb).map_err(candle_doft::Error::from)
+        })
+    };
+    // Every layer of the adapter was asked for.
+    build(&base)?;
+    let last = format!("{prefix}.joint_blocks.1.x_block.mlp.fc2.weight");
+    let wrong = base[&last].narrow(0, 0, 8)?;
+    base.insert(last, wrong);
+    assert!(build(&base).is_err());
     Ok(())
 }
