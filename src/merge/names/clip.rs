@@ -31,7 +31,7 @@ pub(super) fn open(tensor: &str, rows: usize, columns: usize) -> Option<(Layers,
     Some((layers?, false))
 }
 
-/// A layer that has its name already, but for what is put before it.
+/// A layer that has its name already, but for what is missing before it.
 pub(super) fn transformers(tensor: &str, before: &str, rows: usize) -> Option<Layers> {
     let path = tensor.strip_suffix(".weight")?;
     one(format!("{before}{path}"), rows)

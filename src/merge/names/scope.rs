@@ -2,7 +2,7 @@
 
 use super::{Layers, NamedRows, clip, flux, sd3, unet};
 
-/// What stands before the names of a denoiser, in checkpoints and in programs.
+/// What may stand before the names of a denoiser.
 const DENOISERS: [&str; 6] = [
     "model.diffusion_model.",
     "diffusion_model.",
@@ -12,7 +12,8 @@ const DENOISERS: [&str; 6] = [
     "",
 ];
 
-/// What stands before the names of a text encoder, in which `embedders` of which model that is.
+/// What stands before the names of a text encoder, which of the encoders that is, and what ComfyUI puts
+/// before its names.
 const CLIPS: [(&str, &str, Option<&str>); 8] = [
     ("cond_stage_model.transformer.", "text_encoder", CLIP_L),
     ("cond_stage_model.model.", "text_encoder", None),
