@@ -6,7 +6,7 @@
 mod support;
 
 use anyhow::Result;
-use candle_doft::merge::{Inspection, LayerInspection, inspect};
+use candle_doft::merge::{Inspection, LayerInspection, inspect_with};
 use clap::Parser;
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -25,6 +25,8 @@ struct Flags {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
+    names: support::cli::Names,
+    #[command(flatten)]
     read_as: support::cli::ReadAs,
 }
 
@@ -38,7 +40,13 @@ fn run(flags: &Flags) -> Result<()> {
         Some(base) => flags.read_as.options_for(&flags.adapter, base)?,
         None => flags.read_as.options(),
     };
-    let found = inspect(&flags.adapter, &options, flags.base.as_deref())?;
+    let names = flags.names.table()?;
+    let found = inspect_with(
+        &flags.adapter,
+        &options,
+        flags.base.as_deref(),
+        names.as_ref(),
+    )?;
     match flags.json {
         true => say(format_args!(
             "{}",

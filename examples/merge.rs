@@ -40,6 +40,8 @@ struct Flags {
     #[arg(long)]
     allow_partial: bool,
     #[command(flatten)]
+    names: support::cli::Names,
+    #[command(flatten)]
     read_as: support::cli::ReadAs,
 }
 
@@ -64,6 +66,9 @@ fn run(flags: &Flags) -> Result<()> {
         let options = flags.read_as.options_for(adapter, &flags.base)?;
         let options = options.with_allow_partial(flags.allow_partial);
         merge = merge.with_file(adapter, &options, strength)?;
+    }
+    if let Some(table) = flags.names.table()? {
+        merge = merge.with_names(table);
     }
     let bar = support::progress::bar(0, "merge");
     let mut progress = |done: u64, total: u64| {

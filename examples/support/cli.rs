@@ -5,8 +5,9 @@ use anyhow::Context;
 use candle_core::Device;
 use candle_doft::Map;
 use candle_doft::file::{Divisor, LoadOptions, components, is_component};
+use candle_doft::merge::NameTable;
 use std::io::{ErrorKind, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -99,6 +100,22 @@ pub fn print(text: std::fmt::Arguments) {
 /// The same with the end of a line.
 pub fn say(text: std::fmt::Arguments) {
     print(format_args!("{text}\n"));
+}
+
+/// Where a checkpoint has the layers that an adapter names.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Names {
+    /// A table from the layers of the adapter to the tensors of the base, as JSON: {"layers": {"to_k":
+    /// {"tensor": "qkv.weight", "rows": [[64, 128]]}, "proj": "out.weight"}, "unnamed": ["vae."]}. Found without
+    /// it: Stable Diffusion 1, 2, XL, 3 and 3.5, Flux, and their text encoders, in one file
+    #[arg(long, value_name = "FILE")]
+    names: Option<PathBuf>,
+}
+
+impl Names {
+    pub fn table(&self) -> candle_doft::Result<Option<NameTable>> {
+        self.names.as_ref().map(NameTable::load).transpose()
+    }
 }
 
 /// A finite number above 0.

@@ -44,7 +44,7 @@ mod wrap;
 pub(crate) use asked::Asked;
 pub use build::AdapterBuilder;
 pub(crate) use fingerprint::{differs, fingerprint};
-pub(crate) use matching::{PEFT_PREFIX, component_named, flat};
+pub(crate) use matching::{PEFT_PREFIX, TRANSLATED, component_named, flat, keys, translated};
 pub use report::{LayerReport, Report};
 pub use set::{Adapters, Pinned};
 pub(crate) use settings::Settings;

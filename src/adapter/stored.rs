@@ -343,7 +343,7 @@ impl Stored {
         Ok(pairs.map(|(module, (_, path))| (module, path)).collect())
     }
 
-    pub(super) fn ambiguous<T>(&self, [a, b]: [&str; 2], name: &str, fix: &str) -> Result<T> {
+    pub(crate) fn ambiguous<T>(&self, [a, b]: [&str; 2], name: &str, fix: &str) -> Result<T> {
         let (a, b, name) = (shown(a), shown(b), shown(name));
         let reason = format!("`{a}` and `{b}` both mean `{name}`; {fix}");
         Err(Error::file(&self.file, reason))

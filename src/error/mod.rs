@@ -301,6 +301,18 @@ pub enum Error {
         nearest: Vec<String>,
     },
 
+    /// A layer of a checkpoint has no name in the table by which the layers of an adapter were found.
+    #[error(
+        "`{tensor}` is not in the table of names for {family}, so what an adapter calls it is not known; \
+         name it in a table of your own (`NameTable::load`, `--names FILE`)"
+    )]
+    Unnamed {
+        /// The tensor.
+        tensor: String,
+        /// What the table is for, or where it came from.
+        family: String,
+    },
+
     /// Parameters that cannot be saved, because they are not finite.
     #[error("`{tensor}` holds {found} at index {index}; nothing was saved")]
     NotFinite {

@@ -52,7 +52,8 @@ impl std::str::FromStr for Divisor {
     }
 }
 
-/// The path of a model that a module of a file means, where the rules do not find it.
+/// The path of a model that a module of a file means, where the rules do not find it. For a layer that is a
+/// part of a weight: [`NameTable`](crate::merge::NameTable).
 pub type Rename = Arc<dyn Fn(&str) -> Option<String> + Send + Sync>;
 
 /// What a reader decides where a file of another tool leaves it open. Canonical files leave nothing

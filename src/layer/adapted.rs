@@ -75,14 +75,6 @@ impl<F: Adaptable> Doft<F> {
         let base = base.into();
         let path = vb.prefix();
         base.check_base(&path)?;
-        if config.dropout > 0. {
-            let expected = "0: a layer that stands alone has no mode to switch it off; build it through an adapter";
-            return Err(Error::config(
-                "dropout",
-                config.dropout.to_string(),
-                expected,
-            ));
-        }
         let id = next_id();
         let adaptation = Adaptation::new(id, F::KIND, &base.as_base(), config, None, vb)?;
         Ok(Self::from_parts(

@@ -1,8 +1,9 @@
 //! Merged checkpoints on disk: one file, or a folder with shards and whatever lies beside them.
 
-use super::Merge;
 use super::added::{self, Added};
-use super::header::{self, Source};
+use super::header::{self, Shapes, Source};
+use super::part::Part;
+use super::{Merge, NameTable};
 use crate::error::{Error, Result};
 use crate::file::{Folder, filled, persist, raw_bytes, temporary};
 use std::collections::BTreeSet;
@@ -72,6 +73,7 @@ impl Merge {
     /// # Errors
     ///
     /// * [`Error::FileUnused`] for modules that match no weight, and those of [`Merge::weight`].
+    /// * [`Error::Unnamed`] if layers were found by a table of names that lacks one of the checkpoint.
     /// * [`Error::File`] for an output folder that holds weights which are not of this model.
     /// * [`Error::Stopped`] and [`Error::Io`].
     ///
@@ -127,7 +129,9 @@ impl Merge {
         let mut sources = opened?;
         let added = Added::of(self, &sources, folder && added::tied(base)?)?;
         let names = sources.iter().flat_map(Source::names).chain(added.names());
-        self.check_names(&names.collect())?;
+        let names: BTreeSet<String> = names.collect();
+        let merge = self.named(|| NameTable::detect(names.iter().map(String::as_str)));
+        merge.check_names(&names, &header::shapes(&sources)?)?;
         let mut job = Job {
             added: &added,
             total: sources.iter().map(Source::size).sum(),
@@ -144,7 +148,7 @@ impl Merge {
         let mut written = Vec::new();
         for source in &mut sources {
             let to = target(&source.path);
-            written.push((self.write(source, &to, &mut job)?, to));
+            written.push((merge.write(source, &to, &mut job)?, to));
         }
         let (report, stop) = (job.report, options.stop);
         self.check_used()?;
@@ -171,7 +175,7 @@ impl Merge {
     }
 
     /// Every module has its weight, before anything is computed.
-    fn check_names(&self, names: &BTreeSet<String>) -> Result<()> {
+    fn check_names(&self, names: &BTreeSet<String>, shapes: &Shapes) -> Result<()> {
         let paths = || {
             names
                 .iter()
@@ -182,16 +186,41 @@ impl Merge {
             for path in part.stored.matched(paths())?.into_values() {
                 part.asked.insert(&part.stored, path)?;
             }
+            let found = self.check_layers(part, shapes)?;
             let modules = part.stored.layers.keys();
             let unused = part.asked.unused(&part.stored);
             let missing: Vec<&String> = modules.filter(|name| unused.contains(name)).collect();
             let partial = part.stored.allow_partial && !part.asked.is_empty();
             if !missing.is_empty() && !partial {
-                let names = names.iter().map(String::as_str);
+                let names = names.iter().chain(&found).map(String::as_str);
                 return Err(part.stored.unused(&missing, names));
             }
         }
-        Ok(())
+        let mut unnamed = Vec::new();
+        for (name, shape) in shapes {
+            if self.is_unnamed(name, shape)? {
+                unnamed.push(name.as_str());
+            }
+        }
+        self.check_named(unnamed)
+    }
+
+    /// Enters the modules that the table of names finds, where others are left; returns the names of all
+    /// layers in it.
+    fn check_layers(&self, part: &Part, shapes: &Shapes) -> Result<Vec<String>> {
+        let Some(table) = self.names.as_deref() else {
+            return Ok(Vec::new());
+        };
+        let mut layers = Vec::new();
+        for (name, shape) in shapes {
+            for target in part.targets(name, shape, Some(table))? {
+                part.enter(&target)?;
+            }
+            let parts = table.parts(name, shape)?.into_iter().flatten();
+            layers.extend(parts.map(|named| named.module));
+        }
+        part.check_extras(shapes, &layers)?;
+        Ok(layers)
     }
 
     fn write(&self, source: &mut Source, to: &Path, job: &mut Job) -> Result<NamedTempFile> {
@@ -241,13 +270,11 @@ impl Merge {
         name: &str,
         allow_changed_base: bool,
     ) -> Result<Option<Vec<u8>>> {
-        let path = name.strip_suffix(".weight");
+        let shape = source.info(name)?.shape.clone();
         let mut adapted = self.extra(name).is_some();
         for part in self.parts.iter() {
-            adapted |= match path {
-                Some(path) => part.asked.find(&part.stored, path)?.is_some(),
-                None => false,
-            };
+            let targets = part.targets(name, &shape, self.names.as_deref())?;
+            adapted |= !targets.is_empty();
         }
         if !adapted {
             return Ok(None);

@@ -108,6 +108,21 @@ pub(super) fn check_stale(output: &Path, targets: &BTreeSet<PathBuf>) -> Result<
     Ok(())
 }
 
+/// Tensors with their shapes, in the order of their names.
+pub(super) type Shapes = BTreeMap<String, Vec<usize>>;
+
+/// The shapes of all tensors of a checkpoint.
+pub(super) fn shapes(sources: &[Source]) -> Result<Shapes> {
+    let mut shapes = Shapes::new();
+    for source in sources {
+        for name in source.names() {
+            let shape = source.info(&name)?.shape.clone();
+            shapes.insert(name, shape);
+        }
+    }
+    Ok(shapes)
+}
+
 /// An open file. Its tensors are read when they are asked for.
 pub(super) struct Source {
     pub(super) path: PathBuf,

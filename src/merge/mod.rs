@@ -21,16 +21,33 @@
 //! 0.18, told by the version in its configuration. A cap on the spectral norm is applied with the true
 //! norm, where OneTrainer iterates from random vectors.
 
+//!
+//! # Names
+//!
+//! Adapters of diffusion models mostly have the names of diffusers. A checkpoint in one file has others, and
+//! q, k and v in one weight. [`NameTable`] says which rows of which tensor a layer is; it is found by the
+//! names of the checkpoint, or given with [`Merge::with_names`]. Each part of a fused weight is turned in its
+//! own rows, with its own rotation and magnitude, and checked against its own norms; rows that no adapter has
+//! stay as they are, bit for bit, as do biases. Where Flux and Stable Diffusion 3 keep shift and scale the
+//! other way round, the halves are swapped back.
+//!
+//! It stands behind the rules that match names without it: an adapter that has the names of the checkpoint
+//! needs no table. Where one is used, a weight of the checkpoint that it does not name is an error. Extra
+//! tensors are not translated.
+
 mod added;
 mod backend;
 mod checkpoint;
 mod header;
 mod inspect;
+mod names;
 mod part;
 mod strength;
+mod target;
 
 pub use checkpoint::{CheckpointOptions, MergeReport};
-pub use inspect::{Inspection, LayerInspection, inspect, weight_shapes};
+pub use inspect::{Inspection, LayerInspection, inspect, inspect_with, weight_shapes};
+pub use names::{NameTable, NamedRows};
 pub use strength::{Strength, StrengthMode};
 
 use crate::adapter::{Adapter, Stored, Warning, locked};
@@ -67,6 +84,7 @@ use std::sync::Arc;
 #[must_use = "each `with_` answers the merge with one adapter more"]
 pub struct Merge {
     parts: Arc<Vec<Part>>,
+    names: Option<Arc<NameTable>>,
 }
 
 impl Merge {
@@ -123,11 +141,53 @@ impl Merge {
 
     fn with_stored(self, stored: Stored, strength: Strength) -> Result<Self> {
         strength.check(&stored)?;
+        let names = self.names.clone();
         let mut parts = self.into_parts();
         parts.push(Part::new(stored, strength));
         Ok(Self {
             parts: Arc::new(parts),
+            names,
         })
+    }
+
+    /// Sets where a checkpoint keeps the layers that adapters call by other names. Without it the names of
+    /// the checkpoint decide, by [`NameTable::detect`]; [`Merge::build`] asks the `VarBuilder` for them, and
+    /// finds none in one that does not know which tensors it has.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor};
+    /// # use candle_doft::{Adapter, DoftConfig};
+    /// # use candle_nn::{Linear, VarBuilder};
+    /// # let device = Device::Cpu;
+    /// # let vb = VarBuilder::zeros(DType::F32, &device);
+    /// # let builder = Adapter::builder(DoftConfig::default(), &device)?;
+    /// # builder.linear_no_bias(64, 8, vb.pp("to_k"))?;
+    /// # let adapter = builder.finish()?;
+    /// use candle_doft::merge::{Merge, NameTable, Strength};
+    ///
+    /// // The adapter has `to_k`; the model has it in rows 8 to 15 of `qkv`.
+    /// let table = r#"{"layers": {"to_k": {"tensor": "qkv.weight", "rows": [[8, 16]]}}}"#;
+    /// let merge = Merge::new()
+    ///     .with_adapter(&adapter, Strength::default())?
+    ///     .with_names(NameTable::from_json(table)?);
+    /// let merged = merge.weight("qkv", &Tensor::ones((24, 64), DType::F32, &device)?, true)?;
+    /// assert_eq!(merged.map(|weight| weight.dims().to_vec()), Some(vec![24, 64]));
+    /// # Ok::<(), candle_doft::Error>(())
+    /// ```
+    pub fn with_names(mut self, table: NameTable) -> Self {
+        self.names = Some(Arc::new(table));
+        self
+    }
+
+    /// The same merge with the table that was set, else one that is found.
+    fn named(&self, find: impl FnOnce() -> Option<NameTable>) -> Self {
+        let names = self.names.clone();
+        Self {
+            parts: Arc::clone(&self.parts),
+            names: names.or_else(|| find().map(Arc::new)),
+        }
     }
 
     /// What is worth knowing about the files; after a merge also which modules of a partial one went
@@ -149,6 +209,7 @@ impl Merge {
     /// * Returns the error of `model`.
     /// * [`Error::FileUnused`] if a part of an adapter was not asked for, with
     ///   the nearest paths; [`LoadOptions::allow_partial`] allows it.
+    /// * [`Error::Unnamed`] if layers were found by a table of names that lacks one of the model.
     /// * From a get: if the base weight is not the one that the adapter was trained on
     ///   ([`LoadOptions::allow_changed_base`] allows it), does not fit, or the result is not finite.
     pub fn build<'a, M, E: From<Error>>(
@@ -159,8 +220,11 @@ impl Merge {
         // What was asked for is counted for this model alone, also when others are built at the same time.
         let plan = self.fresh();
         let (dtype, device, prefix) = (base.dtype(), base.device().clone(), base.prefix());
-        let names = Arc::default();
-        let backend = backend::Merged::new(plan.clone(), base.root(), Arc::clone(&names));
+        let root = base.root();
+        let plan = plan.named(|| NameTable::probe(|name| root.contains_tensor(name)));
+        let (names, unnamed) = (Arc::default(), Arc::default());
+        let seen = (Arc::clone(&names), Arc::clone(&unnamed));
+        let backend = backend::Merged::new(plan.clone(), root, seen);
         let merged = VarBuilder::from_backend(Box::new(backend), dtype, device);
         let merged = if prefix.is_empty() {
             merged
@@ -170,6 +234,7 @@ impl Merge {
         let built = model(merged)?;
         let names: Vec<String> = locked(&names).iter().cloned().collect();
         plan.check_used_by(names.iter().map(String::as_str))?;
+        plan.check_named(locked(&unnamed).iter().map(String::as_str))?;
         self.publish(&plan);
         Ok(built)
     }
@@ -178,6 +243,7 @@ impl Merge {
     fn fresh(&self) -> Self {
         Self {
             parts: Arc::new(self.parts.iter().map(Part::fresh).collect()),
+            names: self.names.clone(),
         }
     }
 
@@ -200,10 +266,12 @@ impl Merge {
     }
 
     fn changed(self, change: impl Fn(&mut Stored)) -> Self {
+        let names = self.names.clone();
         let mut parts = self.into_parts();
         parts.iter_mut().for_each(|part| change(&mut part.stored));
         Self {
             parts: Arc::new(parts),
+            names,
         }
     }
 
@@ -214,7 +282,8 @@ impl Merge {
         }
     }
 
-    /// The merged weight of the layer at `path`, in the dtype of `weight`; none when no adapter has it.
+    /// The merged weight of the layer at `path`, in the dtype of `weight`; none when no adapter has it. With
+    /// [`Merge::with_names`] also where an adapter has layers that the table names in `path.weight`.
     ///
     /// # Errors
     ///
@@ -226,48 +295,57 @@ impl Merge {
         weight: &Tensor,
         allow_changed_base: bool,
     ) -> Result<Option<Tensor>> {
+        self.layers(&format!("{path}.weight"), weight, allow_changed_base)
+    }
+
+    /// The same for a tensor by its whole name.
+    fn layers(
+        &self,
+        name: &str,
+        tensor: &Tensor,
+        allow_changed_base: bool,
+    ) -> Result<Option<Tensor>> {
         // Every adapter is checked against the base, before the first is merged.
         let mut found = Vec::new();
-        let mut norms = None;
         for part in self.parts.iter() {
-            let Some((module, layer)) = part.asked.find(&part.stored, path)? else {
-                continue;
-            };
-            let norms = match &norms {
-                Some(norms) => norms,
-                None => norms.insert(row_norms(weight)?),
-            };
-            part.check(module, layer, path, weight, norms, allow_changed_base)?;
-            found.push((part, layer));
+            for target in part.targets(name, tensor.dims(), self.names.as_deref())? {
+                let weight = target.take(tensor)?;
+                let norms = row_norms(&weight)?;
+                let (module, layer, path) = (target.module, target.layer, &target.path);
+                part.check(module, layer, path, &weight, &norms, allow_changed_base)?;
+                found.push((part, target, norms));
+            }
         }
         if found.is_empty() {
             return Ok(None);
         }
         // Several steps over a half weight are made in f32, and rounded once.
-        let steps: usize = found.iter().map(|(part, _)| part.strength.steps()).sum();
-        let half = matches!(weight.dtype(), DType::F16 | DType::BF16);
+        let steps: usize = found.iter().map(|(part, ..)| part.strength.steps()).sum();
+        let half = matches!(tensor.dtype(), DType::F16 | DType::BF16);
         let mut merged = match half && steps > 1 {
-            true => weight.to_dtype(DType::F32)?,
-            false => weight.clone(),
+            true => tensor.to_dtype(DType::F32)?,
+            false => tensor.clone(),
         };
         let mut last = None;
-        for (part, layer) in found {
-            merged = part.merge(path, layer, &merged, norms.as_ref())?;
-            part.asked.insert(&part.stored, path)?;
+        for (part, target, norms) in found {
+            let weight = target.take(&merged)?;
+            let weight = part.merge(&target.path, target.layer, &weight, Some(&norms))?;
+            merged = target.put(&merged, weight)?;
+            part.enter(&target)?;
             last = Some(part);
         }
-        match last.filter(|_| merged.dtype() != weight.dtype()) {
+        match last.filter(|_| merged.dtype() != tensor.dtype()) {
             None => Ok(Some(merged)),
             Some(last) => {
-                let rounded = merged.to_dtype(weight.dtype())?;
-                last.check_range(path, &rounded)?;
+                let rounded = merged.to_dtype(tensor.dtype())?;
+                last.check_range(name, &rounded)?;
                 Ok(Some(rounded))
             }
         }
     }
 
     /// What becomes of a tensor of the base: the extra tensor of that name that an adapter has, in the dtype of
-    /// `base`, or the merged weight, where the name ends with `.weight`; none when no adapter has it.
+    /// `base`, or the weight with the layers merged that adapters have in it; none when no adapter has any.
     ///
     /// # Errors
     ///
@@ -292,15 +370,36 @@ impl Merge {
             }
             Some((_, extra)) => Some(extra.to_dtype(base.dtype())?.to_device(base.device())?),
         };
-        let Some(path) = name.strip_suffix(".weight") else {
-            return Ok(replaced);
-        };
         let tensor = replaced.as_ref().unwrap_or(base);
         if tensor.rank() < 2 {
             return Ok(replaced);
         }
-        let merged = self.weight(path, tensor, allow_changed_base)?;
+        let merged = self.layers(name, tensor, allow_changed_base)?;
         Ok(merged.or(replaced))
+    }
+
+    /// Whether no adapter has a layer in a tensor, and the table should name one there and does not.
+    fn is_unnamed(&self, tensor: &str, shape: &[usize]) -> Result<bool> {
+        let Some(table) = self.names.as_deref() else {
+            return Ok(false);
+        };
+        let native = |part: &Part| Ok(!part.targets(tensor, shape, None)?.is_empty());
+        let found: Result<Vec<bool>> = self.parts.iter().map(native).collect();
+        Ok(table.lacks(tensor, shape)? && !found?.contains(&true))
+    }
+
+    /// Returns an error for tensors that the table does not name, where a layer was found by it: what an
+    /// adapter calls them is not known then.
+    fn check_named<'a>(&self, unnamed: impl IntoIterator<Item = &'a str>) -> Result<()> {
+        let used = self.parts.iter().any(Part::is_translated);
+        let (Some(table), Some(first), true) = (&self.names, unnamed.into_iter().next(), used)
+        else {
+            return Ok(());
+        };
+        Err(Error::Unnamed {
+            tensor: shown(first),
+            family: table.family().to_string(),
+        })
     }
 
     /// Checks that every layer and extra tensor of every adapter was asked for: by [`Merge::weight`] since

@@ -1,9 +1,13 @@
 //! [`Part`]: one adapter of a merge, and what it makes of a weight.
 
+use super::header::Shapes;
+use super::target::Index;
 use super::{Strength, StrengthMode};
-use crate::adapter::{Asked, NORMS_DIFFER, Stored, StoredLayer, Warning, locked};
+use crate::adapter::{
+    Asked, NORMS_DIFFER, Stored, StoredLayer, TRANSLATED, Warning, locked, translated,
+};
 use crate::config::LayerKind;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shown};
 use crate::rotation;
 use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeSet;
@@ -15,6 +19,7 @@ pub(super) struct Part {
     pub(super) stored: Stored,
     pub(super) strength: Strength,
     pub(super) asked: Asked,
+    pub(super) index: Index,
     /// What came up when it met its weights.
     met: Mutex<BTreeSet<Warning>>,
 }
@@ -22,6 +27,7 @@ pub(super) struct Part {
 impl Part {
     pub(super) fn new(stored: Stored, strength: Strength) -> Self {
         Self {
+            index: Index::new(&stored),
             stored,
             strength,
             asked: Asked::default(),
@@ -60,6 +66,34 @@ impl Part {
             true => Ok(()),
             false => Err(self.stored.unused(&unused, names)),
         }
+    }
+
+    /// Refuses an extra tensor of a layer that a table names, as its bias: the checkpoint calls it otherwise,
+    /// and it would be added beside what it should replace.
+    pub(super) fn check_extras(&self, base: &Shapes, layers: &[String]) -> Result<()> {
+        if self.strength.value == 0. || !self.is_translated() {
+            return Ok(());
+        }
+        let extras = self.stored.extras.keys();
+        for name in extras.filter(|name| !base.contains_key(*name)) {
+            let (module, _) = name.rsplit_once('.').unwrap_or((name, ""));
+            if layers
+                .iter()
+                .any(|layer| translated(module, layer).is_some())
+            {
+                let name = shown(name);
+                return self.refuse(&format!(
+                    "the checkpoint has `{name}` under another name, and extra tensors are not translated; \
+                     merge into a base with the names of the adapter"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a layer of it was found by a table of names.
+    pub(super) fn is_translated(&self) -> bool {
+        self.asked.any_behind(TRANSLATED)
     }
 
     /// The tensor that replaces the whole tensor of that name.

@@ -230,6 +230,8 @@ impl Walk<'_> {
         let mut count = Some(1u64);
         for _ in 0..axes {
             let axis = self.u64()?;
+            // candle makes an unaligned slice of what is empty.
+            ensure!(axis > 0, "tensor `{name}` is empty; fetch the file again");
             count = count.and_then(|count| count.checked_mul(axis));
         }
         let kind = self.u32()?;
