@@ -135,7 +135,7 @@ impl Average {
             return Err(Error::argument(
                 "Average",
                 "the decay",
-                &decay.to_string(),
+                decay.to_string(),
                 expected,
             ));
         }
