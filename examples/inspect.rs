@@ -65,6 +65,7 @@ fn as_json(found: &Inspection) -> Result<Value> {
             "kind": serde_json::to_value(layer.kind)?,
             "block_size": layer.block_size,
             "blocks": layer.blocks,
+            "rank": layer.rank,
             "map": serde_json::to_value(layer.map)?,
             "magnitude": serde_json::to_value(layer.magnitude)?,
             "max_angle_degrees": layer.max_angle_degrees,
@@ -115,6 +116,13 @@ fn row(layer: &LayerInspection, width: usize) -> String {
         (Some(least), Some(most)) => format!("{least:.4} to {most:.4}"),
         _ => "needs the base".to_string(),
     };
+    if let Some(rank) = layer.rank {
+        let mut row = format!("{:width$}  low-rank matrices of rank {rank}", layer.path);
+        if let Some(mismatch) = &layer.mismatch {
+            row += &format!("  {mismatch}");
+        }
+        return row;
+    }
     let mut row = format!(
         "{:width$}  {:>5} {:>6}  {:12} {:9} {:>8.2}° {:>10.1e}  {ratio:>17}",
         layer.path,

@@ -1,7 +1,7 @@
 //! [`Params`]: the trainable state of one layer, packed rotation and magnitude, at the identity when
 //! new.
 
-use crate::config::{BlockLayout, Magnitude};
+use crate::config::{BlockLayout, LayerKind, Magnitude};
 use crate::error::{Error, Result};
 use crate::ops::Weight;
 use candle_core::{DType, Device, Tensor};
@@ -24,6 +24,19 @@ pub mod names {
     pub const FACTOR: &str = "dora_multiplier";
     /// The magnitude of kind [`Absolute`](crate::Magnitude::Absolute).
     pub const ABSOLUTE: &str = "dora_scale";
+
+    /// The magnitude of DoRA.
+    pub const DORA: &str = "lora_magnitude_vector.weight";
+
+    /// The names of the low-rank matrices `A` and `B` of a kind of layer.
+    pub fn low_rank(kind: LayerKind) -> (&'static str, &'static str) {
+        match kind {
+            LayerKind::Embedding => ("lora_embedding_A", "lora_embedding_B"),
+            LayerKind::Linear | LayerKind::Conv1d | LayerKind::Conv2d => {
+                ("lora_A.weight", "lora_B.weight")
+            }
+        }
+    }
 
     /// The name of the packed rotation of a kind of layer.
     pub fn rotation(kind: LayerKind) -> &'static str {
@@ -212,6 +225,16 @@ pub(crate) fn ratio(
 }
 
 // `n0` is known only here, so an initial value cannot come from a hint.
+/// `s B A` as rows of a weight of that kind.
+pub(crate) fn low_rank_rows(kind: LayerKind, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor> {
+    let product = b.flatten_from(1)?.matmul(&a.flatten_from(1)?)?;
+    let rows = match kind {
+        LayerKind::Embedding => product.t()?.contiguous()?,
+        _ => product,
+    };
+    Ok((rows * scale)?)
+}
+
 fn absolute(norms: &Tensor, vb: &VarBuilder) -> Result<Tensor> {
     let fresh = !vb.contains_tensor(names::ABSOLUTE);
     let value = vb.get_with_hints(norms.elem_count(), names::ABSOLUTE, Init::Const(0.))?;

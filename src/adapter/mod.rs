@@ -50,16 +50,15 @@ pub use set::{Adapters, Pinned};
 pub(crate) use settings::Settings;
 pub use state::{Average, State};
 pub use stored::Warning;
-pub(crate) use stored::{NORMS_DIFFER, Stored, StoredLayer};
+pub(crate) use stored::{NORMS_DIFFER, Stored, StoredLayer, StoredLowRank};
 pub use wrap::{WeightSource, Wrap};
 
 use crate::config::{DoftConfig, LayerKind};
 use crate::error::{Error, GradientReport, Result};
 use crate::frozen::Frozen;
-use crate::layer::{Adaptation, Control};
-use crate::params::names;
+use crate::layer::{Adaptation, Control, Form};
 use candle_core::backprop::GradStore;
-use candle_core::{Device, Tensor, Var};
+use candle_core::{Device, Var};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -167,7 +166,7 @@ impl Adapter {
         self.vars_where(|_| true)
     }
 
-    /// The packed rotations alone.
+    /// The packed rotations alone, and low-rank matrices.
     pub fn rotation_vars(&self) -> Vec<Var> {
         self.vars_where(|role| role == Role::Rotation)
     }
@@ -208,18 +207,31 @@ impl Adapter {
                 report.frozen_layers += 1;
                 continue;
             };
-            let params = layer.params();
-            let magnitude = params.magnitude_parameter().map_or(0, Tensor::elem_count);
-            let parameters = params.rotation().elem_count() + magnitude;
+            let tensors = layer.tensors().into_iter();
+            let parameters = tensors.map(|(_, tensor, _)| tensor.elem_count()).sum();
+            let (block_size, asked, blocks, rank) = match layer.form() {
+                Form::Rotation {
+                    layout,
+                    requested_block_size,
+                    ..
+                } => (
+                    layout.block_size,
+                    *requested_block_size,
+                    layout.blocks,
+                    None,
+                ),
+                Form::LowRank(params) => (0, 0, 0, Some(params.spec().rank)),
+            };
             report.trainable += parameters;
             report.total += parameters;
             report.layers.push(LayerReport {
                 path: path.clone(),
                 kind: layer.kind(),
                 shape: layer.shape().to_vec(),
-                block_size: layer.layout().block_size,
-                asked: layer.requested_block_size(),
-                blocks: layer.layout().blocks,
+                block_size,
+                asked,
+                blocks,
+                rank,
                 parameters,
             });
         }
@@ -300,19 +312,14 @@ fn trained<'a>(
 ) -> Result<Vec<Trained>> {
     let mut trained = Vec::new();
     for layer in layers {
-        let params = layer.params();
-        let rotation = (names::rotation(layer.kind()), params.rotation());
-        let magnitude = names::magnitude(params.kind()).zip(params.magnitude_parameter());
-        let roles = [
-            (Role::Rotation, Some(rotation)),
-            (Role::Magnitude, magnitude),
-        ];
-        for (role, named) in roles {
-            if let Some((name, tensor)) = named {
-                let name = format!("{}.{name}", layer.path());
-                let var = Var::from_tensor(tensor)?;
-                trained.push(Trained { role, name, var });
-            }
+        for (name, tensor, magnitude) in layer.tensors() {
+            let role = match magnitude {
+                true => Role::Magnitude,
+                false => Role::Rotation,
+            };
+            let name = format!("{}.{name}", layer.path());
+            let var = Var::from_tensor(tensor)?;
+            trained.push(Trained { role, name, var });
         }
     }
     for (name, var) in extras {

@@ -17,8 +17,10 @@ pub struct LayerReport {
     pub block_size: usize,
     /// Block size that was asked for.
     pub asked: usize,
-    /// Blocks that act.
+    /// Blocks that act; 0, as the sizes, for low-rank matrices.
     pub blocks: usize,
+    /// Rank of low-rank matrices.
+    pub rank: Option<usize>,
     /// Trainable parameters, rotation and magnitude.
     pub parameters: usize,
 }
@@ -61,7 +63,10 @@ impl fmt::Display for Report {
                 "{:width$}  {:>14}  {:>6}  {:>6}  {:>10}",
                 layer.path,
                 shape.join("x"),
-                layer.block_size,
+                match layer.rank {
+                    Some(rank) => format!("r{rank}"),
+                    None => layer.block_size.to_string(),
+                },
                 layer.blocks,
                 layer.parameters
             )?;

@@ -99,8 +99,9 @@ impl Adapter {
         let mut layers = HashMap::new();
         for entry in self.inner.layers.values() {
             if let Some(layer) = &entry.adaptation {
-                layer.check_unchanged(&entry.site.base.as_base())?;
-                layers.insert(layer.id(), layer.factors()?);
+                let base = entry.site.base.as_base();
+                layer.check_unchanged(&base)?;
+                layers.insert(layer.id(), layer.factors(&base)?);
             }
         }
         let adapter = self.inner.id;

@@ -2,8 +2,9 @@
 
 use super::fingerprint::{differs, fingerprint};
 use super::{Adaptation, Adapter};
-use crate::config::{LayerKind, Magnitude, Map};
+use crate::config::{LayerKind, LowRank, Magnitude, Map};
 use crate::error::Result;
+use crate::layer::Form;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -19,23 +20,37 @@ pub(crate) struct Settings {
     scaled: bool,
     max_norm: Option<f64>,
     magnitude: Magnitude,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    low_rank: Option<LowRank>,
     base: Option<[f64; 5]>,
 }
 
 impl Settings {
     fn new(layer: &Adaptation) -> Result<Self> {
-        let (layout, params) = (layer.layout(), layer.params());
-        Ok(Self {
+        let mut settings = Self {
             kind: layer.kind(),
             shape: layer.shape().to_vec(),
-            block_size: layout.block_size,
-            block_share: layout.shared,
-            map: layout.map,
-            scaled: layout.scaled,
-            max_norm: layout.max_norm,
-            magnitude: params.kind(),
-            base: fingerprint(params.norms())?,
-        })
+            block_size: 0,
+            block_share: false,
+            map: Map::default(),
+            scaled: false,
+            max_norm: None,
+            magnitude: Magnitude::None,
+            low_rank: None,
+            base: fingerprint(layer.norms())?,
+        };
+        match layer.form() {
+            Form::Rotation { layout, params, .. } => {
+                settings.block_size = layout.block_size;
+                settings.block_share = layout.shared;
+                settings.map = layout.map;
+                settings.scaled = layout.scaled;
+                settings.max_norm = layout.max_norm;
+                settings.magnitude = params.kind();
+            }
+            Form::LowRank(params) => settings.low_rank = Some(params.spec()),
+        }
+        Ok(settings)
     }
 
     /// The first setting that differs, as it is here and there.
@@ -45,8 +60,9 @@ impl Settings {
         others.next().map(|(here, there)| [here, there])
     }
 
-    fn fields(&self) -> [String; 8] {
+    fn fields(&self) -> [String; 9] {
         [
+            format!("`low_rank` {:?}", self.low_rank),
             format!("`kind` {:?}", self.kind),
             format!("`shape` {:?}", self.shape),
             format!("`block_size` {}", self.block_size),

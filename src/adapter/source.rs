@@ -3,12 +3,12 @@
 
 use super::asked::Asked;
 use super::fingerprint::fingerprint;
-use super::stored::{NORMS_DIFFER, Stored, StoredLayer, Warning};
+use super::stored::{NORMS_DIFFER, Stored, StoredLayer, StoredLowRank, Warning};
 use super::{Adapter, AdapterBuilder, locked};
 use crate::config::{DoftConfig, LayerKind, Magnitude};
 use crate::error::{Error, Result};
 use crate::frozen::Base;
-use crate::layer::{Adaptation, check_finite};
+use crate::layer::{Adaptation, Form, check_finite};
 use crate::params::row_norms_of;
 use candle_core::{DType, Device, Tensor, Var};
 use std::collections::{BTreeMap, BTreeSet};
@@ -80,12 +80,25 @@ impl Source {
             let value = value.reshape(parameter.shape())?;
             Ok(Var::from_tensor(parameter)?.set(&value)?)
         };
-        let params = layer.params();
-        if stored.rotates() {
-            set(params.rotation(), &stored.theta(layer.kind())?)?;
-        }
-        if let (Some(parameter), Some(value)) = (params.magnitude_parameter(), &stored.value) {
-            set(parameter, value)?;
+        match (layer.form(), &stored.low_rank) {
+            (Form::Rotation { params, .. }, _) => {
+                if stored.rotates() {
+                    set(params.rotation(), &stored.theta(layer.kind())?)?;
+                }
+                if let (Some(parameter), Some(value)) =
+                    (params.magnitude_parameter(), &stored.value)
+                {
+                    set(parameter, value)?;
+                }
+            }
+            (Form::LowRank(params), Some(stored)) => {
+                set(params.a(), &stored.a)?;
+                set(params.b(), &stored.b)?;
+                if let (Some(parameter), Some(value)) = (params.magnitude(), &stored.magnitude) {
+                    set(parameter, value)?;
+                }
+            }
+            (Form::LowRank(_), None) => {}
         }
         self.asked.insert(&self.stored, layer.path())
     }
@@ -223,8 +236,27 @@ impl Adapter {
 }
 
 fn stored_layer(layer: &Adaptation) -> Result<StoredLayer> {
-    let (params, layout) = (layer.params(), layer.layout());
     let cpu = |tensor: &Tensor| tensor.detach().to_device(&Device::Cpu);
+    let (layout, params) = match layer.form() {
+        Form::Rotation { layout, params, .. } => (layout, params),
+        Form::LowRank(params) => {
+            let stored = StoredLowRank {
+                spec: params.spec(),
+                a: cpu(params.a())?,
+                b: cpu(params.b())?,
+                magnitude: params.magnitude().map(cpu).transpose()?,
+                transposed: false,
+            };
+            let base = fingerprint(&cpu(params.norms())?)?;
+            let shape = Some(layer.shape().to_vec());
+            let stored = stored.layer(Some(layer.kind()))?;
+            return Ok(StoredLayer {
+                shape,
+                base,
+                ..stored
+            });
+        }
+    };
     let theta = cpu(params.rotation())?;
     let packed = match layer.kind().is_kernel() {
         true => theta.neg()?,
@@ -245,5 +277,6 @@ fn stored_layer(layer: &Adaptation) -> Result<StoredLayer> {
         value: params.magnitude_parameter().map(cpu).transpose()?,
         base: fingerprint(&norms)?,
         norms: (params.kind() == Magnitude::Absolute).then_some(norms),
+        low_rank: None,
     })
 }

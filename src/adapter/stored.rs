@@ -2,7 +2,7 @@
 
 use super::fingerprint::{differs, fingerprint};
 use super::matching::{component, component_named, rule};
-use crate::config::{BlockLayout, DoftConfig, LayerKind, Magnitude, Map};
+use crate::config::{BlockLayout, DoftConfig, LayerKind, LowRank, Magnitude, Map};
 use crate::error::{Error, Result, nearest, shown};
 use crate::params::{self, names};
 use candle_core::{DType, Device, Tensor};
@@ -63,6 +63,63 @@ pub(crate) struct StoredLayer {
     pub(crate) norms: Option<Tensor>,
     /// Of the frozen weight; see [`fingerprint`](super::fingerprint::fingerprint).
     pub(crate) base: Option<[f64; 5]>,
+    /// Low-rank matrices in place of the rotation and magnitude, which change nothing then.
+    pub(crate) low_rank: Option<StoredLowRank>,
+}
+
+/// The matrices of LoRA or DoRA, in the shapes that PEFT gives them.
+#[derive(Clone, Debug)]
+pub(crate) struct StoredLowRank {
+    pub(crate) spec: LowRank,
+    pub(crate) a: Tensor,
+    pub(crate) b: Tensor,
+    pub(crate) magnitude: Option<Tensor>,
+    /// The weight in a checkpoint is stored `(in, out)`.
+    pub(crate) transposed: bool,
+}
+
+impl StoredLowRank {
+    /// A layer of these matrices alone.
+    pub(crate) fn layer(self, kind: Option<LayerKind>) -> Result<StoredLayer> {
+        Ok(StoredLayer {
+            kind,
+            shape: None,
+            block_size: 1,
+            shared: None,
+            map: Map::default(),
+            scaled: true,
+            max_norm: None,
+            magnitude: Magnitude::None,
+            packed: Tensor::zeros((1, 0), DType::F32, &Device::Cpu)?,
+            kernel_factor: -1.,
+            value: None,
+            norms: None,
+            base: None,
+            low_rank: Some(self),
+        })
+    }
+
+    /// The shape of a weight that is stored `(in, out)`, the other way round; none where it is not.
+    pub(crate) fn turned(&self, weight: &[usize]) -> Option<Vec<usize>> {
+        let [rows, columns] = weight else {
+            return None;
+        };
+        let fits = self.a.dims().get(1) == Some(rows);
+        (self.transposed && fits).then(|| vec![*columns, *rows])
+    }
+
+    /// The shapes of `A` and `B` for a weight of that kind and shape.
+    pub(crate) fn shapes(&self, kind: LayerKind, weight: &[usize]) -> [Vec<usize>; 2] {
+        let (rank, out, inner) = (self.spec.rank, weight[0], &weight[1..]);
+        match kind {
+            LayerKind::Embedding => [vec![rank, out], vec![inner[0], rank]],
+            _ => {
+                let ones = std::iter::repeat_n(1, inner.len() - 1);
+                let b = [out, rank].into_iter().chain(ones).collect();
+                [[&[rank], inner].concat(), b]
+            }
+        }
+    }
 }
 
 impl StoredLayer {
@@ -98,6 +155,7 @@ impl StoredLayer {
             max_norm: self.max_norm,
             magnitude: self.magnitude,
             embedding_magnitude: self.magnitude,
+            low_rank: self.low_rank.as_ref().map(|low_rank| low_rank.spec),
             rules: Vec::new(),
             ..config.clone()
         }
@@ -200,6 +258,34 @@ impl StoredLayer {
         {
             let found = format!("the kind {kind:?} on record");
             return fail(name, found, format!("{weight:?} of `{path}.weight`"));
+        }
+        if let Some(low_rank) = &self.low_rank {
+            let kind = self.kind.or(LayerKind::of_rank(weight.len()));
+            let kind = kind.unwrap_or(LayerKind::Linear);
+            // A layer holds its weight as `(out, in)`, whatever a checkpoint does.
+            let turned = low_rank.turned(weight);
+            let weight = turned.as_deref().unwrap_or(weight);
+            let [a, b] = low_rank.shapes(kind, weight);
+            let (name_a, name_b) = names::low_rank(kind);
+            // Kernels of 1 are stored with their axes and without.
+            let flat = |dims: &[usize]| [dims[0], dims[1..].iter().product()];
+            for (name, tensor, expected) in [(name_a, &low_rank.a, a), (name_b, &low_rank.b, b)] {
+                if tensor.rank() < 2 || flat(tensor.dims()) != flat(&expected) {
+                    let found = format!("{:?}", tensor.dims());
+                    return fail(name, found, format!("{expected:?} of `{path}.weight`"));
+                }
+            }
+            return match &low_rank.magnitude {
+                Some(m) if m.elem_count() != weight[0] => {
+                    let found = format!("{} elements", m.elem_count());
+                    fail(
+                        names::DORA,
+                        found,
+                        format!("{} of `{path}.weight`", weight[0]),
+                    )
+                }
+                _ => Ok(()),
+            };
         }
         let width: usize = weight.iter().skip(1).product();
         let (rows, b) = (self.rows(), self.block_size);

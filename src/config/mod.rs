@@ -5,11 +5,13 @@
 
 mod kinds;
 mod layout;
+mod low_rank;
 mod map;
 mod pattern;
 
 pub use kinds::{LayerKind, Magnitude};
 pub use layout::{BlockLayout, Indivisible, nearest_divisor};
+pub use low_rank::LowRank;
 pub use map::Map;
 pub use pattern::{Pattern, Rule, Targets};
 
@@ -64,6 +66,10 @@ pub struct DoftConfig {
     /// Parametrisation of the magnitude of embeddings, one for each token. A [`Rule`] that sets a
     /// magnitude sets this one, too.
     pub embedding_magnitude: Magnitude,
+    /// Low-rank matrices in place of the rotation and its magnitude: LoRA or DoRA. The fields of rotations have no
+    /// effect then.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub low_rank: Option<LowRank>,
     /// Chance that a block becomes the identity, in training: the multiplicative dropout of
     /// arXiv:2311.06243. Nothing is rescaled.
     pub dropout: f64,
@@ -89,6 +95,7 @@ impl Default for DoftConfig {
             max_norm: None,
             magnitude: Magnitude::default(),
             embedding_magnitude: Magnitude::None,
+            low_rank: None,
             dropout: 0.,
             seed: 0,
             indivisible: Indivisible::default(),
@@ -103,6 +110,22 @@ impl DoftConfig {
     /// Plain OFT: rotations alone, no magnitude.
     pub fn oft() -> Self {
         Self::default().with_magnitude(Magnitude::None)
+    }
+
+    /// LoRA of scale `alpha / rank`.
+    pub fn lora(rank: usize, alpha: f64) -> Self {
+        Self::default().with_low_rank(LowRank::new(rank, alpha))
+    }
+
+    /// DoRA of scale `alpha / rank`.
+    pub fn dora(rank: usize, alpha: f64) -> Self {
+        Self::default().with_low_rank(LowRank::new(rank, alpha).with_dora(true))
+    }
+
+    /// Sets low-rank matrices in place of rotations; none sets rotations.
+    pub fn with_low_rank(mut self, low_rank: impl Into<Option<LowRank>>) -> Self {
+        self.low_rank = low_rank.into();
+        self
     }
 
     /// Sets the width of a rotation block.
@@ -203,6 +226,12 @@ impl DoftConfig {
         }
         if self.dropout > 0. && self.block_share {
             return fail("dropout", self.dropout, "0 when one block is shared");
+        }
+        if let Some(low_rank) = &self.low_rank {
+            low_rank.check()?;
+            if self.dropout > 0. {
+                return fail("dropout", self.dropout, "0 with low-rank matrices");
+            }
         }
         self.targets.validate()?;
         for pattern in &self.exclude {

@@ -1,6 +1,6 @@
 //! Which layers a configuration means: names, globs and regular expressions over dotted paths.
 
-use super::{DoftConfig, Magnitude, Map};
+use super::{DoftConfig, LowRank, Magnitude, Map};
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
@@ -262,6 +262,9 @@ pub struct Rule {
     /// Kind of magnitude.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub magnitude: Option<Magnitude>,
+    /// Low-rank matrices in place of the rotation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub low_rank: Option<LowRank>,
     /// Chance that a block becomes the identity, in training.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dropout: Option<f64>,
@@ -278,6 +281,7 @@ impl Rule {
             scaled: None,
             max_norm: None,
             magnitude: None,
+            low_rank: None,
             dropout: None,
         }
     }
@@ -318,6 +322,12 @@ impl Rule {
         self
     }
 
+    /// Sets low-rank matrices in place of the rotation.
+    pub fn with_low_rank(mut self, low_rank: LowRank) -> Self {
+        self.low_rank = Some(low_rank);
+        self
+    }
+
     /// Sets the chance that a block becomes the identity in a training step.
     pub fn with_dropout(mut self, dropout: f64) -> Self {
         self.dropout = Some(dropout);
@@ -337,6 +347,7 @@ impl Rule {
         };
         config.magnitude = self.magnitude.unwrap_or(config.magnitude);
         config.embedding_magnitude = self.magnitude.unwrap_or(config.embedding_magnitude);
+        config.low_rank = self.low_rank.or(config.low_rank);
         config.dropout = self.dropout.unwrap_or(config.dropout);
         config
     }

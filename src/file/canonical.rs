@@ -8,8 +8,8 @@ use super::options::LoadOptions;
 use super::read::Found;
 use super::tensors::{Marker, check_finite, refused};
 use super::write;
-use crate::adapter::{Stored, StoredLayer, Warning};
-use crate::config::{DoftConfig, LayerKind, Magnitude, Map};
+use crate::adapter::{Stored, StoredLayer, StoredLowRank, Warning};
+use crate::config::{DoftConfig, LayerKind, LowRank, Magnitude, Map};
 use crate::error::{Result, shown};
 use crate::params::names;
 use candle_core::{DType, Device, Tensor};
@@ -72,6 +72,20 @@ pub(super) fn to_bytes(stored: &Stored) -> Result<(Vec<u8>, Vec<Warning>)> {
 fn settled(stored: &Stored, warnings: &mut Vec<Warning>) -> Result<Stored> {
     let mut stored = stored.clone();
     for (path, layer) in &mut stored.layers {
+        if let Some(low_rank) = &layer.low_rank {
+            if low_rank.transposed {
+                let reason = format!(
+                    "layer `{}` is of a weight that is stored `(in, out)`, which a file of this crate does not say",
+                    shown(path)
+                );
+                return refused(&stored.file, reason);
+            }
+            let rank = layer.shape.as_ref().map(Vec::len);
+            layer.kind = layer
+                .kind
+                .or(LayerKind::of_rank(rank.unwrap_or(low_rank.a.rank())));
+            continue;
+        }
         if layer.magnitude == Magnitude::Absolute && layer.norms.is_none() {
             let reason = format!("layer `{}` has no `initial_norm` to write", shown(path));
             return refused(&stored.file, reason + "; load it onto its base and save it");
@@ -99,6 +113,16 @@ fn layer_tensors(
     layer: &StoredLayer,
     warnings: &mut Vec<Warning>,
 ) -> Result<Vec<(String, Tensor)>> {
+    if let Some(low_rank) = &layer.low_rank {
+        let (a, b) = names::low_rank(layer.kind.unwrap_or(LayerKind::Linear));
+        let mut tensors = vec![
+            (a.to_string(), low_rank.a.clone()),
+            (b.to_string(), low_rank.b.clone()),
+        ];
+        let magnitude = low_rank.magnitude.clone();
+        tensors.extend(magnitude.map(|m| (names::DORA.to_string(), m)));
+        return Ok(tensors);
+    }
     let rotation = names::rotation(layer.kind.unwrap_or(LayerKind::Linear));
     let prefix = rotation.trim_end_matches("weight");
     let mut tensors = vec![(rotation.to_string(), layer.packed.clone())];
@@ -206,10 +230,67 @@ pub(super) fn read(found: &Found, options: &LoadOptions) -> Result<Stored> {
 /// Whether this crate writes a role.
 fn is_role(role: &str) -> bool {
     let magnitudes = [names::LOG, names::FACTOR, names::ABSOLUTE, INITIAL_NORM];
-    role.starts_with("oft_R.") || role.starts_with("oft_embedding_R.") || magnitudes.contains(&role)
+    let rotation = role.starts_with("oft_R.") || role.starts_with("oft_embedding_R.");
+    rotation || magnitudes.contains(&role) || is_low_rank(role)
+}
+
+/// Whether it is a role of a layer of low-rank matrices.
+fn is_low_rank(role: &str) -> bool {
+    let kinds = [LayerKind::Linear, LayerKind::Embedding];
+    let names = kinds.map(names::low_rank);
+    role == names::DORA || names.iter().any(|(a, b)| role == *a || role == *b)
+}
+
+fn low_rank(group: &Group, spec: LowRank, entry: LayerEntry) -> Result<StoredLayer> {
+    let embedding = entry.kind == Some(LayerKind::Embedding);
+    let kind = if embedding {
+        LayerKind::Embedding
+    } else {
+        LayerKind::Linear
+    };
+    let (a, b) = names::low_rank(kind);
+    let magnitude = match spec.dora {
+        true => Some(group.outputs(names::DORA)?),
+        false => None,
+    };
+    let expected = 2 + usize::from(spec.dora);
+    if group.roles.len() != expected {
+        let roles: Vec<&str> = group.roles.keys().copied().collect();
+        return group.refuse(format!(
+            "it has `{}`, expected {expected} of them",
+            roles.join("`, `")
+        ));
+    }
+    let stored = StoredLowRank {
+        spec,
+        a: group.tensors.read(group.key(a)?)?,
+        b: group.tensors.read(group.key(b)?)?,
+        magnitude,
+        transposed: false,
+    };
+    let rank = stored.a.dims().first().copied();
+    if rank != Some(spec.rank) {
+        return group.refuse(format!(
+            "its rank is {}, `{a}` has {:?} rows",
+            spec.rank, rank
+        ));
+    }
+    let layer = StoredLayer {
+        shape: entry.shape,
+        base: entry.base,
+        ..stored.layer(entry.kind)?
+    };
+    check_record(group, &layer)?;
+    Ok(layer)
 }
 
 fn layer(group: &Group, settings: &DoftConfig, entry: LayerEntry) -> Result<StoredLayer> {
+    if let Some(spec) = entry.low_rank {
+        return low_rank(group, spec, entry);
+    }
+    if let Some(role) = group.roles.keys().find(|role| is_low_rank(role)) {
+        return group.refuse(format!("it has `{role}`, and `doft_layers` no `low_rank`"));
+    }
     let (rotation, other) = (names::ROTATION, names::EMBEDDING_ROTATION);
     let (rotation, embedding) = match (group.has(rotation), group.has(other)) {
         (true, false) => (rotation, false),
@@ -240,6 +321,7 @@ fn layer(group: &Group, settings: &DoftConfig, entry: LayerEntry) -> Result<Stor
         value,
         norms,
         base: entry.base,
+        low_rank: None,
     })?;
     check_record(group, &layer)?;
     Ok(layer)

@@ -1,6 +1,6 @@
 //! [`convert`]: from any readable adapter to one of this crate or to a PEFT folder.
 
-use super::{LoadOptions, canonical, peft_write, read_stored, write};
+use super::{LoadOptions, canonical, lora_write, peft_write, read_stored, write};
 use crate::adapter::{Stored, Warning};
 use crate::config::LayerKind;
 use crate::error::Result;
@@ -13,8 +13,8 @@ use std::path::Path;
 pub enum Target {
     /// The file of this crate.
     Doft,
-    /// A folder of PEFT's OFT. It has no magnitude: one that is not 1 throughout is refused, or
-    /// dropped on request.
+    /// A folder of PEFT: of OFT, or of LoRA or DoRA where all layers are. OFT has no magnitude there: one that is
+    /// not 1 throughout is refused, or dropped on request.
     Peft {
         /// Whether magnitudes may be dropped.
         drop_magnitude: bool,
@@ -66,6 +66,9 @@ pub fn convert(
             let (bytes, more) = canonical::to_bytes(&stored)?;
             write::replace(output, &bytes)?;
             warnings.extend(more);
+        }
+        Target::Peft { .. } if lora_write::is_meant(&stored)? => {
+            lora_write::folder(&stored, output)?;
         }
         Target::Peft { drop_magnitude } => {
             warnings.extend(peft_write::folder(&stored, output, drop_magnitude)?);

@@ -12,7 +12,7 @@ use std::path::Path;
 pub(super) const EXTRA: &str = "doft_extra.";
 
 /// Roles whose separator and inner dots may each be `.` or `_`.
-const LOOSE: [&str; 9] = [
+const LOOSE: [&str; 11] = [
     "oft_R.weight",
     "oft_R.scaled_oft",
     "oft_R.clipped_oft",
@@ -22,16 +22,23 @@ const LOOSE: [&str; 9] = [
     "initial_norm",
     "dora_multiplier",
     "dora_log_multiplier",
+    "lora_down.weight",
+    "lora_up.weight",
 ];
 
 /// Roles that stand behind a dot.
-const DOTTED: [&str; 16] = [
+const DOTTED: [&str; 21] = [
     "oft_embedding_R.weight",
     "oft_embedding_R.scaled_oft",
     "oft_embedding_R.clipped_oft",
     "oft_embedding_R.cans_oft",
     "oft_embedding_R.cans_exp",
     "lora_magnitude_vector.weight",
+    "lora_A.weight",
+    "lora_B.weight",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_magnitude_vector",
     "oft_r",
     "oft_s",
     "alpha",
@@ -46,7 +53,7 @@ const DOTTED: [&str; 16] = [
 
 /// Families that this crate cannot express, by the segments of their keys; `_` at the end stands for
 /// any rest.
-const REFUSED: [(&[&str], &str); 6] = [
+const REFUSED: [(&[&str], &str); 5] = [
     (
         &[
             "dora_log_multiplier_row",
@@ -64,16 +71,6 @@ const REFUSED: [(&[&str], &str); 6] = [
     (
         &["boft_R", "boft_s"],
         "is BOFT, whose butterfly factors permute; this crate's rotation is block-diagonal",
-    ),
-    (
-        &[
-            "lora_A",
-            "lora_B",
-            "lora_up",
-            "lora_down",
-            "lora_embedding_",
-        ],
-        "is LoRA or DoRA, not an OFT adapter; merge it with the program that made it",
     ),
     (&["hada_"], "is LoHa, not an OFT adapter"),
     (&["lokr_"], "is LoKr, not an OFT adapter"),
@@ -120,7 +117,13 @@ pub(super) fn unwrapped(key: &str) -> Cow<'_, str> {
 }
 
 /// Roles of PEFT that carry the name of the adapter before `weight`, where it was not removed.
-const NAMED: [&str; 2] = ["oft_R", "oft_embedding_R"];
+const NAMED: [&str; 5] = [
+    "oft_R",
+    "oft_embedding_R",
+    "lora_A",
+    "lora_B",
+    "lora_magnitude_vector",
+];
 
 /// Module and role of a key, and the name of the adapter in it.
 pub(super) fn parse_named(key: &str) -> Option<(String, &'static str, Option<&str>)> {

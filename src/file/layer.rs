@@ -92,6 +92,7 @@ impl Description {
             value: wide(self.value)?,
             norms: wide(self.norms)?,
             base: None,
+            low_rank: None,
         })
     }
 }
@@ -125,6 +126,11 @@ pub(super) fn stored(
         return refused(file, "it holds no adapted layer");
     }
     let all = || layers.values();
+    let low_rank = common(all().map(|l| l.low_rank.as_ref().map(|low_rank| low_rank.spec)));
+    if low_rank.is_some() {
+        let config = DoftConfig::default().with_low_rank(low_rank);
+        return Ok(with_config(file, config, layers, extras, warnings));
+    }
     let config = DoftConfig {
         block_size: common(all().map(|l| l.block_size.max(2))),
         map: common(all().map(|l| l.map)),
@@ -144,7 +150,8 @@ pub(super) fn with_config(
     extras: BTreeMap<String, Tensor>,
     mut warnings: Vec<Warning>,
 ) -> Stored {
-    let idle = layers.iter().filter(|(_, layer)| layer.block_size == 1);
+    let rotations = layers.iter().filter(|(_, layer)| layer.low_rank.is_none());
+    let idle = rotations.filter(|(_, layer)| layer.block_size == 1);
     let idle =
         idle.map(|(module, _)| Warning::new(module, "its blocks are of size 1 and rotate nothing"));
     warnings.extend(idle);

@@ -2,7 +2,7 @@
 
 use super::tensors::refused;
 use crate::adapter::{Stored, StoredLayer, Warning};
-use crate::config::{DoftConfig, LayerKind, Magnitude, Map};
+use crate::config::{DoftConfig, LayerKind, LowRank, Magnitude, Map};
 use crate::error::{Result, shown};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -40,6 +40,9 @@ pub(super) struct LayerEntry {
     pub(super) max_norm: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) magnitude: Option<Magnitude>,
+    /// Of a layer of low-rank matrices; there whatever the configuration has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) low_rank: Option<LowRank>,
 }
 
 impl LayerEntry {
@@ -69,13 +72,27 @@ impl LayerEntry {
             map: (layer.map != config.map).then_some(layer.map),
             max_norm: (layer.max_norm != config.max_norm).then_some(cap),
             magnitude: (layer.magnitude != config.magnitude).then_some(layer.magnitude),
+            low_rank: None,
+        }
+    }
+
+    fn of_low_rank(layer: &StoredLayer, spec: LowRank) -> Self {
+        Self {
+            kind: layer.kind,
+            shape: layer.shape.clone(),
+            base: layer.base,
+            low_rank: Some(spec),
+            ..Self::default()
         }
     }
 }
 
 pub(super) fn write(stored: &Stored) -> Result<BTreeMap<String, String>> {
     let layers = stored.layers.iter().map(|(path, layer)| {
-        let entry = LayerEntry::new(layer, &stored.config);
+        let entry = match &layer.low_rank {
+            Some(low_rank) => LayerEntry::of_low_rank(layer, low_rank.spec),
+            None => LayerEntry::new(layer, &stored.config),
+        };
         Ok((path.clone(), json(&stored.file, &entry)?))
     });
     let layers: BTreeMap<String, Value> = layers.collect::<Result<_>>()?;

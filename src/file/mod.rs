@@ -22,6 +22,8 @@ mod convert;
 mod group;
 mod keys;
 mod layer;
+mod lora;
+mod lora_write;
 mod metadata;
 mod onetrainer;
 mod options;

@@ -8,7 +8,7 @@ use super::options::LoadOptions;
 use super::read::Found;
 use super::tensors::{Tensors, refused};
 use crate::adapter::{PEFT_PREFIX, Stored, StoredLayer, Warning};
-use crate::config::{LayerKind, Magnitude, Map};
+use crate::config::{LayerKind, LowRank, Magnitude, Map};
 use crate::error::{Error, Result, shown};
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, de::DeserializeOwned};
@@ -33,6 +33,122 @@ pub(super) struct Config {
     bias: String,
     modules_to_save: Vec<String>,
     has_block_size: bool,
+    /// What a configuration of LoRA or DoRA says.
+    pub(super) lora: Option<Lora>,
+}
+
+/// Fields of a configuration of LoRA that are read, or say nothing about what it computes once it is trained.
+const LORA_FIELDS: [&str; 29] = [
+    "alpha_pattern",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "corda_config",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "megatron_config",
+    "megatron_core",
+    "modules_to_save",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "use_dora",
+    "use_rslora",
+    "peft_config_version",
+];
+
+/// What an `adapter_config.json` of type LORA decides.
+pub(super) struct Lora {
+    rank: usize,
+    alpha: f64,
+    rslora: bool,
+    dora: bool,
+    pub(super) transposed: bool,
+    ranks: Vec<(regex::Regex, f64)>,
+    alphas: Vec<(regex::Regex, f64)>,
+}
+
+impl Lora {
+    fn parse(file: &Path, json: &Value) -> Result<Self> {
+        let flag = |name: &str| -> Result<bool> {
+            Ok(field(file, json, name, "true or false")?.unwrap_or(false))
+        };
+        // A field that is not known may change the base, or the product.
+        for (name, value) in json.as_object().into_iter().flatten() {
+            let nothing = match value {
+                Value::Null | Value::Bool(false) => true,
+                Value::Array(values) => values.is_empty(),
+                Value::Object(values) => values.is_empty(),
+                _ => false,
+            };
+            if !nothing && !LORA_FIELDS.contains(&name.as_str()) {
+                let (name, found) = (shown(name), shown(&value.to_string()));
+                let reason =
+                    format!("`{name}` is {found}, which this crate does not read for LoRA");
+                return refused(file, reason);
+            }
+        }
+        let plain = ["gaussian", "eva", "orthogonal", "true", "false"];
+        let start = &json["init_lora_weights"];
+        let known = match start {
+            Value::Null | Value::Bool(_) => true,
+            Value::String(name) => plain.contains(&name.as_str()),
+            _ => false,
+        };
+        if !known {
+            let found = shown(&start.to_string());
+            let reason = format!(
+                "`init_lora_weights` is {found}, which changes the base weights at the start; convert it to plain \
+                 LoRA in PEFT (`path_initial_model_for_weight_conversion`)"
+            );
+            return refused(file, reason);
+        }
+        let patterns = |name: &str| -> Result<Vec<(regex::Regex, f64)>> {
+            let found: Option<BTreeMap<String, f64>> =
+                field(file, json, name, "names and numbers")?;
+            let rules = found.unwrap_or_default().into_iter().map(|(key, value)| {
+                // PEFT's rule: the whole path, or its end at a dot.
+                let rule = regex::Regex::new(&format!(r"^(?:.*\.)?(?:{key})$"));
+                let rule = rule.or_else(|e| refused(file, format!("`{name}`: {e}")))?;
+                Ok((rule, value))
+            });
+            rules.collect()
+        };
+        Ok(Self {
+            rank: field(file, json, "r", "a whole number")?.unwrap_or(8),
+            alpha: field(file, json, "lora_alpha", "a number")?.unwrap_or(8.),
+            rslora: flag("use_rslora")?,
+            dora: flag("use_dora")?,
+            transposed: flag("fan_in_fan_out")?,
+            ranks: patterns("rank_pattern")?,
+            alphas: patterns("alpha_pattern")?,
+        })
+    }
+
+    /// What the layer at a path has.
+    pub(super) fn spec(&self, path: &str) -> LowRank {
+        let of = |rules: &[(regex::Regex, f64)]| {
+            let found = rules.iter().find(|(rule, _)| rule.is_match(path));
+            found.map(|(_, value)| *value)
+        };
+        let rank = of(&self.ranks).map_or(self.rank, |rank| rank as usize);
+        LowRank::new(rank, of(&self.alphas).unwrap_or(self.alpha))
+            .with_rslora(self.rslora)
+            .with_dora(self.dora)
+    }
 }
 
 impl Config {
@@ -63,10 +179,12 @@ impl Config {
         let flag = |name: &str, absent: bool| -> Result<bool> {
             Ok(field(file, json, name, "true or false")?.unwrap_or(absent))
         };
-        if json["peft_type"].as_str() != Some("OFT") {
-            return wrong("peft_type", "OFT");
-        }
-        if flag("fan_in_fan_out", false)? {
+        let lora = match json["peft_type"].as_str() {
+            Some("OFT") => None,
+            Some("LORA") => Some(Lora::parse(file, json)?),
+            _ => return wrong("peft_type", "OFT or LORA"),
+        };
+        if lora.is_none() && flag("fan_in_fan_out", false)? {
             return wrong(
                 "fan_in_fan_out",
                 "false: its base would be stored transposed",
@@ -81,9 +199,9 @@ impl Config {
         if eps < 0. {
             return wrong("eps", "a finite number from 0");
         }
-        let kinds = "none, oft_only or all";
+        let kinds = "none, oft_only (lora_only for LoRA) or all";
         let bias: String = field(file, json, "bias", kinds)?.unwrap_or("none".into());
-        if !["none", "oft_only", "all"].contains(&bias.as_str()) {
+        if !["none", "oft_only", "lora_only", "all"].contains(&bias.as_str()) {
             return wrong("bias", kinds);
         }
         let size: Option<u64> = field(file, json, "oft_block_size", "a whole number")?;
@@ -106,6 +224,7 @@ impl Config {
             bias,
             modules_to_save: modules,
             has_block_size: size.is_some(),
+            lora,
         })
     }
 
@@ -160,7 +279,10 @@ pub(super) fn recognises(found: &Found) -> bool {
     let rotation = |key: &str, role: &str| {
         keys::unwrapped(key).starts_with(PEFT_PREFIX) && role == "oft_R.weight"
     };
-    found.config.is_some()
+    found
+        .config
+        .as_ref()
+        .is_some_and(|config| config.lora.is_none())
         || found.has("oft_embedding_R.weight")
         || found.any(rotation) && !found.any(|_, role| onetrainer::is_own(role))
 }
@@ -191,7 +313,7 @@ pub(super) fn read(found: &Found, options: &LoadOptions) -> Result<Stored> {
         groups,
         extras,
         unannounced,
-    } = grouped(tensors, config, options, &mut warnings)?;
+    } = grouped(tensors, config, "oft_", options, &mut warnings)?;
     let mut layers = BTreeMap::new();
     for (module, roles) in &groups {
         let group = Group {
@@ -216,16 +338,18 @@ fn bare(module: &str) -> &str {
 
 /// The keys of a file, sorted into what they are.
 #[derive(Default)]
-struct Grouped {
-    groups: Groups,
-    extras: BTreeMap<String, Tensor>,
+pub(super) struct Grouped {
+    pub(super) groups: Groups,
+    pub(super) extras: BTreeMap<String, Tensor>,
     /// Extras that the configuration does not announce: true of a base that has them.
-    unannounced: BTreeSet<String>,
+    pub(super) unannounced: BTreeSet<String>,
 }
 
-fn grouped(
+/// `start` is what the roles of the adapter's own tensors begin with.
+pub(super) fn grouped(
     tensors: &Tensors,
     config: Option<&Config>,
+    start: &str,
     options: &LoadOptions,
     warnings: &mut Vec<Warning>,
 ) -> Result<Grouped> {
@@ -237,7 +361,7 @@ fn grouped(
         let clean = keys::unwrapped(key);
         let clean = clean.as_ref();
         let (extra, announced) = match keys::parse_named(clean) {
-            Some((module, role, name)) if role.starts_with("oft_") => {
+            Some((module, role, name)) if role.starts_with(start) => {
                 names.extend(name.map(str::to_string));
                 let module = bare(&module).to_string();
                 keys::insert(tensors.file(), &mut found.groups, (module, role), key)?;

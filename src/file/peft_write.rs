@@ -59,6 +59,7 @@ impl Plan {
         }
         let mut map = None;
         for (path, layer) in &stored.layers {
+            debug_assert!(layer.low_rank.is_none(), "told apart before");
             let refuse = |reason: &str| {
                 let path = shown(path);
                 let reason = format!("layer `{path}`: a PEFT folder {reason}");
@@ -204,7 +205,7 @@ fn bias_of<'a>(stored: &Stored, name: &'a str) -> Option<&'a str> {
 }
 
 /// Where an extra tensor goes: it is the bias of an adapted layer, or of a module that is saved whole.
-fn extra_key(stored: &Stored, name: &str) -> Result<String> {
+pub(super) fn extra_key(stored: &Stored, name: &str) -> Result<String> {
     if let Some(layer) = bias_of(stored, name) {
         return Ok(format!("{PEFT_PREFIX}{layer}.base_layer.bias"));
     }

@@ -2,7 +2,7 @@
 
 use super::options::LoadOptions;
 use super::tensors::{Tensors, refused};
-use super::{canonical, keys, metadata, onetrainer, peft};
+use super::{canonical, keys, lora, metadata, onetrainer, peft};
 use crate::adapter::{PEFT_PREFIX, Stored};
 use crate::error::{Error, Result, shown};
 use std::path::{Path, PathBuf};
@@ -19,6 +19,8 @@ pub enum Dialect {
     Peft,
     /// OneTrainer, or a writer of its keys.
     OneTrainer,
+    /// LoRA or DoRA: of PEFT, diffusers, kohya's scripts or OneTrainer.
+    Lora,
 }
 
 /// How a dialect is told and read.
@@ -30,12 +32,18 @@ struct Reader {
 }
 
 /// The dialects; the first that recognises a file reads it.
-const READERS: [Reader; 4] = [
+const READERS: [Reader; 5] = [
     Reader {
         dialect: Dialect::Doft,
         name: "doft",
         recognises: canonical::recognises,
         read: canonical::read,
+    },
+    Reader {
+        dialect: Dialect::Lora,
+        name: "lora",
+        recognises: lora::recognises,
+        read: lora::read,
     },
     Reader {
         dialect: Dialect::PeftFullMatrices,

@@ -1,6 +1,7 @@
 //! [`Adaptation`]: the adapter of one layer. Its parameters, and what they are in one pass.
 
-use super::mode::{Factors, Pass};
+use super::low_rank::LowRankParams;
+use super::mode::{Acts, Factors, Pass};
 use crate::config::{BlockLayout, DoftConfig, LayerKind};
 use crate::error::{Error, Result};
 use crate::frozen::Base;
@@ -19,16 +20,28 @@ pub(crate) struct Adaptation {
     path: String,
     kind: LayerKind,
     shape: Vec<usize>,
-    layout: BlockLayout,
-    requested_block_size: usize,
+    form: Form,
     dropout: f64,
     seed: u64,
-    params: Params,
     /// Row norms of a base that can be set, until a pass has found them unchanged.
     unverified: Mutex<Option<Tensor>>,
     /// Training step, and training passes since it began: what dropout masks are made from.
     step: AtomicU64,
     passes: AtomicU64,
+}
+
+/// What is trained.
+#[derive(Debug)]
+pub(crate) enum Form {
+    /// A rotation, and mostly a magnitude.
+    Rotation {
+        layout: BlockLayout,
+        /// The block size of the configuration; the layout has the one in use.
+        requested_block_size: usize,
+        params: Params,
+    },
+    /// LoRA or DoRA.
+    LowRank(LowRankParams),
 }
 
 impl Adaptation {
@@ -55,19 +68,34 @@ impl Adaptation {
             (true, true) => Some(row_norms_of(base.weight)?),
         };
         let config = config.for_layer(&path)?;
-        let layout = config.layout(&path, base.weight.in_dim())?;
-        let name = names::rotation(kind);
-        let params = Params::new(&layout, config.magnitude_of(kind), norms, name, vb)?;
+        let form = match config.low_rank {
+            Some(spec) => Form::LowRank(LowRankParams::new(
+                spec,
+                kind,
+                base,
+                norms,
+                config.seed,
+                vb,
+            )?),
+            None => {
+                let layout = config.layout(&path, base.weight.in_dim())?;
+                let name = names::rotation(kind);
+                let params = Params::new(&layout, config.magnitude_of(kind), norms, name, vb)?;
+                Form::Rotation {
+                    layout,
+                    requested_block_size: config.block_size,
+                    params,
+                }
+            }
+        };
         Ok(Self {
             id,
             path,
             kind,
             shape: base.shape.to_vec(),
-            layout,
-            requested_block_size: config.block_size,
+            form,
             dropout: config.dropout,
             seed: config.seed,
-            params,
             unverified: Mutex::new(unverified),
             step: AtomicU64::new(0),
             passes: AtomicU64::new(0),
@@ -92,43 +120,65 @@ impl Adaptation {
         &self.shape
     }
 
-    pub(crate) fn layout(&self) -> &BlockLayout {
-        &self.layout
+    pub(crate) fn form(&self) -> &Form {
+        &self.form
     }
 
-    /// The block size of the configuration; the layout has the one in use.
-    pub(crate) fn requested_block_size(&self) -> usize {
-        self.requested_block_size
+    /// The trainable tensors with their names, each with whether it is a magnitude.
+    pub(crate) fn tensors(&self) -> Vec<(&'static str, &Tensor, bool)> {
+        match &self.form {
+            Form::Rotation { params, .. } => {
+                let rotation = (names::rotation(self.kind), params.rotation(), false);
+                let magnitude = names::magnitude(params.kind()).zip(params.magnitude_parameter());
+                let magnitude = magnitude.map(|(name, tensor)| (name, tensor, true));
+                [Some(rotation), magnitude].into_iter().flatten().collect()
+            }
+            Form::LowRank(params) => {
+                let (a, b) = names::low_rank(self.kind);
+                let mut all = vec![(a, params.a(), false), (b, params.b(), false)];
+                all.extend(params.magnitude().map(|m| (names::DORA, m, true)));
+                all
+            }
+        }
     }
 
-    pub(crate) fn params(&self) -> &Params {
-        &self.params
+    /// Row norms `n0` of the base.
+    pub(crate) fn norms(&self) -> &Tensor {
+        match &self.form {
+            Form::Rotation { params, .. } => params.norms(),
+            Form::LowRank(params) => params.norms(),
+        }
     }
 
-    /// The blocks of the rotation, in the dtype of the parameters.
-    pub(crate) fn rotation(&self) -> Result<Tensor> {
-        rotation::rotation(self.params.rotation(), &self.layout)
-    }
-
-    /// Rotation and ratio as they are now, outside any graph.
-    pub(crate) fn factors(&self) -> Result<Factors> {
-        // A factor is its own ratio: without the copy it would go on training.
-        let copy = |ratio: Tensor| ratio.detach().copy();
-        Ok(Factors {
-            r: self.rotation()?.detach(),
-            ratio: self.params.ratio()?.map(copy).transpose()?,
+    /// What acts as it is now, outside any graph.
+    pub(crate) fn factors(&self, base: &Base) -> Result<Factors> {
+        Ok(match &self.form {
+            Form::Rotation { layout, params, .. } => {
+                // A factor is its own ratio: without the copy it would go on training.
+                let copy = |ratio: Tensor| ratio.detach().copy();
+                Factors::Rotation {
+                    r: rotation::rotation(params.rotation(), layout)?.detach(),
+                    ratio: params.ratio()?.map(copy).transpose()?,
+                }
+            }
+            Form::LowRank(params) => Factors::LowRank(params.held(base)?),
         })
     }
 
     /// What acts in a pass of training: a part of the graph, with dropout.
-    pub(crate) fn training(&self) -> Result<Pass<'_>> {
-        let r = self.rotation()?;
-        let r = if self.dropout > 0. {
-            self.drop_blocks(&r)?
-        } else {
-            r
-        };
-        Ok(Pass::made(r, &self.params))
+    pub(crate) fn training(&self, base: &Base) -> Result<Acts<'_>> {
+        match &self.form {
+            Form::Rotation { layout, params, .. } => {
+                let r = rotation::rotation(params.rotation(), layout)?;
+                let r = if self.dropout > 0. {
+                    self.drop_blocks(&r)?
+                } else {
+                    r
+                };
+                Ok(Acts::Rotation(Pass::made(r, params)))
+            }
+            Form::LowRank(params) => Ok(Acts::LowRank(params.pass(base)?)),
+        }
     }
 
     /// Checks, once, that the values of the base are those that the layer was built over: candle's models
@@ -152,11 +202,15 @@ impl Adaptation {
         Ok(())
     }
 
-    /// `diag(m / n0) W blockdiag(R)^T` of the layer's weight, whatever the mode: computed in f32 or
-    /// wider, rounded once.
-    pub(crate) fn effective_weight(&self, weight: &Tensor) -> Result<Tensor> {
-        let Factors { r, ratio } = self.factors()?;
-        rotation::effective_weight(self.kind, weight, &r, ratio.as_ref())
+    /// The weight that acts, whatever the mode: computed in f32 or wider, rounded once.
+    pub(crate) fn effective_weight(&self, base: &Base, weight: &Tensor) -> Result<Tensor> {
+        match (&self.form, self.factors(base)?) {
+            (Form::LowRank(params), _) => params.effective_weight(base, weight),
+            (_, Factors::Rotation { r, ratio }) => {
+                rotation::effective_weight(self.kind, weight, &r, ratio.as_ref())
+            }
+            (_, Factors::LowRank(_)) => Ok(weight.clone()),
+        }
     }
 
     /// Says which training step comes next, so that masks depend on (seed, path, step, pass) alone.

@@ -1,11 +1,14 @@
 //! [`Doft`]: what every adapted layer has in common, written once.
 
 use super::Adaptation;
+use super::adaptation::Form;
+use super::low_rank::LowRankPass;
 use super::mixed::{self, Group};
-use super::mode::{Active, Control, Pass};
+use super::mode::{Active, Acts, Control, Pass};
 use crate::config::{BlockLayout, DoftConfig, LayerKind};
 use crate::error::{Error, Result};
 use crate::frozen::Frozen;
+use crate::params::Params;
 use crate::rotation;
 use candle_core::Tensor;
 use candle_nn::{Module, VarBuilder};
@@ -24,10 +27,21 @@ pub trait Adaptable: Frozen + Clone + Send + Sync + 'static {
     /// Runs the layer with a rotation and a ratio.
     fn adapted(&self, path: &str, x: &Tensor, pass: Pass) -> candle_core::Result<Tensor>;
 
+    /// Runs the layer with low-rank matrices.
+    fn low_rank(&self, path: &str, x: &Tensor, pass: &LowRankPass) -> candle_core::Result<Tensor>;
+
+    /// Runs the layer with what acts.
+    fn acting(&self, path: &str, x: &Tensor, acts: Acts) -> candle_core::Result<Tensor> {
+        match acts {
+            Acts::Rotation(pass) => self.adapted(path, x, pass),
+            Acts::LowRank(pass) => self.low_rank(path, x, &pass),
+        }
+    }
+
     /// Runs the layer with factors for each group of rows. Once per group, unless a kind can do better.
     fn mixed(&self, path: &str, x: &Tensor, groups: &[Group]) -> candle_core::Result<Tensor> {
         mixed::each(x, groups, |x, factors| match factors {
-            Some(factors) => self.adapted(path, x, Pass::held(factors)),
+            Some(factors) => self.acting(path, x, Acts::held(factors)),
             None => self.run(path, x),
         })
     }
@@ -103,10 +117,14 @@ impl<F: Adaptable> Doft<F> {
         }
     }
 
-    fn required(&self) -> Result<&Adaptation> {
-        self.adaptation.as_deref().ok_or_else(|| Error::NotAdapted {
-            layer: self.path.to_string(),
-        })
+    /// The layout and the parameters of the rotation that it has.
+    fn rotated(&self) -> Result<(&BlockLayout, &Params)> {
+        match self.adaptation.as_deref().map(Adaptation::form) {
+            Some(Form::Rotation { layout, params, .. }) => Ok((layout, params)),
+            _ => Err(Error::NotAdapted {
+                layer: self.path.to_string(),
+            }),
+        }
     }
 
     /// Whether the layer has an adapter at all, whatever the mode.
@@ -119,9 +137,9 @@ impl<F: Adaptable> Doft<F> {
         &self.base
     }
 
-    /// The blocks of the rotation; none for a plain frozen layer.
+    /// The blocks of the rotation; none for a plain frozen layer, and for one of low-rank matrices.
     pub fn layout(&self) -> Option<&BlockLayout> {
-        self.adaptation.as_deref().map(Adaptation::layout)
+        self.rotated().ok().map(|(layout, _)| layout)
     }
 
     /// The rotation blocks `R`, `(D, b, b)`, or `(1, b, b)` when shared, from the parameters as they are
@@ -129,16 +147,17 @@ impl<F: Adaptable> Doft<F> {
     ///
     /// # Errors
     ///
-    /// [`Error::NotAdapted`] for a plain frozen layer.
+    /// [`Error::NotAdapted`] for a plain frozen layer, and for one of low-rank matrices.
     pub fn rotation(&self) -> Result<Tensor> {
-        self.required()?.rotation()
+        let (layout, params) = self.rotated()?;
+        rotation::rotation(params.rotation(), layout)
     }
 
     /// The rotation angles of each block in radians, the largest first.
     ///
     /// # Errors
     ///
-    /// [`Error::NotAdapted`] for a plain frozen layer.
+    /// [`Error::NotAdapted`] for a plain frozen layer, and for one of low-rank matrices.
     pub fn angles(&self) -> Result<Vec<Vec<f64>>> {
         rotation::angles(&self.rotation()?)
     }
@@ -148,9 +167,9 @@ impl<F: Adaptable> Doft<F> {
     ///
     /// # Errors
     ///
-    /// [`Error::NotAdapted`] for a plain frozen layer.
+    /// [`Error::NotAdapted`] for a plain frozen layer, and for one of low-rank matrices.
     pub fn magnitude(&self) -> Result<Tensor> {
-        self.required()?.params().magnitude()
+        self.rotated()?.1.magnitude()
     }
 
     /// The weight with the adapter in it, in the shape and dtype of the base; computed in f32 or wider.
@@ -165,7 +184,7 @@ impl<F: Adaptable> Doft<F> {
         match &self.adaptation {
             Some(adaptation) => {
                 adaptation.check_unchanged(&base)?;
-                adaptation.effective_weight(&weight)
+                adaptation.effective_weight(&base, &weight)
             }
             None => Ok(weight),
         }
@@ -199,21 +218,21 @@ impl<F: Adaptable> Module for Doft<F> {
         }
         match self.control.active() {
             Active::Train => match &self.adaptation {
-                Some(own) => self.base.adapted(&self.path, x, own.training()?),
+                Some(own) => self
+                    .base
+                    .acting(&self.path, x, own.training(&self.base.as_base())?),
                 None => self.base.run(&self.path, x),
             },
             Active::Beside(beside) => match beside.layers.get(&self.id) {
                 Some(other) => {
                     check(other)?;
-                    self.base.adapted(&self.path, x, other.training()?)
+                    self.base
+                        .acting(&self.path, x, other.training(&self.base.as_base())?)
                 }
                 None => self.base.run(&self.path, x),
             },
             Active::Eval(pin) => match pin.layers.get(&self.id) {
-                Some(factors) => {
-                    let pass = Pass::held(factors);
-                    self.base.adapted(&self.path, x, pass)
-                }
+                Some(factors) => self.base.acting(&self.path, x, Acts::held(factors)),
                 None => self.base.run(&self.path, x),
             },
             Active::Rows(rows) => {

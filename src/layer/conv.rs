@@ -1,11 +1,13 @@
 //! [`DoftConv2d`] and [`DoftConv1d`]: frozen convolutions with rotated patches and scaled outputs.
 
 use super::adapted::{Adaptable, Doft};
+use super::low_rank::LowRankPass;
 use super::mode::Pass;
 use crate::config::LayerKind;
+use crate::error::Error;
 use crate::frozen::{self, Base, Frozen};
 use crate::ops;
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 /// A frozen two-dimensional convolution, its patches rotated and its outputs scaled.
 ///
@@ -89,9 +91,31 @@ pub type DoftConv2d = Doft<frozen::Conv2d>;
 /// arXiv:2306.07280, section 3.3; here `R^T` on the right for every kind of layer.
 pub type DoftConv1d = Doft<frozen::Conv1d>;
 
+/// candle's own convolution, which passes gradients to its kernel.
+macro_rules! low_rank_conv {
+    (Conv2d, $x:expr, $kernel:expr, $config:expr) => {
+        $x.conv2d(
+            &$kernel,
+            $config.padding,
+            $config.stride,
+            $config.dilation,
+            1,
+        )
+    };
+    (Conv1d, $x:expr, $kernel:expr, $config:expr) => {
+        $x.conv1d(
+            &$kernel,
+            $config.padding,
+            $config.stride,
+            $config.dilation,
+            1,
+        )
+    };
+}
+
 /// The same for both: how a convolution runs, and how it becomes candle's.
 macro_rules! adaptable {
-    ($conv:ident) => {
+    ($conv:ident, $config:ident) => {
         impl Adaptable for frozen::$conv {
             const KIND: LayerKind = LayerKind::$conv;
 
@@ -105,6 +129,31 @@ macro_rules! adaptable {
                 ops::conv::conv(x, factors, weight, bias, self.geometry())
             }
 
+            fn low_rank(
+                &self,
+                path: &str,
+                x: &Tensor,
+                pass: &LowRankPass,
+            ) -> candle_core::Result<Tensor> {
+                let y = self.run(path, x)?;
+                let config = self.config();
+                if config.groups != 1 {
+                    let found = format!("a convolution of {} groups, `{path}`", config.groups);
+                    let error = Error::config("low_rank", found, "one group");
+                    return Err(error.into());
+                }
+                let dtype = if x.dtype() == DType::F64 {
+                    DType::F64
+                } else {
+                    DType::F32
+                };
+                let (a, b) = (pass.a.to_dtype(dtype)?, pass.b.to_dtype(dtype)?);
+                let down = low_rank_conv!($conv, x.to_dtype(dtype)?, a, config)?;
+                let one = candle_nn::$config::default();
+                let up = low_rank_conv!($conv, (down * pass.scale)?, b, &one)?;
+                y.to_dtype(dtype)?.add(&up)?.to_dtype(x.dtype())
+            }
+
             fn with_weight(&self, weight: Tensor) -> candle_nn::$conv {
                 candle_nn::$conv::new(weight, self.bias().cloned(), *self.config())
             }
@@ -112,5 +161,5 @@ macro_rules! adaptable {
     };
 }
 
-adaptable!(Conv2d);
-adaptable!(Conv1d);
+adaptable!(Conv2d, Conv2dConfig);
+adaptable!(Conv1d, Conv1dConfig);

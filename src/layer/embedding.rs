@@ -1,6 +1,7 @@
 //! [`DoftEmbedding`]: a frozen table whose looked-up rows are rotated, and scaled on request.
 
 use super::adapted::{Adaptable, Doft};
+use super::low_rank::LowRankPass;
 use super::mode::Pass;
 use crate::config::LayerKind;
 use crate::frozen::{self, Frozen};
@@ -51,6 +52,24 @@ impl Adaptable for frozen::Embedding {
         let table = self.as_base().weight;
         let rows = ops::embedding::doft(table, &flat, &pass.r, ratio.as_ref())?;
         rows.reshape(self.answer(ids))
+    }
+
+    fn low_rank(
+        &self,
+        path: &str,
+        ids: &Tensor,
+        pass: &LowRankPass,
+    ) -> candle_core::Result<Tensor> {
+        let flat = self.check(path, ids)?;
+        let rows = ops::embedding::rows(self.as_base().weight, &flat)?;
+        // Column `id` of A, through B.
+        let down = pass.a.t()?.contiguous()?.index_select(&flat, 0)?;
+        let up = (down * pass.scale)?.matmul(&pass.b.t()?)?;
+        let sum = rows
+            .to_dtype(up.dtype())?
+            .add(&up)?
+            .to_dtype(rows.dtype())?;
+        sum.reshape(self.answer(ids))
     }
 
     fn with_weight(&self, weight: Tensor) -> candle_nn::Embedding {

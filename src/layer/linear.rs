@@ -1,8 +1,9 @@
 //! [`DoftLinear`]: a frozen linear layer with a rotated input side and scaled outputs.
 
 use super::adapted::{Adaptable, Doft};
+use super::low_rank::{self, LowRankPass};
 use super::mixed::{self, Group};
-use super::mode::Pass;
+use super::mode::{Factors, Pass};
 use crate::config::LayerKind;
 use crate::frozen::{self, Base, Frozen};
 use crate::ops;
@@ -70,32 +71,38 @@ impl Adaptable for frozen::Linear {
         ops::linear::doft(x, &pass.r, ratio.as_ref(), weight, bias)
     }
 
+    fn low_rank(&self, path: &str, x: &Tensor, pass: &LowRankPass) -> candle_core::Result<Tensor> {
+        self.check(path, x)?;
+        let Base { weight, bias, .. } = self.as_base();
+        let y = ops::linear::frozen(x, weight, None)?;
+        let y = low_rank::added(&y, x, pass)?;
+        low_rank::finished(y, pass.ratio.as_ref(), bias)?.to_dtype(x.dtype())
+    }
+
     // The product is the same for all rows: only what is before and behind it differs.
     fn mixed(&self, path: &str, x: &Tensor, groups: &[Group]) -> candle_core::Result<Tensor> {
         self.check(path, x)?;
         let Base { weight, bias, .. } = self.as_base();
         let turned = mixed::each(x, groups, |x, factors| match factors {
-            Some(factors) => ops::linear::rotated(x, &factors.r),
-            None => ops::linear::in_computed(x),
+            Some(Factors::Rotation { r, .. }) => ops::linear::rotated(x, r),
+            _ => ops::linear::in_computed(x),
         })?;
         let y = ops::linear::frozen(&turned, weight, None)?;
-        let ratios = groups
-            .iter()
-            .any(|g| g.factors.is_some_and(|f| f.ratio.is_some()));
-        let y = match ratios {
+        let plain = |factors: &Factors| matches!(factors, Factors::Rotation { ratio: None, .. });
+        let behind = groups.iter().any(|g| g.factors.is_some_and(|f| !plain(f)));
+        let y = match behind {
             false => y,
-            true => mixed::each(&y, groups, |y, factors| {
-                match factors.and_then(|f| f.ratio.as_ref()) {
-                    Some(ratio) => y.broadcast_mul(&ratio.to_dtype(y.dtype())?),
-                    None => Ok(y.clone()),
+            true => mixed::each_of(&y, &turned, groups, |y, x, factors| match factors {
+                Some(Factors::Rotation { ratio, .. }) => {
+                    low_rank::finished(y.clone(), ratio.as_ref(), None)
                 }
+                Some(Factors::LowRank(pass)) => {
+                    low_rank::finished(low_rank::added(y, x, pass)?, pass.ratio.as_ref(), None)
+                }
+                None => Ok(y.clone()),
             })?,
         };
-        let y = match bias {
-            Some(bias) => y.broadcast_add(&bias.to_dtype(y.dtype())?)?,
-            None => y,
-        };
-        y.to_dtype(x.dtype())
+        low_rank::finished(y, None, bias)?.to_dtype(x.dtype())
     }
 
     fn with_weight(&self, weight: Tensor) -> candle_nn::Linear {

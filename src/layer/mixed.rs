@@ -1,7 +1,7 @@
 //! One batch under several adapters: which rows belong together, and how a layer runs them.
 
 use super::adapted::Adaptable;
-use super::mode::{Factors, Pass, Pin};
+use super::mode::{Acts, Factors, Pin};
 use crate::error::{Error, Result};
 use candle_core::Tensor;
 use std::sync::Arc;
@@ -75,7 +75,7 @@ pub(super) fn run<F: Adaptable>(
     match groups {
         [] => base.run(path, x),
         [Group { factors, .. }] => match factors {
-            Some(factors) => base.adapted(path, x, Pass::held(factors)),
+            Some(factors) => base.acting(path, x, Acts::held(factors)),
             None => base.run(path, x),
         },
         _ => base.mixed(path, x, groups),
@@ -88,9 +88,20 @@ pub(super) fn each(
     groups: &[Group],
     mut f: impl FnMut(&Tensor, Option<&Factors>) -> candle_core::Result<Tensor>,
 ) -> candle_core::Result<Tensor> {
+    each_of(x, x, groups, |x, _, factors| f(x, factors))
+}
+
+/// The same of the rows of two tensors.
+pub(super) fn each_of(
+    x: &Tensor,
+    other: &Tensor,
+    groups: &[Group],
+    mut f: impl FnMut(&Tensor, &Tensor, Option<&Factors>) -> candle_core::Result<Tensor>,
+) -> candle_core::Result<Tensor> {
     let mut parts = Vec::with_capacity(groups.len());
     for group in groups {
-        parts.push(f(&picked(x, &group.rows)?, group.factors)?);
+        let (x, other) = (picked(x, &group.rows)?, picked(other, &group.rows)?);
+        parts.push(f(&x, &other, group.factors)?);
     }
     let joined = Tensor::cat(&parts, 0)?;
     let mut place = vec![0; x.dims().first().copied().unwrap_or(0)];

@@ -13,10 +13,11 @@ mod adapted;
 mod conv;
 mod embedding;
 mod linear;
+mod low_rank;
 mod mixed;
 mod mode;
 
-pub(crate) use adaptation::{Adaptation, check_finite};
+pub(crate) use adaptation::{Adaptation, Form, check_finite};
 pub use adapted::Doft;
 pub(crate) use adapted::{Adaptable, next_id};
 pub use conv::{DoftConv1d, DoftConv2d};

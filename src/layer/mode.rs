@@ -1,6 +1,7 @@
 //! [`Mode`]: how the layers of an adapter run, for all threads or inside a scope of one.
 
 use super::Adaptation;
+use super::low_rank::LowRankPass;
 use super::mixed::Rows;
 use crate::error::{Error, Result};
 use crate::params::Params;
@@ -32,11 +33,28 @@ pub enum Mode {
     Off,
 }
 
-/// Rotation and ratio outside any graph.
+/// What acts in one layer, outside any graph.
 #[derive(Clone, Debug)]
-pub(crate) struct Factors {
-    pub(crate) r: Tensor,
-    pub(crate) ratio: Option<Tensor>,
+pub(crate) enum Factors {
+    Rotation { r: Tensor, ratio: Option<Tensor> },
+    LowRank(LowRankPass),
+}
+
+/// What acts in one pass of a layer.
+#[derive(Debug)]
+pub enum Acts<'a> {
+    Rotation(Pass<'a>),
+    LowRank(LowRankPass),
+}
+
+impl<'a> Acts<'a> {
+    /// What is held.
+    pub(super) fn held(factors: &'a Factors) -> Self {
+        match factors {
+            Factors::Rotation { r, ratio } => Self::Rotation(Pass::held(r, ratio.as_ref())),
+            Factors::LowRank(pass) => Self::LowRank(pass.clone()),
+        }
+    }
 }
 
 /// The factors of the layers of one adapter at one moment, by the id of the layer.
@@ -195,7 +213,7 @@ impl Drop for Entered {
     }
 }
 
-/// What a layer needs of its adapter in one pass.
+/// Rotation and ratio in one pass.
 #[derive(Debug)]
 pub struct Pass<'a> {
     /// The blocks `R`, (1 or `D`, b, b).
@@ -217,11 +235,11 @@ impl<'a> Pass<'a> {
         Self { r, ratio }
     }
 
-    /// A pass of factors that are held.
-    pub(super) fn held(factors: &'a Factors) -> Self {
+    /// A pass of a rotation and a ratio that are held.
+    fn held(r: &Tensor, ratio: Option<&'a Tensor>) -> Self {
         Self {
-            r: factors.r.clone(),
-            ratio: Ratio::Held(factors.ratio.as_ref()),
+            r: r.clone(),
+            ratio: Ratio::Held(ratio),
         }
     }
 

@@ -26,6 +26,8 @@ pub struct LayerInspection {
     pub block_size: usize,
     /// Stored blocks; 1 may be one that is shared.
     pub blocks: usize,
+    /// Rank of low-rank matrices, which have no blocks; rotations have none.
+    pub rank: Option<usize>,
     /// From skew matrix to rotation.
     pub map: Map,
     /// Kind of magnitude.
@@ -140,7 +142,11 @@ pub fn inspect_with(
     };
     for (module, layer) in &part.stored.layers {
         let magnitude = layer.value.as_ref().map_or(0, Tensor::elem_count);
-        found.trainable_parameters += layer.packed.elem_count() + magnitude;
+        let matrices = layer.low_rank.as_ref().map_or(0, |low_rank| {
+            let magnitude = low_rank.magnitude.as_ref().map_or(0, Tensor::elem_count);
+            low_rank.a.elem_count() + low_rank.b.elem_count() + magnitude
+        });
+        found.trainable_parameters += layer.packed.elem_count() + magnitude + matrices;
         let mut of_layer = alone(module, layer)?;
         match (&mut weights, places.remove(module.as_str())) {
             (Some(weights), Some((name, target))) => {
@@ -173,6 +179,7 @@ fn alone(module: &str, layer: &StoredLayer) -> Result<LayerInspection> {
         kind: layer.kind,
         block_size: b,
         blocks,
+        rank: layer.low_rank.as_ref().map(|low_rank| low_rank.spec.rank),
         map: layer.map,
         magnitude: layer.magnitude,
         max_angle_degrees: angle.to_degrees(),
@@ -218,6 +225,10 @@ fn against(
         && differs(&stored, &at_hand)
     {
         found.mismatch = Some("not the base weight it was trained on, by its row norms".into());
+    }
+    // Low-rank matrices keep no norm.
+    if layer.low_rank.is_some() {
+        return Ok(());
     }
     let ratio = layer.ratio(Some(&norms), DType::F64)?;
     if let Some((least, most)) = range(ratio.as_ref())? {

@@ -4,10 +4,12 @@ use super::header::Shapes;
 use super::target::Index;
 use super::{Strength, StrengthMode};
 use crate::adapter::{
-    Asked, NORMS_DIFFER, Stored, StoredLayer, TRANSLATED, Warning, locked, translated,
+    Asked, NORMS_DIFFER, Stored, StoredLayer, StoredLowRank, TRANSLATED, Warning, locked,
+    translated,
 };
 use crate::config::LayerKind;
 use crate::error::{Error, Result, shown};
+use crate::params::{low_rank_rows, row_norms};
 use crate::rotation;
 use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeSet;
@@ -178,6 +180,11 @@ impl Part {
             return Ok(weight.clone());
         }
         let kind = self.kind(layer, path, weight)?;
+        if let Some(low_rank) = &layer.low_rank {
+            let merged = low_rank_weight(kind, low_rank, weight, s)?;
+            self.check_range(path, &merged)?;
+            return Ok(merged);
+        }
         let geodesic = mode == StrengthMode::Geodesic;
         let wide = if weight.dtype() == DType::F64 {
             DType::F64
@@ -254,4 +261,41 @@ fn scaled(weight: &Tensor, ratio: Option<&Tensor>, wide: DType) -> Result<Tensor
         .to_dtype(wide)?
         .broadcast_mul(&ratio.reshape(shape)?)?;
     Ok(product.to_dtype(weight.dtype())?)
+}
+
+/// `W + s (W_eff - W)` of LoRA or DoRA, computed in f32 or wider and rounded once.
+fn low_rank_weight(
+    kind: LayerKind,
+    low_rank: &StoredLowRank,
+    weight: &Tensor,
+    s: f64,
+) -> Result<Tensor> {
+    let dtype = match weight.dtype() {
+        DType::F64 => DType::F64,
+        _ => DType::F32,
+    };
+    let on = |t: &Tensor| t.to_dtype(dtype)?.to_device(weight.device());
+    let turned = low_rank.turned(weight.dims()).is_some();
+    let base = if turned { weight.t()? } else { weight.clone() };
+    let base = base.to_dtype(dtype)?;
+    let (a, b) = (on(&low_rank.a)?, on(&low_rank.b)?);
+    let delta = low_rank_rows(kind, &a, &b, low_rank.spec.scale())?;
+    let delta = delta.reshape(base.shape())?;
+    let merged = match &low_rank.magnitude {
+        None => (&base + (delta * s)?)?,
+        Some(magnitude) => {
+            let moved = (&base + delta)?;
+            let norms = row_norms(&moved)?.to_dtype(dtype)?;
+            // A row of zeros stays one.
+            let norms = (&norms + norms.eq(0.)?.to_dtype(dtype)?)?;
+            let ratio = on(magnitude)?.div(&norms)?.unsqueeze(1)?;
+            let merged = moved.broadcast_mul(&ratio)?;
+            match s == 1. {
+                true => merged,
+                false => (&base + ((merged - &base)? * s)?)?,
+            }
+        }
+    };
+    let merged = if turned { merged.t()? } else { merged };
+    Ok(merged.to_dtype(weight.dtype())?.contiguous()?)
 }

@@ -81,6 +81,11 @@ impl Strength {
             return Ok(());
         }
         for (module, layer) in &stored.layers {
+            if layer.low_rank.is_some() {
+                return refuse(format!(
+                    "layer `{module}` is of low-rank matrices, which turn nothing; take the linear strength"
+                ));
+            }
             if !layer.map.is_orthogonal() && layer.block_size > 1 {
                 return refuse(format!(
                     "layer `{module}` has the series for its map, which is not orthogonal; take the \
