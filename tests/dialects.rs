@@ -248,7 +248,7 @@ fn what_cannot_be_expressed_is_refused_with_the_reason() {
             "lora_unet_x.oft_blocks",
             "rotates the output side of a weight",
         ),
-        ("a.lora_A.weight", "is LoRA or DoRA, not an OFT adapter"),
+        ("a.lora_A.weight", "it has no `lora_B.weight`"),
         ("a.boft_R", "is BOFT"),
         ("a.hada_t2", "is LoHa"),
         ("a.lokr_w1_b", "is LoKr"),

@@ -224,8 +224,8 @@ fn a_peft_folder_with_a_config_that_means_nothing_is_refused() {
     for (field, value, expected) in [
         (
             "peft_type",
-            serde_json::json!("LORA"),
-            "`peft_type` is \"LORA\", expected OFT",
+            serde_json::json!("VERA"),
+            "`peft_type` is \"VERA\", expected OFT",
         ),
         (
             "use_cayley_neumann",

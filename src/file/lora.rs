@@ -4,6 +4,7 @@
 use super::group::Group;
 use super::keys::{self, Groups, unknown_keys};
 use super::layer::stored;
+use super::lora_config::Lora;
 use super::options::LoadOptions;
 use super::peft::{self, Grouped};
 use super::read::Found;
@@ -103,11 +104,7 @@ fn flattened(
     })
 }
 
-fn layer(
-    group: &Group,
-    config: Option<&peft::Lora>,
-    guessed: &mut Vec<String>,
-) -> Result<StoredLayer> {
+fn layer(group: &Group, config: Option<&Lora>, guessed: &mut Vec<String>) -> Result<StoredLayer> {
     if group.has("dora_scale") {
         let reason = "it is DoRA with `dora_scale`, whose norms are of rows in some tools and of columns in others; \
                       merge it with the program that made it";

@@ -23,6 +23,7 @@ mod group;
 mod keys;
 mod layer;
 mod lora;
+mod lora_config;
 mod lora_write;
 mod metadata;
 mod onetrainer;
