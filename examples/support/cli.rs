@@ -68,6 +68,14 @@ pub fn not_negative(text: &str) -> Result<f64, String> {
     }
 }
 
+/// A pattern of layers and their strength, `PATTERN=S`.
+pub fn strength_for(text: &str) -> Result<(String, f64), String> {
+    match text.rsplit_once('=') {
+        Some((pattern, value)) if !pattern.is_empty() => Ok((pattern.to_string(), finite(value)?)),
+        _ => Err("expected PATTERN=S, as in `layers.0.*=0.5`".to_string()),
+    }
+}
+
 /// Arguments that are right each for itself, but not together.
 pub fn wrong_arguments(what: &str) -> ExitCode {
     eprintln!("error: {what}");

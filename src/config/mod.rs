@@ -7,11 +7,13 @@ mod kinds;
 mod layout;
 mod map;
 mod pattern;
+mod strengths;
 
 pub use kinds::{LayerKind, Magnitude};
 pub use layout::{BlockLayout, Indivisible, nearest_divisor};
 pub use map::Map;
 pub use pattern::{Pattern, Rule, Targets};
+pub use strengths::Strengths;
 
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};

@@ -18,6 +18,7 @@
 //! weight). Equal adapters give equal bytes.
 
 mod canonical;
+mod changes;
 mod convert;
 mod group;
 mod keys;
@@ -27,11 +28,15 @@ mod onetrainer;
 mod options;
 mod peft;
 mod peft_write;
+mod project;
 mod read;
+mod series;
+mod strength;
 mod tensors;
 mod write;
 
-pub use convert::{Target, convert};
+pub use changes::{Cause, Changes, Conversion, LayerChange};
+pub use convert::{Target, convert, convert_with};
 pub(crate) use metadata::CHECKPOINT;
 pub use options::{Divisor, LoadOptions, Rename};
 pub use read::Dialect;

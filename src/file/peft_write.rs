@@ -215,7 +215,7 @@ fn extra_key(stored: &Stored, name: &str) -> Result<String> {
 }
 
 /// Whether a factor other than 1 would be lost.
-fn scales(layer: &StoredLayer) -> Result<bool> {
+pub(super) fn scales(layer: &StoredLayer) -> Result<bool> {
     if layer.magnitude == Magnitude::None {
         return Ok(false);
     }

@@ -154,6 +154,7 @@ impl Merge {
             for path in part.stored.matched(paths())?.into_values() {
                 part.asked.insert(&part.stored, path)?;
             }
+            part.check_patterns()?;
             let modules = part.stored.layers.keys();
             let unused = part.asked.unused(&part.stored);
             let missing: Vec<&String> = modules.filter(|name| unused.contains(name)).collect();

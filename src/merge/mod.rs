@@ -1,6 +1,9 @@
 //! [`Merge`]: base weights with one or more adapters in them, for models that know no adapter and for
 //! checkpoints on disk.
 //!
+//! Several adapters run in sequence: the second turns what the first one made of a weight, and so on.
+//! Rotations do not commute, so their order matters.
+//!
 //! # Strength
 //!
 //! `s = 1` is what a file means, `s = 0` the base bit for bit.
@@ -12,6 +15,7 @@
 //!   a ratio of 0 or below.
 //!
 //! Extra tensors are not scaled: they are there in full for every strength but 0.
+//! [`Merge::with_file_by_layer`] gives layers strengths of their own.
 //!
 //! # Files that leave something open
 //!
@@ -34,6 +38,7 @@ pub use inspect::{Inspection, LayerInspection, inspect, weight_shapes};
 pub use strength::{Strength, StrengthMode};
 
 use crate::adapter::{Adapter, Stored, Warning, locked};
+use crate::config::Strengths;
 use crate::error::{Error, Result};
 use crate::file::{self, LoadOptions};
 use crate::params::row_norms;
@@ -112,6 +117,47 @@ impl Merge {
         self.with_stored(stored, strength)
     }
 
+    /// [`Merge::with_file`] with strengths by layer. A pattern matches the path of a layer in the model;
+    /// extra tensors go by [`Strengths::value`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Merge::with_file`]. A pattern that matches no layer is an error of [`Merge::build`],
+    /// [`Merge::checkpoint`] and [`Merge::check_used`], [`Error::NoMatch`].
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor};
+    /// # use candle_doft::{Adapter, DoftConfig};
+    /// # let folder = tempfile::tempdir().unwrap();
+    /// # let path = folder.path().join("adapter.safetensors");
+    /// # let weight = Tensor::ones((8, 64), DType::F32, &Device::Cpu)?;
+    /// # let builder = Adapter::builder(DoftConfig::default(), &Device::Cpu)?;
+    /// # builder.wrap("head", candle_nn::Linear::new(weight.clone(), None))?;
+    /// # builder.finish()?.save(&path)?;
+    /// use candle_doft::config::Strengths;
+    /// use candle_doft::file::LoadOptions;
+    /// use candle_doft::merge::{Merge, StrengthMode};
+    ///
+    /// let strengths = Strengths::from(1.).with_rule("head", 0.);
+    /// let options = LoadOptions::default();
+    /// let merge =
+    ///     Merge::new().with_file_by_layer(&path, &options, StrengthMode::Geodesic, &strengths)?;
+    /// assert!(merge.weight("head", &weight, false)?.is_some());
+    /// # Ok::<(), candle_doft::Error>(())
+    /// ```
+    pub fn with_file_by_layer(
+        self,
+        path: impl AsRef<Path>,
+        options: &LoadOptions,
+        mode: StrengthMode,
+        strengths: &Strengths,
+    ) -> Result<Self> {
+        let (_, stored) = file::read_stored(path.as_ref(), options)?;
+        self.with_part(stored, mode, strengths.clone())
+    }
+
     /// Adds an adapter as it is now, whatever its mode.
     ///
     /// # Errors
@@ -122,12 +168,19 @@ impl Merge {
     }
 
     fn with_stored(self, stored: Stored, strength: Strength) -> Result<Self> {
+        self.with_part(stored, strength.mode, Strengths::from(strength.value))
+    }
+
+    fn with_part(self, stored: Stored, mode: StrengthMode, strengths: Strengths) -> Result<Self> {
+        strengths.check_values()?;
+        let value = strengths.value;
+        let strength = Strength { value, mode };
         strength.check(&stored)?;
         let mut parts: Vec<Part> = match Arc::try_unwrap(self.parts) {
             Ok(parts) => parts,
             Err(shared) => shared.iter().map(Part::fresh).collect(),
         };
-        parts.push(Part::new(stored, strength));
+        parts.push(Part::new(stored, strength, strengths.rules));
         Ok(Self {
             parts: Arc::new(parts),
         })

@@ -2,7 +2,7 @@
 
 use super::{Strength, StrengthMode};
 use crate::adapter::{Asked, NORMS_DIFFER, Stored, StoredLayer, Warning, locked};
-use crate::config::LayerKind;
+use crate::config::{LayerKind, Pattern, Strengths};
 use crate::error::{Error, Result};
 use crate::rotation;
 use candle_core::{DType, Device, Tensor};
@@ -14,16 +14,19 @@ use std::sync::Mutex;
 pub(super) struct Part {
     pub(super) stored: Stored,
     pub(super) strength: Strength,
+    /// Strengths of single layers.
+    rules: Vec<(Pattern, f64)>,
     pub(super) asked: Asked,
     /// What came up when it met its weights.
     met: Mutex<BTreeSet<Warning>>,
 }
 
 impl Part {
-    pub(super) fn new(stored: Stored, strength: Strength) -> Self {
+    pub(super) fn new(stored: Stored, strength: Strength, rules: Vec<(Pattern, f64)>) -> Self {
         Self {
             stored,
             strength,
+            rules,
             asked: Asked::default(),
             met: Mutex::default(),
         }
@@ -31,7 +34,7 @@ impl Part {
 
     /// The same adapter, of which nothing was asked for.
     pub(super) fn fresh(&self) -> Self {
-        Self::new(self.stored.clone(), self.strength)
+        Self::new(self.stored.clone(), self.strength, self.rules.clone())
     }
 
     pub(super) fn warn(&self, path: &str, message: &str) {
@@ -52,6 +55,7 @@ impl Part {
 
     /// Refuses when a module or an extra tensor was asked for by no weight.
     pub(super) fn check_used<'a>(&self, names: impl Iterator<Item = &'a str>) -> Result<()> {
+        self.check_patterns()?;
         let mut unused = self.asked.unused(&self.stored);
         if self.strength.value == 0. {
             unused.retain(|name| self.stored.layers.contains_key(*name));
@@ -60,6 +64,21 @@ impl Part {
             true => Ok(()),
             false => Err(self.stored.unused(&unused, names)),
         }
+    }
+
+    /// Refuses a strength of layers of which none was asked for.
+    pub(super) fn check_patterns(&self) -> Result<()> {
+        let paths = self.asked.paths(&self.stored);
+        self.strengths()
+            .check_patterns(paths.iter().map(String::as_str))
+    }
+
+    fn strengths(&self) -> Strengths {
+        let strengths = Strengths::from(self.strength.value);
+        let rules = self.rules.iter().cloned();
+        rules.fold(strengths, |all, (pattern, value)| {
+            all.with_rule(pattern, value)
+        })
     }
 
     /// The tensor that replaces the whole tensor of that name.
@@ -124,7 +143,7 @@ impl Part {
         weight: &Tensor,
         norms: Option<&Tensor>,
     ) -> Result<Tensor> {
-        let Strength { value: s, mode } = self.strength;
+        let (s, mode) = (self.strengths().of(path)?, self.strength.mode);
         if s == 0. {
             return Ok(weight.clone());
         }

@@ -92,6 +92,28 @@ pub fn rotation(theta: &Tensor, layout: &BlockLayout) -> Result<Tensor> {
     })
 }
 
+/// The blocks of a map for skew blocks that have divisor and cap in them already.
+pub(crate) fn of_generator(map: Map, q: &Tensor) -> Result<Tensor> {
+    match map {
+        Map::Cayley => cayley(q),
+        Map::CayleyNeumann {
+            terms,
+            last_coefficient,
+        } => cayley_neumann(q, terms, last_coefficient),
+        Map::Exponential => exponential(q),
+    }
+}
+
+/// `||A||` of each block of `(D, b, b)`, the largest of all: how far it may move a vector of length 1.
+pub(crate) fn spectral_norm(a: &Tensor) -> Result<f64> {
+    let b = a.dim(1)?;
+    let squares = maps::on_host(&a.transpose(1, 2)?.matmul(a)?)?;
+    let values = squares
+        .chunks_exact(b * b)
+        .flat_map(|square| maps::eigen::eigenvalues(square.to_vec(), b));
+    Ok(values.fold(0f64, f64::max).max(0.).sqrt())
+}
+
 fn check_theta(function: &'static str, theta: &Tensor, layout: &BlockLayout) -> Result<()> {
     if theta.dims() != [layout.rows(), layout.entries()] {
         return Err(Error::argument(
