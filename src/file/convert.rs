@@ -147,7 +147,7 @@ pub fn convert_with(
 }
 
 /// Gives layers the paths, kinds and shapes of the base.
-fn settle(stored: &mut Stored, shapes: &BTreeMap<String, Vec<usize>>) -> Result<()> {
+pub(super) fn settle(stored: &mut Stored, shapes: &BTreeMap<String, Vec<usize>>) -> Result<()> {
     let paths = || shapes.keys().map(String::as_str);
     let mut renamed = BTreeMap::new();
     for (module, path) in stored.matched(paths())? {

@@ -19,6 +19,7 @@
 
 mod canonical;
 mod changes;
+mod combine;
 mod convert;
 mod group;
 mod keys;
@@ -36,6 +37,7 @@ mod tensors;
 mod write;
 
 pub use changes::{Cause, Changes, Conversion, LayerChange};
+pub use combine::{Combination, combine};
 pub use convert::{Target, convert, convert_with};
 pub(crate) use metadata::CHECKPOINT;
 pub use options::{Divisor, LoadOptions, Rename};

@@ -286,7 +286,19 @@ impl Merge {
 
     /// The tensor that replaces the whole tensor of that name, of the last adapter that has one.
     fn extra(&self, name: &str) -> Option<&Tensor> {
-        self.parts.iter().rev().find_map(|part| part.extra(name))
+        let mut found = None;
+        for part in self.parts.iter() {
+            if let Some(extra) = part.extra(name) {
+                if found.is_some() {
+                    part.warn(
+                        name,
+                        "several adapters have this extra tensor; the last one's counts",
+                    );
+                }
+                found = Some(extra);
+            }
+        }
+        found
     }
 }
 

@@ -4,6 +4,8 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod mean;
+mod product;
 mod projection;
 mod series;
 mod strength;
@@ -28,7 +30,7 @@ impl Home {
         let tensors: HashMap<&str, Tensor> = HashMap::from([
             ("a.weight", seeded((40, 32), 1)),
             ("b.weight", seeded((24, 16), 2)),
-            ("conv.weight", seeded((48, 4, 3, 2), 3)),
+            ("conv.weight", seeded((48, 4, 4, 2), 3)),
             ("embed.weight", seeded((50, 16), 4)),
             ("norm.weight", seeded(12, 5)),
         ]);

@@ -238,7 +238,7 @@ fn extras_stay_in_full_with_a_warning() -> Result<()> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(24) })]
 
     #[test]
     fn one_strength_after_another_is_their_product(
