@@ -34,6 +34,7 @@ pub use build::AdapterBuilder;
 pub(crate) use fingerprint::{differs, fingerprint};
 pub(crate) use matching::{PEFT_PREFIX, flat};
 pub use report::{LayerReport, Report};
+pub(crate) use select::{check_patterns, selects};
 pub use stored::Warning;
 pub(crate) use stored::{NORMS_DIFFER, Stored, StoredLayer};
 pub use wrap::{WeightSource, Wrap};

@@ -127,6 +127,13 @@ impl Adapter {
     }
 }
 
+/// Writes an adapter as a file of this crate; what its readers should know.
+pub(crate) fn write_stored(stored: &Stored, path: &Path) -> Result<Vec<Warning>> {
+    let (bytes, warnings) = canonical::to_bytes(stored)?;
+    write::replace(path, &bytes)?;
+    Ok(warnings)
+}
+
 /// Any file or folder as data.
 pub(crate) fn read_stored(path: &Path, options: &LoadOptions) -> Result<(Dialect, Stored)> {
     let (dialect, mut stored) = read::read(path, options)?;

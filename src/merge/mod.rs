@@ -1,5 +1,5 @@
 //! [`Merge`]: base weights with one or more adapters in them, for models that know no adapter and for
-//! checkpoints on disk.
+//! checkpoints on disk; and back, the adapter that is closest to a finished fine-tune.
 //!
 //! Several adapters run in sequence: the second turns what the first one made of a weight, and so on.
 //! Rotations do not commute, so their order matters.
@@ -28,12 +28,14 @@
 mod added;
 mod backend;
 mod checkpoint;
+mod extract;
 mod header;
 mod inspect;
 mod part;
 mod strength;
 
 pub use checkpoint::{CheckpointOptions, MergeReport};
+pub use extract::{ExtractOptions, Extraction, LayerExtraction, LeftTensor, extract};
 pub use inspect::{Inspection, LayerInspection, inspect, weight_shapes};
 pub use strength::{Strength, StrengthMode};
 

@@ -26,7 +26,7 @@ fn nearest(a: &[f64], b: usize, tolerance: f64) -> Vec<f64> {
         return vec![f64::NAN; b * b];
     }
     let found = svd(a, b, tolerance);
-    let (rank, free) = (found.rank, b - found.rank);
+    let (rank, free) = (found.rank(), b - found.rank());
     let (mut u, v) = (found.u, found.v);
     let sign = sign(&u, b) * sign(&v, b);
     if free == 0 {

@@ -10,16 +10,20 @@ const SWEEPS: usize = 60;
 /// `A = U diag(s) V^T`, `s` from the largest to the least.
 pub(super) struct Svd {
     pub(super) values: Vec<f64>,
-    /// The columns of `U`, one after the other: `n` numbers each. Those of values up to `tiny` complete
-    /// the basis.
+    /// The columns of `U`, one after the other: `n` numbers each. Those of values of 0 complete the basis.
     pub(super) u: Vec<f64>,
     /// The columns of `V`.
     pub(super) v: Vec<f64>,
-    /// How many values are above `tiny`.
-    pub(super) rank: usize,
 }
 
-/// Of a row-major matrix of size `n`. Values up to `tolerance` times the largest count as 0.
+impl Svd {
+    /// How many values are above 0.
+    pub(super) fn rank(&self) -> usize {
+        self.values.iter().filter(|s| **s > 0.).count()
+    }
+}
+
+/// Of a row-major matrix of size `n`. Values up to `tolerance` times the largest become 0.
 pub(super) fn svd(a: &[f64], n: usize, tolerance: f64) -> Svd {
     // Squares of the entries neither underflow nor overflow.
     let scale = a.iter().fold(0f64, |most, v| most.max(v.abs()));
@@ -55,12 +59,13 @@ pub(super) fn svd(a: &[f64], n: usize, tolerance: f64) -> Svd {
         u.extend(columns[j * n..][..n].iter().map(|x| x / s));
     }
     complete(&mut u, n);
+    let values = values.iter().enumerate();
+    let values = values.map(|(at, s)| if at < rank { s * scale } else { 0. });
     let v = order.iter().flat_map(|(_, j)| v[j * n..][..n].to_vec());
     Svd {
         v: v.collect(),
-        values: values.iter().map(|s| s * scale).collect(),
+        values: values.collect(),
         u,
-        rank,
     }
 }
 
@@ -151,7 +156,7 @@ mod tests {
             for scale in [1e-100, 1., 1e100] {
                 let a: Vec<f64> = of_rank(n, rank).iter().map(|v| v * scale).collect();
                 let found = svd(&a, n, 1e-13);
-                assert_eq!(found.rank, rank, "size {n}, scale {scale:e}");
+                assert_eq!(found.rank(), rank, "size {n}, scale {scale:e}");
                 assert!(found.values.is_sorted_by(|a, b| a >= b));
                 let size = found.values[0];
                 for i in 0..n {

@@ -4,6 +4,8 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod extract;
+mod extract_files;
 mod mean;
 mod product;
 mod projection;
@@ -59,7 +61,20 @@ impl Home {
         scale: f64,
         seed: usize,
     ) -> Result<PathBuf> {
-        let base = load(&self.base())?;
+        self.adapter_over(&self.base(), name, layers, config, scale, seed)
+    }
+
+    /// The same over another base.
+    fn adapter_over(
+        &self,
+        base: &Path,
+        name: &str,
+        layers: &[&str],
+        config: DoftConfig,
+        scale: f64,
+        seed: usize,
+    ) -> Result<PathBuf> {
+        let base = load(base)?;
         let builder = Adapter::builder(config, &CPU)?;
         for layer in layers {
             let weight = base[&format!("{layer}.weight")].clone();

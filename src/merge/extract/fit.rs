@@ -1,0 +1,242 @@
+//! Rotation and ratios of one layer, in turns: each is the best for the other.
+
+use super::pair::{CHUNK, Pair};
+use crate::error::Result;
+use crate::rotation;
+use candle_core::{DType, Device, Tensor};
+
+/// Turns of the alternation. From the ratios of the norms a merged adapter is found in one.
+const TURNS: usize = 50;
+
+/// What `|T - W_eff|^2` may still fall by, in parts of `|T - W|^2`, when the turns end.
+const SETTLED: f64 = 1e-9;
+
+/// The least ratio: a row that should vanish, or turn its sign, cannot.
+const LEAST_RATIO: f64 = 1e-6;
+
+/// `T` is near `diag(m) W blockdiag(X)`.
+pub(super) struct Fit {
+    /// `(D, b, b)`, or `(1, b, b)` when shared.
+    pub(super) x: Tensor,
+    pub(super) ratio: Option<Vec<f64>>,
+    /// `|T - W|^2`.
+    pub(super) change: f64,
+    /// `|T - W_eff|^2`.
+    pub(super) rest: f64,
+    /// The least of it without a magnitude.
+    pub(super) rest_of_rotation: f64,
+    /// Blocks with a plane of nearly 180 degrees.
+    pub(super) half_turns: usize,
+}
+
+/// What is needed of the rows: `|W_o|^2`, `|T_o|^2`, and `|T - W|^2` in all.
+struct Sums {
+    before: Vec<f64>,
+    after: Vec<f64>,
+    change: f64,
+}
+
+/// A weight pair cut into blocks.
+pub(super) struct Fitting<'a> {
+    pub(super) pair: &'a Pair,
+    pub(super) block_size: usize,
+    pub(super) shared: bool,
+    pub(super) magnitude: bool,
+}
+
+impl Fitting<'_> {
+    pub(super) fn run(&self) -> Result<Fit> {
+        let sums = self.sums()?;
+        let total: f64 = sums.after.iter().sum();
+        let cross = self.cross(None)?;
+        let x = self.nearest(&cross)?;
+        let along = (&x * &cross)?.sum_all()?.to_scalar::<f64>()?;
+        let rest_of_rotation = (sums.before.iter().sum::<f64>() + total - 2. * along).max(0.);
+        let mut fit = Fit {
+            x,
+            ratio: None,
+            change: sums.change,
+            rest: rest_of_rotation,
+            rest_of_rotation,
+            half_turns: 0,
+        };
+        if self.magnitude {
+            self.alternate(&sums, total, &mut fit)?;
+        }
+        let (x, half_turns) = rotation::short_of_half_turns(&fit.x)?;
+        if half_turns > 0 {
+            fit.half_turns = half_turns;
+            fit.x = x;
+            let along = self.along(&fit.x)?;
+            let ratio = match self.magnitude {
+                true => ratios(&along, &sums),
+                false => vec![1.; along.len()],
+            };
+            fit.rest = rest(&along, &ratio, &sums);
+            fit.ratio = self.magnitude.then_some(ratio);
+        }
+        Ok(fit)
+    }
+
+    /// From the ratios of the norms, which are those of a merged adapter; where these are worse than no
+    /// magnitude, from the best rotation without one.
+    fn alternate(&self, sums: &Sums, total: f64, fit: &mut Fit) -> Result<()> {
+        let of_norms = sums.before.iter().zip(&sums.after);
+        let of_norms = of_norms.map(|(before, after)| match *before > 0. {
+            true => (after / before).sqrt().max(LEAST_RATIO),
+            false => 1.,
+        });
+        let mut x = self.nearest(&self.cross(Some(of_norms.collect()))?)?;
+        let mut along = self.along(&x)?;
+        let mut ratio = ratios(&along, sums);
+        if rest(&along, &ratio, sums) > fit.rest {
+            x = fit.x.clone();
+            along = self.along(&x)?;
+            ratio = ratios(&along, sums);
+        }
+        let mut least = rest(&along, &ratio, sums);
+        // Below this there is the rounding of the fine-tune's dtype alone.
+        let rounding = epsilon(self.pair.after.dtype()).powi(2) * total;
+        for _ in 0..TURNS {
+            if least <= rounding {
+                break;
+            }
+            let next = self.nearest(&self.cross(Some(ratio.clone()))?)?;
+            let along = self.along(&next)?;
+            let of_next = ratios(&along, sums);
+            let found = rest(&along, &of_next, sums);
+            let fell = least - found;
+            if fell > 0. {
+                (x, ratio, least) = (next, of_next, found);
+            }
+            if fell <= SETTLED * sums.change {
+                break;
+            }
+        }
+        if least <= fit.rest || fit.rest <= rounding {
+            (fit.x, fit.ratio, fit.rest) = (x, Some(ratio), least);
+        } else {
+            fit.ratio = Some(vec![1.; sums.before.len()]);
+        }
+        Ok(())
+    }
+
+    fn nearest(&self, cross: &Tensor) -> Result<Tensor> {
+        // Directions that the rows have only in the rounding of the fine-tune say nothing.
+        let tolerance = epsilon(self.pair.after.dtype()).powi(2).max(1e-13);
+        rotation::nearest_rotation(cross, tolerance)
+    }
+
+    fn sums(&self) -> Result<Sums> {
+        let mut sums = Sums {
+            before: Vec::new(),
+            after: Vec::new(),
+            change: 0.,
+        };
+        self.rows(|_, before, after| {
+            let squares = |x: &Tensor| x.sqr()?.sum((0, 2))?.to_vec1::<f64>();
+            sums.before.extend(squares(&before)?);
+            sums.after.extend(squares(&after)?);
+            sums.change += (after - before)?.sqr()?.sum_all()?.to_scalar::<f64>()?;
+            Ok(())
+        })?;
+        Ok(sums)
+    }
+
+    /// `W^T diag(m) T` of each block, or the sum over all when one is shared.
+    fn cross(&self, ratio: Option<Vec<f64>>) -> Result<Tensor> {
+        let mut cross: Option<Tensor> = None;
+        self.rows(|start, before, after| {
+            let before = match &ratio {
+                Some(ratio) => {
+                    let rows = before.dim(1)?;
+                    let ratio = Tensor::from_slice(
+                        &ratio[start..start + rows],
+                        (1, rows, 1),
+                        &Device::Cpu,
+                    )?;
+                    before.broadcast_mul(&ratio)?
+                }
+                None => before,
+            };
+            let part = before.transpose(1, 2)?.contiguous()?.matmul(&after)?;
+            cross = Some(match cross.take() {
+                Some(cross) => (cross + part)?,
+                None => part,
+            });
+            Ok(())
+        })?;
+        let cross = match cross {
+            Some(cross) => cross,
+            None => Tensor::zeros(
+                (1, self.block_size, self.block_size),
+                DType::F64,
+                &Device::Cpu,
+            )?,
+        };
+        match self.shared {
+            true => Ok(cross.sum_keepdim(0)?),
+            false => Ok(cross),
+        }
+    }
+
+    /// `<T_o, (W X)_o>` of each row.
+    fn along(&self, x: &Tensor) -> Result<Vec<f64>> {
+        let mut along = Vec::new();
+        self.rows(|_, before, after| {
+            let blocks = (before.dim(0)?, self.block_size, self.block_size);
+            let turned = before.matmul(&x.broadcast_as(blocks)?.contiguous()?)?;
+            along.extend((turned * after)?.sum((0, 2))?.to_vec1::<f64>()?);
+            Ok(())
+        })?;
+        Ok(along)
+    }
+
+    /// Some rows at a time of both weights, `(D, rows, b)` in f64, with the number of the first.
+    fn rows(&self, mut of_rows: impl FnMut(usize, Tensor, Tensor) -> Result<()>) -> Result<()> {
+        let flat = |x: &Tensor| x.flatten_from(1);
+        let (before, after) = (flat(&self.pair.before)?, flat(&self.pair.after)?);
+        let (out, width) = before.dims2()?;
+        let (b, step) = (self.block_size, (CHUNK / width.max(1)).max(1));
+        for start in (0..out).step_by(step) {
+            let rows = step.min(out - start);
+            let part = |x: &Tensor| -> Result<Tensor> {
+                let part = x.narrow(0, start, rows)?.to_dtype(DType::F64)?;
+                let part = part.reshape((rows, width / b, b))?;
+                Ok(part.transpose(0, 1)?.contiguous()?)
+            };
+            of_rows(start, part(&before)?, part(&after)?)?;
+        }
+        Ok(())
+    }
+}
+
+/// The best ratio of each row for a rotation.
+fn ratios(along: &[f64], sums: &Sums) -> Vec<f64> {
+    let rows = along.iter().zip(&sums.before);
+    rows.map(|(along, before)| match *before > 0. {
+        true => (along / before).max(LEAST_RATIO),
+        false => 1.,
+    })
+    .collect()
+}
+
+/// `|T - diag(m) W X|^2`.
+fn rest(along: &[f64], ratio: &[f64], sums: &Sums) -> f64 {
+    let rows = along
+        .iter()
+        .zip(ratio)
+        .zip(sums.before.iter().zip(&sums.after));
+    let rest = rows.map(|((along, m), (before, after))| after - 2. * m * along + m * m * before);
+    rest.sum::<f64>().max(0.)
+}
+
+/// Half the distance from 1 to the next number.
+fn epsilon(dtype: DType) -> f64 {
+    match dtype {
+        DType::F64 => f64::EPSILON / 2.,
+        DType::F16 => 0.5f64.powi(11),
+        DType::BF16 => 0.5f64.powi(8),
+        _ => f64::from(f32::EPSILON) / 2.,
+    }
+}
