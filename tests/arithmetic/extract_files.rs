@@ -156,6 +156,19 @@ fn wrong_input_is_one_line_and_nothing_is_left_behind() -> Result<()> {
         "{said}"
     );
     assert!(run(&other, config().with_max_norm(0.5)).contains("`max_norm`"));
+    // One that both have, outside the targets, is nobody's business.
+    let mut broken = base.clone();
+    broken.insert("norm.weight".into(), (&base["norm.weight"] * f64::NAN)?);
+    save(&home.path("broken"), &broken);
+    broken.insert("a.weight".into(), other["a.weight"].clone());
+    save(&tuned, &broken);
+    extract(
+        home.path("broken"),
+        &tuned,
+        home.path("fine"),
+        options(config()),
+    )?;
+    save(&tuned, &other);
     // A NaN in the base.
     save(
         &home.path("nan"),

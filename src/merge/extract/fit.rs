@@ -1,6 +1,6 @@
 //! Rotation and ratios of one layer, in turns: each is the best for the other.
 
-use super::pair::{CHUNK, Pair};
+use super::pair::{Pair, Scan};
 use crate::error::Result;
 use crate::rotation;
 use candle_core::{DType, Device, Tensor};
@@ -29,16 +29,10 @@ pub(super) struct Fit {
     pub(super) half_turns: usize,
 }
 
-/// What is needed of the rows: `|W_o|^2`, `|T_o|^2`, and `|T - W|^2` in all.
-struct Sums {
-    before: Vec<f64>,
-    after: Vec<f64>,
-    change: f64,
-}
-
 /// A weight pair cut into blocks.
 pub(super) struct Fitting<'a> {
-    pub(super) pair: &'a Pair,
+    pub(super) pair: &'a Pair<'a>,
+    pub(super) scan: &'a Scan,
     pub(super) block_size: usize,
     pub(super) shared: bool,
     pub(super) magnitude: bool,
@@ -46,7 +40,7 @@ pub(super) struct Fitting<'a> {
 
 impl Fitting<'_> {
     pub(super) fn run(&self) -> Result<Fit> {
-        let sums = self.sums()?;
+        let sums = self.scan;
         let total: f64 = sums.after.iter().sum();
         let cross = self.cross(None)?;
         let x = self.nearest(&cross)?;
@@ -61,7 +55,7 @@ impl Fitting<'_> {
             half_turns: 0,
         };
         if self.magnitude {
-            self.alternate(&sums, total, &mut fit)?;
+            self.alternate(sums, total, &mut fit)?;
         }
         let (x, half_turns) = rotation::short_of_half_turns(&fit.x)?;
         if half_turns > 0 {
@@ -69,10 +63,10 @@ impl Fitting<'_> {
             fit.x = x;
             let along = self.along(&fit.x)?;
             let ratio = match self.magnitude {
-                true => ratios(&along, &sums),
+                true => ratios(&along, sums),
                 false => vec![1.; along.len()],
             };
-            fit.rest = rest(&along, &ratio, &sums);
+            fit.rest = rest(&along, &ratio, sums);
             fit.ratio = self.magnitude.then_some(ratio);
         }
         Ok(fit)
@@ -80,7 +74,7 @@ impl Fitting<'_> {
 
     /// From the ratios of the norms, which are those of a merged adapter; where these are worse than no
     /// magnitude, from the best rotation without one.
-    fn alternate(&self, sums: &Sums, total: f64, fit: &mut Fit) -> Result<()> {
+    fn alternate(&self, sums: &Scan, total: f64, fit: &mut Fit) -> Result<()> {
         let of_norms = sums.before.iter().zip(&sums.after);
         let of_norms = of_norms.map(|(before, after)| match *before > 0. {
             true => (after / before).sqrt().max(LEAST_RATIO),
@@ -96,7 +90,7 @@ impl Fitting<'_> {
         }
         let mut least = rest(&along, &ratio, sums);
         // Below this there is the rounding of the fine-tune's dtype alone.
-        let rounding = epsilon(self.pair.after.dtype()).powi(2) * total;
+        let rounding = epsilon(self.pair.dtype_after).powi(2) * total;
         for _ in 0..TURNS {
             if least <= rounding {
                 break;
@@ -123,24 +117,8 @@ impl Fitting<'_> {
 
     fn nearest(&self, cross: &Tensor) -> Result<Tensor> {
         // Directions that the rows have only in the rounding of the fine-tune say nothing.
-        let tolerance = epsilon(self.pair.after.dtype()).powi(2).max(1e-13);
+        let tolerance = epsilon(self.pair.dtype_after).powi(2).max(1e-13);
         rotation::nearest_rotation(cross, tolerance)
-    }
-
-    fn sums(&self) -> Result<Sums> {
-        let mut sums = Sums {
-            before: Vec::new(),
-            after: Vec::new(),
-            change: 0.,
-        };
-        self.rows(|_, before, after| {
-            let squares = |x: &Tensor| x.sqr()?.sum((0, 2))?.to_vec1::<f64>();
-            sums.before.extend(squares(&before)?);
-            sums.after.extend(squares(&after)?);
-            sums.change += (after - before)?.sqr()?.sum_all()?.to_scalar::<f64>()?;
-            Ok(())
-        })?;
-        Ok(sums)
     }
 
     /// `W^T diag(m) T` of each block, or the sum over all when one is shared.
@@ -194,25 +172,19 @@ impl Fitting<'_> {
 
     /// Some rows at a time of both weights, `(D, rows, b)` in f64, with the number of the first.
     fn rows(&self, mut of_rows: impl FnMut(usize, Tensor, Tensor) -> Result<()>) -> Result<()> {
-        let flat = |x: &Tensor| x.flatten_from(1);
-        let (before, after) = (flat(&self.pair.before)?, flat(&self.pair.after)?);
-        let (out, width) = before.dims2()?;
-        let (b, step) = (self.block_size, (CHUNK / width.max(1)).max(1));
-        for start in (0..out).step_by(step) {
-            let rows = step.min(out - start);
-            let part = |x: &Tensor| -> Result<Tensor> {
-                let part = x.narrow(0, start, rows)?.to_dtype(DType::F64)?;
-                let part = part.reshape((rows, width / b, b))?;
-                Ok(part.transpose(0, 1)?.contiguous()?)
-            };
-            of_rows(start, part(&before)?, part(&after)?)?;
-        }
-        Ok(())
+        let b = self.block_size;
+        let cut = |x: Tensor| -> Result<Tensor> {
+            let (rows, width) = x.dims2()?;
+            let x = x.to_dtype(DType::F64)?.reshape((rows, width / b, b))?;
+            Ok(x.transpose(0, 1)?.contiguous()?)
+        };
+        self.pair
+            .rows(|start, before, after| of_rows(start, cut(before)?, cut(after)?))
     }
 }
 
 /// The best ratio of each row for a rotation.
-fn ratios(along: &[f64], sums: &Sums) -> Vec<f64> {
+fn ratios(along: &[f64], sums: &Scan) -> Vec<f64> {
     let rows = along.iter().zip(&sums.before);
     rows.map(|(along, before)| match *before > 0. {
         true => (along / before).max(LEAST_RATIO),
@@ -222,7 +194,7 @@ fn ratios(along: &[f64], sums: &Sums) -> Vec<f64> {
 }
 
 /// `|T - diag(m) W X|^2`.
-fn rest(along: &[f64], ratio: &[f64], sums: &Sums) -> f64 {
+fn rest(along: &[f64], ratio: &[f64], sums: &Scan) -> f64 {
     let rows = along
         .iter()
         .zip(ratio)

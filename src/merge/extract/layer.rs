@@ -2,11 +2,10 @@
 
 use super::LayerExtraction;
 use super::fit::{Fit, Fitting};
-use super::pair::Pair;
+use super::pair::{Pair, Scan};
 use crate::adapter::{StoredLayer, fingerprint};
 use crate::config::{BlockLayout, DoftConfig, LayerKind, Magnitude, Map};
 use crate::error::{Error, Result};
-use crate::params::row_norms;
 use crate::rotation;
 use candle_core::{DType, Device, Tensor};
 
@@ -35,21 +34,23 @@ pub(super) type Fitted = (StoredLayer, LayerExtraction, [f64; 2]);
 /// The layer of a weight pair that differs; the reason where there is none.
 pub(super) fn fitted(
     path: &str,
+    kind: LayerKind,
     pair: &Pair,
+    scan: &Scan,
     config: &DoftConfig,
 ) -> Result<Result<Fitted, &'static str>> {
     let config = config.for_layer(path)?;
-    let shape = pair.before.dims().to_vec();
-    let layout = match config.layout(path, shape.iter().skip(1).product()) {
+    let layout = match config.layout(path, pair.dims().1) {
         Ok(layout) => layout,
         Err(Error::NothingToRotate { .. }) => {
             return Ok(Err("its width has no divisor near the block size"));
         }
         Err(error) => return Err(error),
     };
-    let magnitude = config.magnitude_of(pair.kind);
+    let magnitude = config.magnitude_of(kind);
     let fitting = Fitting {
         pair,
+        scan,
         block_size: layout.block_size,
         shared: layout.shared,
         magnitude: magnitude != Magnitude::None,
@@ -58,31 +59,33 @@ pub(super) fn fitted(
     if fit.rest >= fit.change {
         return Ok(Err("no rotation of its blocks brings the base closer"));
     }
-    let r = match pair.kind {
+    let r = match kind {
         LayerKind::Embedding => fit.x.clone(),
         LayerKind::Linear | LayerKind::Conv1d | LayerKind::Conv2d => {
             fit.x.transpose(1, 2)?.contiguous()?
         }
     };
-    let found = report(path, pair, &layout, &fit, &r)?;
-    let stored = stored(pair, &layout, magnitude, &fit, &r)?;
+    let found = report((path, kind), scan, &layout, &fit, &r)?;
+    let stored = stored((pair, kind), scan, &layout, magnitude, &fit, &r)?;
     let unexplained = [fit.rest, fit.rest_of_rotation.min(fit.change)];
     Ok(Ok((stored, found, unexplained)))
 }
 
 fn stored(
-    pair: &Pair,
+    (pair, kind): (&Pair, LayerKind),
+    scan: &Scan,
     layout: &BlockLayout,
     magnitude: Magnitude,
     fit: &Fit,
     r: &Tensor,
 ) -> Result<StoredLayer> {
-    let dtype = match pair.before.dtype() {
+    let dtype = match pair.dtype_before {
         DType::F64 => DType::F64,
         _ => DType::F32,
     };
-    let norms = row_norms(&pair.before)?.to_dtype(dtype)?;
-    let sign = if pair.kind.is_kernel() { -1. } else { 1. };
+    let norms: Vec<f64> = scan.before.iter().map(|square| square.sqrt()).collect();
+    let norms = Tensor::new(norms, &Device::Cpu)?.to_dtype(dtype)?;
+    let sign = if kind.is_kernel() { -1. } else { 1. };
     let q = rotation::inverse_cayley(r)?;
     let packed = (rotation::packed(&q)? * (layout.divisor() * sign))?;
     let value = fit.ratio.as_ref().map(|ratio| -> Result<Tensor> {
@@ -95,8 +98,8 @@ fn stored(
         Ok(value.to_dtype(dtype)?)
     });
     Ok(StoredLayer {
-        kind: Some(pair.kind),
-        shape: Some(pair.before.dims().to_vec()),
+        kind: Some(kind),
+        shape: Some(pair.shape.clone()),
         block_size: layout.block_size,
         shared: None,
         map: layout.map,
@@ -112,8 +115,8 @@ fn stored(
 }
 
 fn report(
-    path: &str,
-    pair: &Pair,
+    (path, kind): (&str, LayerKind),
+    scan: &Scan,
     layout: &BlockLayout,
     fit: &Fit,
     r: &Tensor,
@@ -121,12 +124,11 @@ fn report(
     let angles = rotation::angles(r)?;
     let angle = angles.iter().flatten().fold(0f64, |most, a| most.max(*a));
     let ratio = fit.ratio.as_deref().unwrap_or(&[1.]);
-    let norms: Vec<f64> = row_norms(&pair.before)?.to_dtype(DType::F64)?.to_vec1()?;
-    let size = norms.iter().map(|n| n * n).sum::<f64>().sqrt();
+    let size = scan.before.iter().sum::<f64>().sqrt();
     let share = |rest: f64| 1. - rest / fit.change;
     Ok(LayerExtraction {
         path: path.to_string(),
-        kind: pair.kind,
+        kind,
         block_size: layout.block_size,
         change: if size > 0. {
             fit.change.sqrt() / size

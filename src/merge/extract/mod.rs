@@ -11,7 +11,7 @@ use crate::config::{DoftConfig, LayerKind, Targets};
 use crate::error::{Error, Result, shown};
 use crate::file;
 use candle_core::Tensor;
-use pair::{Pair, changed, squared_distance};
+use pair::Pair;
 use plan::{Pairs, Planned};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -163,18 +163,18 @@ pub fn extract(
     let (base, tuned, output) = (base.as_ref(), tuned.as_ref(), output.as_ref());
     check_output(output, [base, tuned])?;
     layer::check_config(&options.config)?;
-    let mut pairs = Pairs::open(base, tuned)?;
+    let pairs = Pairs::open(base, tuned)?;
     let plan = pairs.plan(&options.config)?;
     let mut job = Job::default();
     let total = pairs.base.sources.iter().map(Source::size).sum();
     let mut done = 0;
     for (name, planned) in &plan {
-        done += job.tensor(&mut pairs, name, planned, &options)?;
+        done += job.tensor(&pairs, name, planned, &options)?;
         if let Some(progress) = &mut options.progress {
             progress(done, total);
         }
     }
-    job.added(&mut pairs, options.extras)?;
+    job.added(&pairs, options.extras)?;
     job.finish(&pairs, output, &options.config)
 }
 
@@ -215,7 +215,7 @@ impl Job {
     /// One tensor of the base; its bytes.
     fn tensor(
         &mut self,
-        pairs: &mut Pairs,
+        pairs: &Pairs,
         name: &str,
         planned: &Planned,
         options: &ExtractOptions,
@@ -230,12 +230,18 @@ impl Job {
         let size = (end - start) as u64;
         match planned {
             Planned::Layer { path, kind } => {
-                let pair = Pair::read(base, tuned, name, *kind)?;
-                if !changed(&pair.before, &pair.after)? {
+                let Some(pair) = Pair::of(base, tuned, name)? else {
+                    let name = shown(name);
+                    let reason =
+                        format!("`{name}` holds no floats, expected F64, F32, F16 or BF16");
+                    return Err(Error::file(pairs.tuned_path, reason));
+                };
+                let scan = pair.scan(true)?;
+                if !scan.changed {
                     self.unchanged += 1;
                     return Ok(size);
                 }
-                match layer::fitted(path, &pair, &options.config)? {
+                match layer::fitted(path, *kind, &pair, &scan, &options.config)? {
                     Ok((stored, found, unexplained)) => {
                         self.layers.insert(path.clone(), stored);
                         for (sum, part) in self.unexplained.iter_mut().zip(unexplained) {
@@ -244,8 +250,8 @@ impl Job {
                         self.found.push(found);
                     }
                     Err(reason) => {
-                        self.squared_left += squared_distance(&pair.before, &pair.after)?;
-                        self.keep(name, reason, &pair.after, options.extras);
+                        self.squared_left += scan.change;
+                        self.keep(name, reason, options.extras, || pair.after())?;
                     }
                 }
             }
@@ -258,36 +264,28 @@ impl Job {
     /// A tensor that is not adapted: looked at only as far as it changed.
     fn other(
         &mut self,
-        base: &mut Source,
-        tuned: &mut Source,
+        base: &Source,
+        tuned: &Source,
         name: &str,
         reason: &str,
         extras: bool,
     ) -> Result<()> {
-        let float = |source: &Source| -> Result<bool> {
-            Ok(file::float(source.info(name)?.dtype).is_some())
-        };
-        if !float(base)? || !float(tuned)? {
+        let Some(pair) = Pair::of(base, tuned, name)? else {
             if base.bytes(name)? != tuned.bytes(name)? {
                 self.left(name, "it does not hold floats", false);
             }
             return Ok(());
-        }
-        let (before, after) = (base.tensor(name)?, tuned.tensor(name)?);
-        if !changed(&before, &after)? {
+        };
+        let scan = pair.scan(false)?;
+        if !scan.changed {
             return Ok(());
         }
-        let distance = squared_distance(&before, &after)?;
-        if !distance.is_finite() {
-            return pair::not_finite(base, tuned, name, &before);
-        }
-        self.squared_left += distance;
-        self.keep(name, reason, &after, extras);
-        Ok(())
+        self.squared_left += scan.change;
+        self.keep(name, reason, extras, || pair.after())
     }
 
     /// What the fine-tune has and the base has not.
-    fn added(&mut self, pairs: &mut Pairs, extras: bool) -> Result<()> {
+    fn added(&mut self, pairs: &Pairs, extras: bool) -> Result<()> {
         let names = pairs
             .tuned
             .places
@@ -305,21 +303,25 @@ impl Job {
                     "the base has no such tensor, and it does not hold floats",
                     false,
                 );
-            } else if extras {
-                let tensor = source.tensor(&name)?;
-                self.keep(&name, reason, &tensor, true);
             } else {
-                self.left(&name, reason, false);
+                self.keep(&name, reason, extras, || source.tensor(&name))?;
             }
         }
         Ok(())
     }
 
-    fn keep(&mut self, name: &str, reason: &str, tensor: &Tensor, extras: bool) {
+    fn keep(
+        &mut self,
+        name: &str,
+        reason: &str,
+        extras: bool,
+        tensor: impl FnOnce() -> Result<Tensor>,
+    ) -> Result<()> {
         if extras {
-            self.extras.insert(name.to_string(), tensor.clone());
+            self.extras.insert(name.to_string(), tensor()?);
         }
         self.left(name, reason, extras);
+        Ok(())
     }
 
     fn left(&mut self, name: &str, reason: &str, kept: bool) {

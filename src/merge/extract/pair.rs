@@ -1,103 +1,127 @@
-//! A weight before and after a fine-tune.
+//! A tensor before and after a fine-tune, read some rows at a time: nothing of its size is ever in memory.
 
 use super::super::header::Source;
-use crate::config::LayerKind;
 use crate::error::{Error, Result, shown};
-use candle_core::{DType, Tensor};
+use crate::file;
+use candle_core::{DType, Device, Tensor};
 
-/// Elements that are widened to f64 together, so that little lies beside the two weights.
-pub(super) const CHUNK: usize = 1 << 20;
+/// Elements that are read and widened to f64 together.
+const CHUNK: usize = 1 << 20;
 
-/// Both weights, as they are stored.
-pub(super) struct Pair {
-    pub(super) before: Tensor,
-    pub(super) after: Tensor,
-    pub(super) kind: LayerKind,
+/// Both tensors, where they lie.
+pub(super) struct Pair<'a> {
+    base: &'a Source,
+    tuned: &'a Source,
+    name: &'a str,
+    /// Of both of them.
+    pub(super) shape: Vec<usize>,
+    pub(super) dtype_before: DType,
+    pub(super) dtype_after: DType,
 }
 
-impl Pair {
-    pub(super) fn read(
-        base: &mut Source,
-        tuned: &mut Source,
-        name: &str,
-        kind: LayerKind,
-    ) -> Result<Self> {
-        let before = base.tensor(name)?;
-        let after = tuned.tensor(name)?;
-        for (source, tensor) in [(&*base, &before), (&*tuned, &after)] {
-            if !sum_of_squares(tensor)?.is_finite() {
-                return Err(of_source(source, name));
+/// What one look at all values tells.
+pub(super) struct Scan {
+    /// Whether the tensor after is another one, and not that before in the dtype of the fine-tune.
+    pub(super) changed: bool,
+    /// `|W_o|^2` of each row.
+    pub(super) before: Vec<f64>,
+    /// `|T_o|^2` of each row.
+    pub(super) after: Vec<f64>,
+    /// `|T - W|^2`.
+    pub(super) change: f64,
+}
+
+impl<'a> Pair<'a> {
+    /// None where one of them does not hold floats.
+    pub(super) fn of(base: &'a Source, tuned: &'a Source, name: &'a str) -> Result<Option<Self>> {
+        let (before, after) = (base.info(name)?, tuned.info(name)?);
+        let dtypes = (file::float(before.dtype), file::float(after.dtype));
+        let (Some(dtype_before), Some(dtype_after)) = dtypes else {
+            return Ok(None);
+        };
+        Ok(Some(Self {
+            base,
+            tuned,
+            name,
+            shape: before.shape.clone(),
+            dtype_before,
+            dtype_after,
+        }))
+    }
+
+    /// Rows, which are outputs, and their width; a vector is one row.
+    pub(super) fn dims(&self) -> (usize, usize) {
+        match self.shape.as_slice() {
+            [out, inner @ ..] if !inner.is_empty() => (*out, inner.iter().product()),
+            vector => (1, vector.iter().product()),
+        }
+    }
+
+    /// Calls with the number of the first row, and some rows `(rows, width)` of both tensors as they are
+    /// stored, until all were seen.
+    pub(super) fn rows(
+        &self,
+        mut of_rows: impl FnMut(usize, Tensor, Tensor) -> Result<()>,
+    ) -> Result<()> {
+        let (out, width) = self.dims();
+        let step = (CHUNK / width.max(1)).max(1);
+        for start in (0..out).step_by(step) {
+            let rows = step.min(out - start);
+            let part = |source: &Source, dtype: DType| -> Result<Tensor> {
+                let size = dtype.size_in_bytes() * width;
+                let bytes = source.bytes_at(self.name, start * size, rows * size)?;
+                let device = &Device::Cpu;
+                Ok(Tensor::from_raw_buffer(
+                    &bytes,
+                    dtype,
+                    &[rows, width],
+                    device,
+                )?)
+            };
+            let before = part(self.base, self.dtype_before)?;
+            of_rows(start, before, part(self.tuned, self.dtype_after)?)?;
+        }
+        Ok(())
+    }
+
+    /// Looks at all values once. Returns an error for one that is not finite where `all` have to be, or
+    /// where the tensor changed.
+    pub(super) fn scan(&self, all: bool) -> Result<Scan> {
+        let mut scan = Scan {
+            changed: false,
+            before: Vec::new(),
+            after: Vec::new(),
+            change: 0.,
+        };
+        self.rows(|_, before, after| {
+            let rounded = before.to_dtype(after.dtype())?.to_dtype(DType::F64)?;
+            let (before, after) = (before.to_dtype(DType::F64)?, after.to_dtype(DType::F64)?);
+            let count = |x: Tensor| x.to_dtype(DType::F64)?.sum_all()?.to_scalar::<f64>();
+            // A NaN differs from itself, and is no change where both have one.
+            let nans = (rounded.ne(&rounded)? * after.ne(&after)?)?;
+            scan.changed |= count(rounded.ne(&after)?)? > count(nans)?;
+            let squares = |x: &Tensor| x.sqr()?.sum(1)?.to_vec1::<f64>();
+            scan.before.extend(squares(&before)?);
+            scan.after.extend(squares(&after)?);
+            scan.change += (after - before)?.sqr()?.sum_all()?.to_scalar::<f64>()?;
+            Ok(())
+        })?;
+        if all || scan.changed {
+            for (source, squares) in [(self.base, &scan.before), (self.tuned, &scan.after)] {
+                if !squares.iter().sum::<f64>().is_finite() {
+                    let name = shown(self.name);
+                    let reason = format!(
+                        "`{name}` holds a NaN or an infinity, or values above the range; is it damaged?"
+                    );
+                    return Err(Error::file(&source.path, reason));
+                }
             }
         }
-        Ok(Self {
-            before,
-            after,
-            kind,
-        })
+        Ok(scan)
     }
-}
 
-/// The error for a tensor of which a value is not finite.
-pub(super) fn not_finite<T>(
-    base: &Source,
-    tuned: &Source,
-    name: &str,
-    before: &Tensor,
-) -> Result<T> {
-    match sum_of_squares(before)?.is_finite() {
-        true => Err(of_source(tuned, name)),
-        false => Err(of_source(base, name)),
+    /// The whole tensor after.
+    pub(super) fn after(&self) -> Result<Tensor> {
+        self.tuned.tensor(self.name)
     }
-}
-
-fn of_source(source: &Source, name: &str) -> Error {
-    let name = shown(name);
-    let reason =
-        format!("`{name}` holds a NaN or an infinity, or values above the range; is it damaged?");
-    Error::file(&source.path, reason)
-}
-
-/// Whether the weight after is another one, and not that before in the dtype of the fine-tune.
-pub(super) fn changed(before: &Tensor, after: &Tensor) -> Result<bool> {
-    for (before, after) in chunks(before, after)? {
-        let before = before.to_dtype(after.dtype())?.to_dtype(DType::F64)?;
-        let off = before.ne(&after.to_dtype(DType::F64)?)?;
-        if off.to_dtype(DType::U32)?.max(0)?.to_scalar::<u32>()? > 0 {
-            return Ok(true);
-        }
-    }
-    Ok(false)
-}
-
-/// `|T - W|^2`.
-pub(super) fn squared_distance(before: &Tensor, after: &Tensor) -> Result<f64> {
-    let mut sum = 0.;
-    for (before, after) in chunks(before, after)? {
-        let off = (after.to_dtype(DType::F64)? - before.to_dtype(DType::F64)?)?;
-        sum += off.sqr()?.sum_all()?.to_scalar::<f64>()?;
-    }
-    Ok(sum)
-}
-
-fn sum_of_squares(x: &Tensor) -> Result<f64> {
-    let mut sum = 0.;
-    for (x, _) in chunks(x, x)? {
-        sum += x
-            .to_dtype(DType::F64)?
-            .sqr()?
-            .sum_all()?
-            .to_scalar::<f64>()?;
-    }
-    Ok(sum)
-}
-
-/// Parts of two tensors of one shape, flat.
-fn chunks(a: &Tensor, b: &Tensor) -> Result<Vec<(Tensor, Tensor)>> {
-    let (a, b) = (a.flatten_all()?, b.flatten_all()?);
-    let all = a.elem_count();
-    let parts = (0..all).step_by(CHUNK).map(|start| {
-        let size = CHUNK.min(all - start);
-        Ok((a.narrow(0, start, size)?, b.narrow(0, start, size)?))
-    });
-    parts.collect()
 }

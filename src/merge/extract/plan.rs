@@ -32,9 +32,9 @@ impl Checkpoint {
         Ok(Self { sources, places })
     }
 
-    pub(super) fn source(&mut self, name: &str) -> Option<&mut Source> {
+    pub(super) fn source(&self, name: &str) -> Option<&Source> {
         let place = self.places.get(name)?;
-        self.sources.get_mut(*place)
+        self.sources.get(*place)
     }
 
     fn shape(&self, name: &str) -> Option<Vec<usize>> {
