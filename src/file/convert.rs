@@ -10,6 +10,12 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 /// What to write.
+///
+/// | target | who reads it |
+/// |---|---|
+/// | [`Doft`](Self::Doft) | this crate; OneTrainer's DOFT branch and the ComfyUI-OFTv2 node where the map is Cayley's, the exponential or the series of five terms |
+/// | [`Peft`](Self::Peft) | PEFT from 0.18 (embeddings from 0.19), and this crate |
+/// | [`Series`](Self::Series) | kohya's sd-scripts (`networks/oft_v2.py`), all that read OneTrainer's OFT, and this crate |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Target {

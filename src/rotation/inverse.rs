@@ -48,7 +48,7 @@ pub fn inverse_cayley(r: &Tensor) -> Result<Tensor> {
         .flat_map_iter(|r| generator_of(r, b))
         .collect();
     // A turn of 180 degrees has an infinite tangent of its half.
-    if let Some(found) = q.iter().find(|v| !(v.abs() < 1e7)) {
+    if let Some(found) = q.iter().find(|v| v.is_nan() || v.abs() > 1e7) {
         return Err(Error::argument(
             "inverse_cayley",
             "an entry of the skew block",

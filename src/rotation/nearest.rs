@@ -178,7 +178,7 @@ mod tests {
             assert!(trace(&other, n) <= trace(&x, n) + 1e-9);
         }
         // Nothing is asked for at all.
-        let x = nearest(&vec![0.; 9], 3, 1e-13);
+        let x = nearest(&[0.; 9], 3, 1e-13);
         assert_eq!(x, [1., 0., 0., 0., 1., 0., 0., 0., 1.]);
     }
 }

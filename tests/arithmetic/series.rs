@@ -42,12 +42,11 @@ fn read_by_others(file: &Path, base: &Path) -> Result<BTreeMap<String, Tensor>> 
         let blocks: Vec<Vec<f64>> = packed.chunks(n).map(|row| series_of(row, b)).collect();
         let old = values(weight);
         let mut new = vec![0.; out * width];
-        for (o, (new, old)) in new.chunks_mut(width).zip(old.chunks(width)).enumerate() {
-            assert!(o < out);
-            for at in 0..width {
+        for (new, old) in new.chunks_mut(width).zip(old.chunks(width)) {
+            for (at, new) in new.iter_mut().enumerate() {
                 let (d, j) = (at / b, at % b);
                 let r = &blocks[if count == 1 { 0 } else { d }];
-                new[at] = (0..b)
+                *new = (0..b)
                     .map(|k| {
                         let turned = if weight.rank() == 2 {
                             r[j * b + k]

@@ -128,10 +128,13 @@ fn check(adapters: usize, combination: &Combination) -> Result<()> {
         let found = format!("{} for {adapters} adapters", weights.len());
         return refuse("the number of weights", found, "one for each adapter");
     }
-    if let Some(weight) = weights.iter().find(|weight| !(**weight > 0.)) {
+    if let Some(weight) = weights
+        .iter()
+        .find(|weight| weight.is_nan() || **weight <= 0.)
+    {
         return refuse("a weight", weight.to_string(), "a number above 0");
     }
-    if !((sum - 1.).abs() < 1e-6) {
+    if (sum - 1.).abs() > 1e-6 {
         return refuse("the sum of the weights", sum.to_string(), "1");
     }
     Ok(())
