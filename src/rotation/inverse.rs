@@ -77,12 +77,12 @@ fn pull_back(r: &mut [f64], b: usize) -> bool {
     let symmetric = (0..b * b).map(|at| (r[at] + r[at % b * b + at / b]) / 2.);
     let (values, vectors) = symmetric_eigen(symmetric.collect(), b);
     let (sine, cosine) = WIDEST_TURN.to_radians().sin_cos();
-    let wide = values.iter().zip(vectors.chunks_exact(b));
-    let wide: Vec<&[f64]> = wide
-        .filter(|(value, _)| **value < cosine)
-        .map(|(_, vector)| vector)
-        .collect();
-    // Of a rotation they are even in number.
+    let mut planes: Vec<(f64, &[f64])> = values.into_iter().zip(vectors.chunks_exact(b)).collect();
+    planes.sort_by(|a, b| a.0.total_cmp(&b.0));
+    // They come in pairs of one cosine, of which rounding may have put one on the other side.
+    let count = planes.iter().filter(|(value, _)| *value < cosine).count();
+    let count = count.next_multiple_of(2).min(b - b % 2);
+    let wide: Vec<&[f64]> = planes[..count].iter().map(|(_, vector)| *vector).collect();
     for pair in wide.chunks_exact(2) {
         let (x, y) = (pair[0], pair[1]);
         let image = |v: &[f64]| -> Vec<f64> {

@@ -1,7 +1,7 @@
 //! Extraction from files: shards, extra tensors, and what is refused.
 
 use super::extract::{config, in_dtype, merge, options, save};
-use super::support::tensors::seeded;
+use super::support::tensors::{CPU, seeded};
 use super::{Home, assert_same, listing, load, text};
 use candle_core::{DType, Tensor};
 use candle_doft::merge::extract;
@@ -147,6 +147,12 @@ fn wrong_input_is_one_line_and_nothing_is_left_behind() -> Result<()> {
             "{said}"
         );
     }
+    let whole = Tensor::ones((24, 16), DType::U32, &CPU)?;
+    let said = run(&with("b.weight", whole), config());
+    assert!(
+        said.contains("tuned: `b.weight` has dtype U32, expected F64"),
+        "{said}"
+    );
     let other = with("a.weight", (&base["a.weight"] * 2.)?);
     let said = run(&other, config().with_targets("q_proj"));
     assert!(said.contains("targets `q_proj` matches no layer"), "{said}");

@@ -88,6 +88,42 @@ fn the_mean_of_two_is_the_middle_of_the_way() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn kernels_that_nothing_tells_have_their_mean_all_the_same() -> Result<()> {
+    // As another tool saves it: no metadata, no magnitude, so that a kernel looks like a matrix.
+    let home = Home::new();
+    let oft = f64_config().with_magnitude(Magnitude::None);
+    let bare = |from: &Path, to: &str| -> Result<PathBuf> {
+        let tensors: std::collections::HashMap<_, _> = load(from)?.into_iter().collect();
+        candle_core::safetensors::save(&tensors, home.path(to))?;
+        Ok(home.path(to))
+    };
+    let a = home.adapter_of("a", &["a", "conv"], oft.clone(), 0.3, 0)?;
+    let b = home.adapter_of("b", &["a", "conv"], oft.with_block_size(16), 0.3, 1)?;
+    let expected = mean(&home, &[&a, &b], &[0.3, 0.7], "mean")?;
+    let found = mean(
+        &home,
+        &[&bare(&a, "a2")?, &bare(&b, "b2")?],
+        &[0.3, 0.7],
+        "bare",
+    )?;
+    assert_same(
+        "bare",
+        &home.merged(&[&found])?,
+        &home.merged(&[&expected])?,
+        1e-6,
+    );
+    // With known ones.
+    let found = mean(&home, &[&a, &home.path("b2")], &[0.3, 0.7], "both")?;
+    assert_same(
+        "both",
+        &home.merged(&[&found])?,
+        &home.merged(&[&expected])?,
+        1e-6,
+    );
+    Ok(())
+}
+
 fn plane(home: &Home, name: &str, degrees: f64, ratio: f64) -> Result<PathBuf> {
     let config = DoftConfig::default().with_block_size(2).with_scaled(false);
     let builder = Adapter::builder(config, &CPU)?;

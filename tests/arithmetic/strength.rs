@@ -113,6 +113,23 @@ fn layers_have_strengths_of_their_own_in_files_and_merges() -> Result<()> {
             assert_eq!(bits(&weights[&name]), bits(&alone), "{layer}");
         }
     }
+    // A cap stays where nothing was changed.
+    let capped = home.adapter("capped", f64_config().with_max_norm(0.1), 0.3, 1)?;
+    let one = Strengths::from(1.).with_rule("b", 0.5);
+    let (file, _) = home.convert(&capped, "one", Target::Doft, at(one))?;
+    let caps = load(&file)?
+        .into_keys()
+        .filter(|key| key.ends_with("clipped_oft"));
+    assert_eq!(caps.count(), 3);
+    let (found, whole) = (home.merged(&[&file])?, home.merged(&[&capped])?);
+    let half = home.merged_at(&[&capped], Strength::geodesic(0.5))?;
+    for (name, expected) in [
+        ("a.weight", &whole),
+        ("b.weight", &half),
+        ("conv.weight", &whole),
+    ] {
+        assert!(relative(&found[name], &expected[name]) < 1e-13, "{name}");
+    }
     let wrong = Strengths::from(1.).with_rule("q_proj", 0.5);
     let before = listing(&home);
     let merge =

@@ -9,6 +9,9 @@ use crate::error::Result;
 use crate::rotation;
 use candle_core::{DType, Device, Tensor};
 
+/// Entries of all blocks of one layer. Two small files may ask for large blocks, many times.
+const MOST: usize = 1 << 28;
+
 /// Rotations of several adapters on common blocks, `(rows, b, b)` each; none where an adapter turns nothing.
 pub(super) struct Blocks {
     pub(super) size: usize,
@@ -126,6 +129,12 @@ impl Same<'_> {
             return self.refuse(
                 at,
                 format!("has blocks of size {b}, another adapter of {size}, and neither divides the other"),
+            );
+        }
+        if rows.saturating_mul(size * size) > MOST {
+            return self.refuse(
+                at,
+                format!("would have {rows} blocks of size {size} together with another adapter, which take too much memory"),
             );
         }
         let per_row = size / b;

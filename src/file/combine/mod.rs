@@ -101,8 +101,7 @@ pub fn combine(
     }
     warnings.extend(turns.warning());
     let extras = extras(&all, combination, &mut warnings)?;
-    let mut combined = stored(output.as_ref(), layers, extras, Vec::new())?;
-    combined.config.block_share = combined.layers.values().all(|layer| layer.rows() == 1);
+    let combined = stored(output.as_ref(), layers, extras, Vec::new())?;
     let (bytes, more) = canonical::to_bytes(&combined)?;
     write::replace(output.as_ref(), &bytes)?;
     warnings.extend(more);

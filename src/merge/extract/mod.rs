@@ -231,10 +231,12 @@ impl Job {
         match planned {
             Planned::Layer { path, kind } => {
                 let Some(pair) = Pair::of(base, tuned, name)? else {
-                    let name = shown(name);
+                    let of_base = file::float(base.info(name)?.dtype).is_none();
+                    let source = if of_base { base } else { tuned };
+                    let (found, name) = (source.info(name)?.dtype, shown(name));
                     let reason =
-                        format!("`{name}` holds no floats, expected F64, F32, F16 or BF16");
-                    return Err(Error::file(pairs.tuned_path, reason));
+                        format!("`{name}` has dtype {found:?}, expected F64, F32, F16 or BF16");
+                    return Err(Error::file(&source.path, reason));
                 };
                 let scan = pair.scan(true)?;
                 if !scan.changed {
