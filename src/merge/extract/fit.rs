@@ -4,6 +4,7 @@ use super::pair::{Pair, Scan};
 use crate::error::Result;
 use crate::rotation;
 use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
 
 /// Turns of the alternation. From the ratios of the norms a merged adapter is found in one.
 const TURNS: usize = 50;
@@ -42,7 +43,15 @@ impl Fitting<'_> {
     pub(super) fn run(&self) -> Result<Fit> {
         let sums = self.scan;
         let total: f64 = sums.after.iter().sum();
-        let cross = self.cross(None)?;
+        // The ratios of the norms are those of a merged adapter.
+        let of_norms = sums.before.iter().zip(&sums.after);
+        let of_norms = of_norms.map(|(before, after)| match *before > 0. {
+            true => (after / before).sqrt().max(LEAST_RATIO),
+            false => 1.,
+        });
+        let of_norms: Vec<f64> = of_norms.collect();
+        let scaled = self.magnitude.then_some(of_norms.as_slice());
+        let (cross, scaled) = self.cross(true, scaled)?;
         let x = self.nearest(&cross)?;
         let along = (&x * &cross)?.sum_all()?.to_scalar::<f64>()?;
         let rest_of_rotation = (sums.before.iter().sum::<f64>() + total - 2. * along).max(0.);
@@ -55,7 +64,7 @@ impl Fitting<'_> {
             half_turns: 0,
         };
         if self.magnitude {
-            self.alternate(sums, total, &mut fit)?;
+            self.alternate(sums, total, &scaled, &mut fit)?;
         }
         let (x, half_turns) = rotation::short_of_half_turns(&fit.x)?;
         if half_turns > 0 {
@@ -72,15 +81,10 @@ impl Fitting<'_> {
         Ok(fit)
     }
 
-    /// From the ratios of the norms, which are those of a merged adapter; where these are worse than no
-    /// magnitude, from the best rotation without one.
-    fn alternate(&self, sums: &Scan, total: f64, fit: &mut Fit) -> Result<()> {
-        let of_norms = sums.before.iter().zip(&sums.after);
-        let of_norms = of_norms.map(|(before, after)| match *before > 0. {
-            true => (after / before).sqrt().max(LEAST_RATIO),
-            false => 1.,
-        });
-        let mut x = self.nearest(&self.cross(Some(of_norms.collect()))?)?;
+    /// From `scaled`, the products with the ratios of the norms; where these are worse than no magnitude,
+    /// from the best rotation without one.
+    fn alternate(&self, sums: &Scan, total: f64, scaled: &Tensor, fit: &mut Fit) -> Result<()> {
+        let mut x = self.nearest(scaled)?;
         let mut along = self.along(&x)?;
         let mut ratio = ratios(&along, sums);
         if rest(&along, &ratio, sums) > fit.rest {
@@ -95,7 +99,7 @@ impl Fitting<'_> {
             if least <= rounding {
                 break;
             }
-            let next = self.nearest(&self.cross(Some(ratio.clone()))?)?;
+            let next = self.nearest(&self.cross(false, Some(&ratio))?.1)?;
             let along = self.along(&next)?;
             let of_next = ratios(&along, sums);
             let found = rest(&along, &of_next, sums);
@@ -121,66 +125,79 @@ impl Fitting<'_> {
         rotation::nearest_rotation(cross, tolerance)
     }
 
-    /// `W^T diag(m) T` of each block, or the sum over all when one is shared.
-    fn cross(&self, ratio: Option<Vec<f64>>) -> Result<Tensor> {
-        let mut cross: Option<Tensor> = None;
+    /// `W^T T` and `W^T diag(m) T` of each block, as far as they are asked for; the sums over all blocks when
+    /// one is shared.
+    fn cross(&self, plain: bool, ratio: Option<&[f64]>) -> Result<(Tensor, Tensor)> {
+        let (blocks, b) = (self.pair.dims().1 / self.block_size, self.block_size);
+        let zeros = Tensor::zeros((blocks, b, b), DType::F64, &Device::Cpu)?;
+        let (mut of_plain, mut of_ratio) = (zeros.clone(), zeros);
         self.rows(|start, before, after| {
-            let before = match &ratio {
-                Some(ratio) => {
-                    let rows = before.dim(1)?;
-                    let ratio = Tensor::from_slice(
-                        &ratio[start..start + rows],
-                        (1, rows, 1),
-                        &Device::Cpu,
-                    )?;
-                    before.broadcast_mul(&ratio)?
-                }
-                None => before,
+            let rows = before.dim(0)?;
+            let product = |before: &Tensor| -> Result<Tensor> {
+                let before = self.cut(before)?.transpose(1, 2)?;
+                Ok(before.matmul(&self.cut(&after)?)?)
             };
-            let part = before.transpose(1, 2)?.contiguous()?.matmul(&after)?;
-            cross = Some(match cross.take() {
-                Some(cross) => (cross + part)?,
-                None => part,
-            });
+            if plain {
+                of_plain = (&of_plain + product(&before)?)?;
+            }
+            if let Some(ratio) = ratio {
+                let ratio =
+                    Tensor::from_slice(&ratio[start..start + rows], (rows, 1), &Device::Cpu)?;
+                of_ratio = (&of_ratio + product(&before.broadcast_mul(&ratio)?)?)?;
+            }
             Ok(())
         })?;
-        let cross = match cross {
-            Some(cross) => cross,
-            None => Tensor::zeros(
-                (1, self.block_size, self.block_size),
-                DType::F64,
-                &Device::Cpu,
-            )?,
-        };
         match self.shared {
-            true => Ok(cross.sum_keepdim(0)?),
-            false => Ok(cross),
+            true => Ok((of_plain.sum_keepdim(0)?, of_ratio.sum_keepdim(0)?)),
+            false => Ok((of_plain, of_ratio)),
         }
     }
 
     /// `<T_o, (W X)_o>` of each row.
     fn along(&self, x: &Tensor) -> Result<Vec<f64>> {
+        let b = self.block_size;
+        let blocks = self.pair.dims().1 / b;
+        let x = x.broadcast_as((blocks, b, b))?.contiguous()?;
         let mut along = Vec::new();
         self.rows(|_, before, after| {
-            let blocks = (before.dim(0)?, self.block_size, self.block_size);
-            let turned = before.matmul(&x.broadcast_as(blocks)?.contiguous()?)?;
-            along.extend((turned * after)?.sum((0, 2))?.to_vec1::<f64>()?);
+            let (rows, width) = before.dims2()?;
+            let turned = on_host(&self.cut(&before)?.matmul(&x)?)?;
+            let after = on_host(&after)?;
+            let of_row = after.par_chunks_exact(width).enumerate().map(|(o, after)| {
+                let blocks = after.chunks_exact(b).enumerate();
+                let of_block = |(d, after): (usize, &[f64])| -> f64 {
+                    let turned = &turned[(d * rows + o) * b..][..b];
+                    turned.iter().zip(after).map(|(x, y)| x * y).sum()
+                };
+                blocks.map(of_block).sum::<f64>()
+            });
+            along.par_extend(of_row);
             Ok(())
         })?;
         Ok(along)
     }
 
-    /// Some rows at a time of both weights, `(D, rows, b)` in f64, with the number of the first.
-    fn rows(&self, mut of_rows: impl FnMut(usize, Tensor, Tensor) -> Result<()>) -> Result<()> {
+    /// Rows `(rows, width)` as blocks `(D, rows, b)`, a view.
+    fn cut(&self, x: &Tensor) -> Result<Tensor> {
+        let (rows, width) = x.dims2()?;
         let b = self.block_size;
-        let cut = |x: Tensor| -> Result<Tensor> {
-            let (rows, width) = x.dims2()?;
-            let x = x.to_dtype(DType::F64)?.reshape((rows, width / b, b))?;
-            Ok(x.transpose(0, 1)?.contiguous()?)
-        };
-        self.pair
-            .rows(|start, before, after| of_rows(start, cut(before)?, cut(after)?))
+        Ok(x.reshape((rows, width / b, b))?.transpose(0, 1)?)
     }
+
+    /// Some rows at a time of both weights, `(rows, width)` in f64, with the number of the first.
+    fn rows(&self, mut of_rows: impl FnMut(usize, Tensor, Tensor) -> Result<()>) -> Result<()> {
+        self.pair.rows(|start, before, after| {
+            of_rows(
+                start,
+                before.to_dtype(DType::F64)?,
+                after.to_dtype(DType::F64)?,
+            )
+        })
+    }
+}
+
+fn on_host(x: &Tensor) -> Result<Vec<f64>> {
+    Ok(x.flatten_all()?.to_vec1()?)
 }
 
 /// The best ratio of each row for a rotation.

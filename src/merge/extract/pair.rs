@@ -4,6 +4,7 @@ use super::super::header::Source;
 use crate::error::{Error, Result, shown};
 use crate::file;
 use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
 
 /// Elements that are read and widened to f64 together.
 const CHUNK: usize = 1 << 20;
@@ -64,7 +65,10 @@ impl<'a> Pair<'a> {
         mut of_rows: impl FnMut(usize, Tensor, Tensor) -> Result<()>,
     ) -> Result<()> {
         let (out, width) = self.dims();
-        let step = (CHUNK / width.max(1)).max(1);
+        if width == 0 {
+            return Ok(());
+        }
+        let step = (CHUNK / width).max(1);
         for start in (0..out).step_by(step) {
             let rows = step.min(out - start);
             let part = |source: &Source, dtype: DType| -> Result<Tensor> {
@@ -93,17 +97,28 @@ impl<'a> Pair<'a> {
             after: Vec::new(),
             change: 0.,
         };
+        let width = self.dims().1;
         self.rows(|_, before, after| {
-            let rounded = before.to_dtype(after.dtype())?.to_dtype(DType::F64)?;
-            let (before, after) = (before.to_dtype(DType::F64)?, after.to_dtype(DType::F64)?);
-            let count = |x: Tensor| x.to_dtype(DType::F64)?.sum_all()?.to_scalar::<f64>();
+            let rounded = match before.dtype() == after.dtype() {
+                true => None,
+                false => Some(wide(&before.to_dtype(after.dtype())?)?),
+            };
+            let (before, after) = (wide(&before)?, wide(&after)?);
+            let rounded = rounded.as_ref().unwrap_or(&before);
             // A NaN differs from itself, and is no change where both have one.
-            let nans = (rounded.ne(&rounded)? * after.ne(&after)?)?;
-            scan.changed |= count(rounded.ne(&after)?)? > count(nans)?;
-            let squares = |x: &Tensor| x.sqr()?.sum(1)?.to_vec1::<f64>();
-            scan.before.extend(squares(&before)?);
-            scan.after.extend(squares(&after)?);
-            scan.change += (after - before)?.sqr()?.sum_all()?.to_scalar::<f64>()?;
+            let differ = |(w, t): (&f64, &f64)| w != t && !(w.is_nan() && t.is_nan());
+            scan.changed |= rounded.par_iter().zip(&after).any(differ);
+            let squares = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>();
+            let of_rows = |x: &[f64]| x.par_chunks_exact(width).map(squares).collect::<Vec<f64>>();
+            scan.before.extend(of_rows(&before));
+            scan.after.extend(of_rows(&after));
+            let apart = before
+                .par_chunks_exact(width)
+                .zip(after.par_chunks_exact(width));
+            let apart =
+                apart.map(|(w, t)| w.iter().zip(t).map(|(w, t)| (t - w).powi(2)).sum::<f64>());
+            // Row by row in order, so that the sum does not depend on the number of threads.
+            scan.change += apart.collect::<Vec<f64>>().iter().sum::<f64>();
             Ok(())
         })?;
         if all || scan.changed {
@@ -124,4 +139,8 @@ impl<'a> Pair<'a> {
     pub(super) fn after(&self) -> Result<Tensor> {
         self.tuned.tensor(self.name)
     }
+}
+
+fn wide(x: &Tensor) -> Result<Vec<f64>> {
+    Ok(x.flatten_all()?.to_dtype(DType::F64)?.to_vec1()?)
 }
