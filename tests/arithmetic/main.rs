@@ -6,6 +6,7 @@ mod support;
 
 mod extract;
 mod extract_files;
+mod hostile;
 mod mean;
 mod product;
 mod projection;
