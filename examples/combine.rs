@@ -12,6 +12,7 @@ use candle_doft::merge::weight_shapes;
 use clap::{Parser, ValueEnum};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use support::cli::say;
 
 /// One adapter out of several. A layer that an adapter lacks is the identity in it.
 #[derive(Parser, Debug)]
@@ -87,6 +88,6 @@ fn run(flags: &Flags, combination: &Combination) -> Result<()> {
     for warning in combine(&paths, combination, &flags.output, &options, &shapes)? {
         eprintln!("warning: {warning}");
     }
-    println!("{}", flags.output.display());
+    say(format_args!("{}", flags.output.display()));
     Ok(())
 }

@@ -14,6 +14,7 @@ use clap::{Parser, ValueEnum};
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use support::cli::say;
 
 /// Rewrites an adapter; what the target cannot hold is an error.
 #[derive(Parser, Debug)]
@@ -88,13 +89,16 @@ fn run(flags: &Flags) -> Result<()> {
     let (input, output) = (&flags.adapter, &flags.output);
     let done = convert_with(input, output, target, &options, &shapes, &changes)?;
     if flags.json {
-        println!("{}", serde_json::to_string_pretty(&as_json(&done))?);
+        say(format_args!(
+            "{}",
+            serde_json::to_string_pretty(&as_json(&done))?
+        ));
         return Ok(());
     }
     for warning in &done.warnings {
         eprintln!("warning: {warning}");
     }
-    println!("{}", output.display());
+    say(format_args!("{}", output.display()));
     Ok(())
 }
 

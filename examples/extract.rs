@@ -12,6 +12,7 @@ use candle_doft::merge::{ExtractOptions, Extraction, LayerExtraction, extract};
 use clap::Parser;
 use serde_json::{Value, json};
 use std::path::PathBuf;
+use support::cli::say;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -75,11 +76,14 @@ fn run(flags: &Flags) -> Result<()> {
     let found = extract(&flags.base, &flags.tuned, &flags.output, options)?;
     bar.finish_and_clear();
     if flags.json {
-        println!("{}", serde_json::to_string_pretty(&as_json(&found))?);
+        say(format_args!(
+            "{}",
+            serde_json::to_string_pretty(&as_json(&found))?
+        ));
         return Ok(());
     }
     table(&found);
-    println!("{}", flags.output.display());
+    say(format_args!("{}", flags.output.display()));
     Ok(())
 }
 
@@ -117,12 +121,12 @@ fn as_json(found: &Extraction) -> Value {
 fn table(found: &Extraction) {
     let paths = found.layers.iter().map(|layer| layer.path.len());
     let width = paths.max().unwrap_or(0).max(5);
-    println!(
+    say(format_args!(
         "{:width$}  {:>5} {:>9} {:>10} {:>10} {:>9}  {:>17}",
         "layer", "block", "change", "explained", "rotation", "angle", "ratio"
-    );
+    ));
     for layer in &found.layers {
-        println!(
+        say(format_args!(
             "{:width$}  {:>5} {:>9.2e} {:>8.2} % {:>8.2} % {:>8.2}°  {:>17}",
             layer.path,
             layer.block_size,
@@ -131,7 +135,7 @@ fn table(found: &Extraction) {
             100. * layer.explained_by_rotation,
             layer.max_angle_degrees,
             format!("{:.4} to {:.4}", layer.ratio_min, layer.ratio_max),
-        );
+        ));
     }
     for left in &found.left {
         let kept = if left.kept {
@@ -139,12 +143,12 @@ fn table(found: &Extraction) {
         } else {
             "not in the adapter"
         };
-        println!("{}: {}; {kept}", left.name, left.reason);
+        say(format_args!("{}: {}; {kept}", left.name, left.reason));
     }
     for warning in &found.warnings {
         eprintln!("warning: {warning}");
     }
-    println!(
+    say(format_args!(
         "{} layers, {} unchanged; {:.2} % of their change explained, {:.2} % without magnitudes; they hold \
          {:.2} % of the whole change",
         found.layers.len(),
@@ -152,5 +156,5 @@ fn table(found: &Extraction) {
         100. * found.explained,
         100. * found.explained_by_rotation,
         100. * found.adapted
-    );
+    ));
 }

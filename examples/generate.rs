@@ -6,15 +6,14 @@
 #[path = "support/mod.rs"]
 mod support;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use candle_core::Device;
 use candle_doft::Adapter;
-use candle_doft::file::LoadOptions;
 use candle_doft::merge::{Merge, Strength};
 use clap::Parser;
-use std::io::Write;
 use std::path::PathBuf;
 use std::time::Instant;
+use support::cli::{print, say};
 use support::llm::model::Model;
 use support::llm::open;
 use support::llm::sample::{Sampling, answer};
@@ -56,6 +55,8 @@ struct Flags {
     /// Merges the adapter before it runs
     #[arg(long, requires = "adapter")]
     merge: bool,
+    #[command(flatten)]
+    read_as: support::cli::ReadAs,
 }
 
 fn main() -> std::process::ExitCode {
@@ -71,13 +72,15 @@ fn run(flags: &Flags) -> Result<()> {
         None => TunerBuilder::new(Method::Frozen, 0, &device)?,
         Some(file) if flags.merge || flags.strength != 1. => {
             let strength = Strength::linear(flags.strength);
-            let merge = Merge::new().with_file(file, &LoadOptions::default(), strength)?;
+            let merge = Merge::new().with_file(file, &flags.read_as.options(), strength)?;
             weights = weights.merged(&merge)?;
             TunerBuilder::new(Method::Frozen, 0, &device)?
         }
         Some(file) => {
             let method = Method::Doft(Box::default());
-            TunerBuilder::with_adapter(method, Adapter::load(file, &device)?)
+            let builder = Adapter::load_with(file, &device, &flags.read_as.options())?;
+            weights = weights.with_extras(&builder)?;
+            TunerBuilder::with_adapter(method, builder)
         }
     };
     let model = Model::new(&weights, &builder, &device)?;
@@ -94,7 +97,10 @@ fn run(flags: &Flags) -> Result<()> {
     };
     let prompt = text.prompt(&flags.prompt)?;
     let mut printed = Printed::default();
-    let each = |ids: &[u32]| printed.add(ids.len(), text.decode(ids)?);
+    let each = |ids: &[u32]| {
+        printed.add(ids.len(), text.decode(ids)?);
+        Ok(())
+    };
     let answered = tuner.eval(|| answer(&model, &text, &prompt, sampling, each))?;
     printed.finish(&answered);
     Ok(())
@@ -110,28 +116,24 @@ struct Printed {
 }
 
 impl Printed {
-    fn add(&mut self, tokens: usize, text: String) -> Result<()> {
+    fn add(&mut self, tokens: usize, text: String) {
         self.first.get_or_insert_with(Instant::now);
         self.tokens = tokens;
         // A character may take several tokens; until it is whole it shows as a replacement.
         if let Some(new) = text.strip_prefix(self.text.as_str())
             && !new.ends_with('\u{fffd}')
         {
-            let mut out = std::io::stdout();
-            write!(out, "{new}")
-                .and_then(|()| out.flush())
-                .context("standard output")?;
+            print(format_args!("{new}"));
             self.text = text;
         }
-        Ok(())
     }
 
     /// The rest of the answer, and on standard error how fast it came.
     fn finish(&self, answer: &str) {
-        println!(
+        say(format_args!(
             "{}",
             answer.strip_prefix(self.text.as_str()).unwrap_or_default()
-        );
+        ));
         if let (Some(first), 2..) = (self.first, self.tokens) {
             let speed = (self.tokens - 1) as f64 / first.elapsed().as_secs_f64();
             let peak = memory::peak_bytes();

@@ -6,10 +6,11 @@
 mod support;
 
 use anyhow::Result;
-use candle_doft::merge::{Inspection, LayerInspection, inspect};
+use candle_doft::merge::{Inspection, LayerInspection, inspect_with};
 use clap::Parser;
 use serde_json::{Value, json};
 use std::path::PathBuf;
+use support::cli::say;
 
 /// Dialect, layers, block sizes, map, magnitude and angles of an adapter.
 #[derive(Parser, Debug)]
@@ -24,6 +25,8 @@ struct Flags {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
+    names: support::cli::Names,
+    #[command(flatten)]
     read_as: support::cli::ReadAs,
 }
 
@@ -33,10 +36,22 @@ fn main() -> std::process::ExitCode {
 }
 
 fn run(flags: &Flags) -> Result<()> {
-    let options = flags.read_as.options();
-    let found = inspect(&flags.adapter, &options, flags.base.as_deref())?;
+    let options = match &flags.base {
+        Some(base) => flags.read_as.options_for(&flags.adapter, base)?,
+        None => flags.read_as.options(),
+    };
+    let names = flags.names.table()?;
+    let found = inspect_with(
+        &flags.adapter,
+        &options,
+        flags.base.as_deref(),
+        names.as_ref(),
+    )?;
     match flags.json {
-        true => println!("{}", serde_json::to_string_pretty(&as_json(&found)?)?),
+        true => say(format_args!(
+            "{}",
+            serde_json::to_string_pretty(&as_json(&found)?)?
+        )),
         false => table(&found),
     }
     Ok(())
@@ -77,22 +92,22 @@ fn table(found: &Inspection) {
         .max()
         .unwrap_or(0)
         .max(5);
-    println!(
+    say(format_args!(
         "{:width$}  {:>5} {:>6}  {:12} {:9} {:>9} {:>10}  {:>17}",
         "layer", "block", "blocks", "map", "magnitude", "angle", "|RR'-I|", "ratio"
-    );
+    ));
     for layer in &found.layers {
-        println!("{}", row(layer, width));
+        say(format_args!("{}", row(layer, width)));
     }
     for warning in &found.warnings {
-        println!("warning: {warning}");
+        say(format_args!("warning: {warning}"));
     }
-    println!(
+    say(format_args!(
         "{} adapter, {} layers, {} trainable parameters",
         found.dialect,
         found.layers.len(),
         found.trainable_parameters
-    );
+    ));
 }
 
 fn row(layer: &LayerInspection, width: usize) -> String {

@@ -11,6 +11,7 @@ use candle_doft::config::Strengths;
 use candle_doft::merge::{CheckpointOptions, Merge, StrengthMode};
 use clap::{Parser, ValueEnum};
 use std::path::PathBuf;
+use support::cli::say;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -43,6 +44,8 @@ struct Flags {
     #[arg(long)]
     allow_partial: bool,
     #[command(flatten)]
+    names: support::cli::Names,
+    #[command(flatten)]
     read_as: support::cli::ReadAs,
 }
 
@@ -58,10 +61,6 @@ fn main() -> std::process::ExitCode {
 }
 
 fn run(flags: &Flags) -> Result<()> {
-    let options = flags
-        .read_as
-        .options()
-        .with_allow_partial(flags.allow_partial);
     let mode = match flags.strength_mode {
         Mode::Linear => StrengthMode::Linear,
         Mode::Geodesic => StrengthMode::Geodesic,
@@ -72,7 +71,12 @@ fn run(flags: &Flags) -> Result<()> {
     }
     let mut merge = Merge::new();
     for adapter in &flags.adapter {
+        let options = flags.read_as.options_for(adapter, &flags.base)?;
+        let options = options.with_allow_partial(flags.allow_partial);
         merge = merge.with_file_by_layer(adapter, &options, mode, &strengths)?;
+    }
+    if let Some(table) = flags.names.table()? {
+        merge = merge.with_names(table);
     }
     let bar = support::progress::bar(0, "merge");
     let mut progress = |done: u64, total: u64| {
@@ -82,20 +86,24 @@ fn run(flags: &Flags) -> Result<()> {
     let mut how = CheckpointOptions::default();
     how.allow_changed_base = flags.allow_changed_base;
     how.progress = Some(&mut progress);
+    let stop = support::cli::stop()?;
+    how.stop = Some(&stop);
     let report = merge.checkpoint(&flags.base, &flags.output, how)?;
     bar.finish_and_clear();
     for warning in merge.warnings() {
         eprintln!("warning: {warning}");
     }
-    println!(
+    say(format_args!(
         "{}: {} tensors merged, {} copied, {} added",
         flags.output.display(),
         report.merged.len(),
         report.copied,
         report.added.len()
-    );
+    ));
     if report.untied {
-        println!("the head shared its weight with the embedding and has one of its own now");
+        say(format_args!(
+            "the head shared its weight with the embedding and has one of its own now"
+        ));
     }
     Ok(())
 }

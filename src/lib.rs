@@ -46,7 +46,7 @@ pub mod rotation;
 pub mod train;
 
 #[doc(inline)]
-pub use adapter::{Adapter, AdapterBuilder};
+pub use adapter::{Adapter, AdapterBuilder, Adapters};
 #[doc(inline)]
 pub use config::{DoftConfig, Magnitude, Map, Pattern, Targets};
 #[doc(inline)]

@@ -227,8 +227,8 @@ fn absolute(norms: &Tensor, vb: &VarBuilder) -> Result<Tensor> {
 }
 
 /// The norm of each row of `weight` (its first axis), summed in f64 on CPU and in f32 elsewhere.
-/// The answer is f64 for an f64 weight and f32 for any other. Reads a few rows at a time, so that no
-/// copy of the weight is made.
+/// The answer is f64 for an f64 weight and f32 for any other; infinite only where it is above the range of
+/// that. Reads a few rows at a time, so that no copy of the weight is made.
 ///
 /// ```text
 /// n0_i = ||W_i|| = sqrt(sum_j W_ij^2)
@@ -278,9 +278,35 @@ pub fn row_norms(weight: &Tensor) -> Result<Tensor> {
     for start in (0..rows).step_by(step) {
         let chunk = weight.narrow(0, start, step.min(rows - start))?;
         let chunk = chunk.detach().flatten_from(1)?.to_dtype(wide)?;
-        norms.push(chunk.sqr()?.sum(1)?.sqrt()?.to_dtype(dtype)?);
+        norms.push(norms_of_rows(&chunk)?.to_dtype(dtype)?);
     }
     Ok(Tensor::cat(&norms, 0)?)
+}
+
+/// The norms of the rows of a matrix, in its dtype, f32 or f64. Rows whose squares leave the range of that
+/// are divided by their largest entry first.
+fn norms_of_rows(rows: &Tensor) -> Result<Tensor> {
+    let norms = rows.sqr()?.sum(1)?.sqrt()?;
+    let (least, most) = match rows.dtype() {
+        DType::F64 => ((f64::MIN_POSITIVE / f64::EPSILON).sqrt(), f64::MAX),
+        _ => (
+            f64::from(f32::MIN_POSITIVE / f32::EPSILON).sqrt(),
+            f64::from(f32::MAX),
+        ),
+    };
+    // On the host, for Metal has no f64.
+    let host = norms.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
+    let host: Vec<f64> = host.to_vec1()?;
+    if host.iter().all(|norm| (least..=most).contains(norm)) {
+        return Ok(norms);
+    }
+    let largest = rows.abs()?.max_keepdim(1)?;
+    // A row of zeros is left as it is.
+    let by = largest
+        .eq(0.)?
+        .where_cond(&largest.ones_like()?, &largest)?;
+    let scaled = rows.broadcast_div(&by)?.sqr()?.sum(1)?.sqrt()?;
+    Ok(scaled.mul(&by.squeeze(1)?)?)
 }
 
 /// [`row_norms`] of a weight that may be quantized. A panel of rows is expanded at a time on CPU, the
@@ -297,4 +323,35 @@ pub(crate) fn row_norms_of(weight: &Weight) -> Result<Tensor> {
         }
     })?;
     Ok(Tensor::new(norms, &Device::Cpu)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn norms_that_fit_are_right_though_their_squares_do_not() -> Result<()> {
+        let unit = Tensor::new(&[[3f64, 4.], [0., 0.], [0., -2.]], &Device::Cpu)?;
+        for (dtype, scales, rel) in [
+            (DType::F32, [1., 1e19, 5e37, 1e-23, 1e-38], 1e-6),
+            (DType::F64, [1., 1e160, 3e307, 1e-170, 1e-300], 1e-14),
+        ] {
+            for scale in scales {
+                let norms = norms_of_rows(&(&unit * scale)?.to_dtype(dtype)?)?;
+                assert_eq!(norms.dtype(), dtype);
+                let norms = norms.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+                for (norm, expected) in norms.iter().zip([5., 0., 2.]) {
+                    let expected = expected * scale;
+                    assert!(
+                        (norm - expected).abs() <= rel * expected,
+                        "{norm:e}, {expected:e}"
+                    );
+                }
+            }
+        }
+        let beyond = Tensor::new(&[[3e38f32, 3e38], [f32::NAN, 1.]], &Device::Cpu)?;
+        let norms = norms_of_rows(&beyond)?.to_vec1::<f32>()?;
+        assert!(norms[0] == f32::INFINITY && norms[1].is_nan(), "{norms:?}");
+        Ok(())
+    }
 }

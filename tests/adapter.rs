@@ -233,7 +233,7 @@ fn a_model_that_asked_for_nothing_of_the_file_cannot_be_run() -> candle_doft::Re
 
     let empty = Adapter::load(&file, &CPU)?.finish();
     let text = empty.unwrap_err().to_string();
-    assert!(text.starts_with("the adapter has no layers"), "{text}");
+    assert!(text.contains("the first is `fc1`"), "{text}");
     let builder = Adapter::load(&file, &CPU)?;
     let other = builder.wrap("net.fc1", linear(4, 32, false, DType::F32)?)?;
     assert!(!other.is_adapted());

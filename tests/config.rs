@@ -1,7 +1,10 @@
 //! Configurations: defaults, block sizes as other tools choose them, patterns, and JSON.
 
+use candle_core::{DType, Device, Tensor};
 use candle_doft::config::{Rule, nearest_divisor};
-use candle_doft::{DoftConfig, Magnitude, Map, Pattern, Targets};
+use candle_doft::rng::SplitMix64;
+use candle_doft::{Adapter, DoftConfig, Magnitude, Map, Pattern, Targets};
+use candle_nn::Linear;
 use proptest::prelude::*;
 
 #[test]
@@ -179,4 +182,32 @@ fn a_hundred_rules_over_five_hundred_layers_are_quick() {
     // 10 s where each is compiled anew, a hundredth of that here.
     let took = start.elapsed().as_secs_f64();
     assert!(took < 2., "{took} s");
+}
+
+/// Decimal text of a number has to come back as the same number, or saving a loaded adapter drifts.
+#[test]
+fn numbers_of_a_configuration_come_back_bit_for_bit() -> candle_doft::Result<()> {
+    let folder = tempfile::tempdir().unwrap();
+    let (first, second) = (folder.path().join("a"), folder.path().join("b"));
+    let mut draw = SplitMix64::new(7);
+    let weight = Tensor::ones((4, 16), DType::F32, &Device::Cpu)?;
+    for _ in 0..200 {
+        let bound = draw.uniform() * 0.9;
+        let config = DoftConfig::default()
+            .with_block_size(8)
+            .with_max_norm(bound);
+        let builder = Adapter::builder(config, &Device::Cpu)?;
+        builder.wrap("layer", Linear::new(weight.clone(), None))?;
+        builder.finish()?.save(&first)?;
+        let builder = Adapter::load(&first, &Device::Cpu)?;
+        builder.wrap("layer", Linear::new(weight.clone(), None))?;
+        let again = builder.finish()?;
+        assert_eq!(again.config().max_norm, Some(bound));
+        again.save(&second)?;
+        assert_eq!(
+            std::fs::read(&first).unwrap(),
+            std::fs::read(&second).unwrap()
+        );
+    }
+    Ok(())
 }

@@ -321,6 +321,63 @@ fn wrong_input_is_named_with_its_layer() -> Result<()> {
     Ok(())
 }
 
+/// Settings from a file that is wrong: sizes that overflow are refused, those that do not are run.
+#[test]
+fn settings_as_large_as_a_number_can_be_are_refused_or_run() -> Result<()> {
+    const HUGE: usize = 1 << 63;
+    let weight = |k: usize| seeded((4, 2, k, k), 1).to_dtype(DType::F32);
+    let x = Var::from_tensor(&seeded((1, 2, 5, 5), 2).to_dtype(DType::F32)?)?;
+    let run = |k: usize, settings: (usize, usize, usize, usize)| -> Result<[Result<Tensor>; 3]> {
+        let (weight, block) = (weight(k)?, DoftConfig::default().with_block_size(2));
+        let plain = frozen::Conv2d::new(weight.clone(), None, config2d(settings));
+        let line = frozen::Conv1d::new(weight.get_on_dim(2, 0)?, None, config1d(settings));
+        let vb = VarBuilder::zeros(DType::F32, &CPU).pp("a");
+        let adapted = DoftConv2d::new(plain.clone(), &block, vb);
+        let of_line = line.forward(&x.get_on_dim(2, 0)?);
+        let of_line = of_line.and_then(|y| y.unsqueeze(2));
+        Ok([
+            plain.forward(&x),
+            adapted.map_err(Into::into).and_then(|a| a.forward(&x)),
+            of_line,
+        ])
+    };
+    for (settings, said) in [
+        (
+            (1, 0, HUGE, 1),
+            "with dilation (9223372036854775808, 9223372036854775808)",
+        ),
+        ((1, 0, usize::MAX, 1), "room for a kernel"),
+        ((1, HUGE, 1, 1), "room for a kernel"),
+        ((1, HUGE - 1, 1, 1), "room for a kernel"),
+        ((1, 1 << 61, 1, 1), "an answer that memory can hold"),
+        ((HUGE, HUGE, HUGE, 1), "room for a kernel"),
+        ((1, 0, 1, HUGE), "9223372036854775808 groups"),
+    ] {
+        let [plain, adapted, line] = run(3, settings)?;
+        for y in [plain, adapted] {
+            let error = y.expect_err(said).to_string();
+            assert!(error.contains(said), "{settings:?}: {error}");
+        }
+        line.expect_err(said);
+    }
+    // One place, whatever the step to the next, and one tap, whatever the distance to another.
+    for (k, plain, huge) in [
+        (3, (100, 0, 1, 1), (HUGE, 0, 1, 1)),
+        (1, (1, 0, 1, 1), (1, 0, HUGE, 1)),
+    ] {
+        for (y, expected) in run(k, huge)?.into_iter().zip(run(k, plain)?) {
+            let (y, expected) = (y?, expected?);
+            assert!(relative(&y, &expected) < 1e-6, "{huge:?}");
+            let slope = |y: &Tensor| -> Result<Tensor> {
+                let grads = y.sqr()?.sum_all()?.backward()?;
+                Ok(grads.get(&x).expect("a gradient").clone())
+            };
+            assert!(relative(&slope(&y)?, &slope(&expected)?) < 1e-6, "{huge:?}");
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn dropout_repeats_by_seed() -> Result<()> {
     let doft = DoftConfig::default().with_block_size(3).with_dropout(0.5);

@@ -3,7 +3,7 @@
 mod support;
 
 use candle_core::{DType, Result, Tensor};
-use candle_doft::file::LoadOptions;
+use candle_doft::file::{LoadOptions, Target, convert};
 use candle_doft::merge::{Merge, Strength};
 use candle_doft::{Adapter, AdapterBuilder, DoftConfig, DoftLinear, Error, Mode, Pattern, Targets};
 use candle_nn::{AdamW, Linear, Module, ModuleT, Optimizer, VarBuilder};
@@ -290,5 +290,157 @@ fn a_base_that_is_not_finite_is_refused_by_layer_and_row() -> candle_doft::Resul
             "{error}"
         );
     }
+    Ok(())
+}
+
+/// Two builds of one `Merge` at the same time do not count for each other.
+#[test]
+fn a_merge_that_builds_two_models_at_once_checks_each_alone() -> candle_doft::Result<()> {
+    let weight = || Tensor::ones((8, 16), DType::F32, &CPU);
+    let builder = Adapter::builder(DoftConfig::default().with_block_size(8), &CPU)?;
+    for path in ["a", "b"] {
+        builder.wrap(path, Linear::new(weight()?, None))?;
+    }
+    let adapter = builder.finish()?;
+    let merge = Merge::new().with_adapter(&adapter, Strength::default())?;
+    let both = std::sync::Barrier::new(2);
+    let half = |path: &'static str| {
+        let tensors = ["a", "b"].map(|p| (format!("{p}.weight"), weight().unwrap()));
+        let vb = VarBuilder::from_tensors(tensors.into_iter().collect(), DType::F32, &CPU);
+        let built = merge.build(vb, |vb| -> candle_doft::Result<()> {
+            both.wait();
+            vb.get((8, 16), &format!("{path}.weight"))?;
+            both.wait();
+            Ok(())
+        });
+        built.map_err(|error| error.to_string())
+    };
+    let (a, b) = std::thread::scope(|threads| {
+        let (a, b) = (threads.spawn(|| half("a")), threads.spawn(|| half("b")));
+        (a.join().unwrap(), b.join().unwrap())
+    });
+    assert!(a.unwrap_err().contains("`b`") && b.unwrap_err().contains("`a`"));
+    Ok(())
+}
+
+#[test]
+fn extra_tensors_count_as_used_when_they_are_read_and_no_earlier() -> candle_doft::Result<()> {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("head.safetensors");
+    let config = DoftConfig::default().with_targets(Targets::None);
+    let builder = Adapter::builder(config, &CPU)?;
+    builder.extra("head.weight", &Tensor::ones((2, 4), DType::F32, &CPU)?)?;
+    let adapter = builder.finish()?;
+    adapter.save(&file)?;
+    // A file of an extra tensor alone, and a model that asks for nothing.
+    let error = Adapter::load(&file, &CPU)?.finish().unwrap_err();
+    assert!(matches!(error, Error::FileUnused { .. }), "{error}");
+    // Asking whether it is there is not reading it; of two adapters the last has it.
+    let merge = Merge::new()
+        .with_adapter(&adapter, Strength::default())?
+        .with_adapter(&adapter, Strength::default())?;
+    let build = |read: bool| {
+        merge.build(
+            VarBuilder::zeros(DType::F32, &CPU),
+            |vb| -> candle_doft::Result<()> {
+                assert!(vb.contains_tensor("head.weight"));
+                if read {
+                    vb.get((2, 4), "head.weight")?;
+                }
+                Ok(())
+            },
+        )
+    };
+    assert!(matches!(build(false), Err(Error::FileUnused { .. })));
+    build(true)?;
+    let partial = Merge::new().with_adapter(&adapter, Strength::default())?;
+    let partial = partial.with_allow_partial(true);
+    assert!(
+        partial
+            .build(VarBuilder::zeros(DType::F32, &CPU), |_| Ok::<_, Error>(()))
+            .is_err()
+    );
+    Ok(())
+}
+
+#[test]
+fn the_dropout_of_a_rule_is_loaded_and_one_out_of_range_refused() -> candle_doft::Result<()> {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("a.safetensors");
+    let rule = candle_doft::config::Rule::new("a").with_dropout(0.5);
+    let config = DoftConfig::default().with_block_size(8).with_rule(rule);
+    let builder = Adapter::builder(config, &CPU)?;
+    Model::new(&builder, vb().pp("model"))?;
+    let adapter = builder.finish()?;
+    disturb_all(adapter.vars(), 0.3)?;
+    adapter.save(&file)?;
+    for (dropout, drops) in [(None, true), (Some(0.), false)] {
+        let mut options = LoadOptions::default();
+        options.dropout = dropout;
+        let builder = Adapter::load_with(&file, &CPU, &options)?;
+        let model = Model::new(&builder, vb().pp("model"))?;
+        builder.finish()?;
+        let runs: Vec<_> = (0..8)
+            .map(|_| bits(&model.forward(&x()).unwrap()))
+            .collect();
+        assert_eq!(runs.iter().any(|run| *run != runs[0]), drops, "{dropout:?}");
+    }
+    for dropout in [1., -0.1, f64::NAN] {
+        let options = LoadOptions::default().with_dropout(dropout);
+        assert!(Adapter::load_with(&file, &CPU, &options).is_err());
+        let out = folder.path().join("out.safetensors");
+        let converted = convert(&file, &out, Target::Doft, &options, &Default::default());
+        assert!(converted.is_err() && !out.exists());
+    }
+    Ok(())
+}
+
+/// A second layer would train a tensor of another dtype than it asked for, without a word.
+#[test]
+fn an_extra_tensor_has_one_shape_and_dtype() -> candle_doft::Result<()> {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("adapter.safetensors");
+    let value = Tensor::new(&[[1f32, 1e6]], &CPU)?;
+    let ask = |builder: &AdapterBuilder| -> candle_doft::Result<()> {
+        builder.extra("head.bias", &value)?;
+        let vb = builder.extra_vb(DType::F16).pp("head");
+        for error in [
+            builder
+                .extra("head.bias", &value.to_dtype(DType::F16)?)
+                .unwrap_err()
+                .to_string(),
+            vb.get((1, 2), "bias").unwrap_err().to_string(),
+            vb.get_unchecked("bias").unwrap_err().to_string(),
+        ] {
+            assert_eq!(
+                error,
+                "layer `head.bias`: the extra tensor has dtype F16, expected F32, as it was first made"
+            );
+        }
+        let vb = builder.extra_vb(DType::F32).pp("head");
+        let error = vb.get((2, 2), "bias").unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "layer `head.bias`: the extra tensor has shape [2, 2], expected [1, 2], as it was first made"
+        );
+        assert_eq!(vb.get((1, 2), "bias")?.to_vec2::<f32>()?, [[1., 1e6]]);
+        Ok(())
+    };
+    let builder = Adapter::builder(DoftConfig::default(), &CPU)?;
+    ask(&builder)?;
+    builder.finish()?.save(&file)?;
+    ask(&Adapter::load(&file, &CPU)?)?;
+    // The first to ask chooses the dtype, as with candle's, if that can hold the values of the file.
+    let builder = Adapter::load(&file, &CPU)?;
+    let error = builder
+        .extra("head.bias", &value.to_dtype(DType::F16)?)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("`head.bias` has a value at index 1 that is inf in F16"),
+        "{error}"
+    );
+    let wide = builder.extra("head.bias", &value.to_dtype(DType::F64)?)?;
+    assert_eq!(wide.to_vec2::<f64>()?, [[1., 1e6]]);
     Ok(())
 }

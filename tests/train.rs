@@ -361,38 +361,6 @@ fn bad_settings_are_refused() -> candle_doft::Result<()> {
 }
 
 #[test]
-fn variables_in_half_precision_move_by_the_rate_and_are_resumed() -> candle_doft::Result<()> {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("checkpoint.safetensors");
-    for dtype in [DType::F16, DType::BF16] {
-        let all = vars(dtype)?;
-        let before: Vec<Tensor> = all.iter().map(|(_, v)| v.copy().unwrap()).collect();
-        let params = ParamsAdamW {
-            weight_decay: 0.,
-            ..PARAMS
-        };
-        let mut optimizer = AdamW::new(vec![Group::new(all.clone())], params.clone())?;
-        let mut gradients = optimizer.gradients();
-        // Their squares are below the least number of f16.
-        gradients.backward(&(loss(&all, 3)?.to_dtype(DType::F32)? * 1e-2)?, 1.)?;
-        optimizer.step(&gradients)?;
-        for ((name, var), before) in all.iter().zip(&before) {
-            let moved = (var.as_tensor().to_dtype(DType::F64)? - before.to_dtype(DType::F64)?)?;
-            let moved = moved.abs()?.flatten_all()?.to_vec1::<f64>()?;
-            // Half of the last bit of a value below 4 is rounded away.
-            let rounding = if dtype == DType::F16 { 1e-3 } else { 8e-3 };
-            let near = moved.iter().all(|step| (step - params.lr).abs() < rounding);
-            assert!(near, "{dtype:?} {name}: {moved:?}");
-        }
-        Checkpoint::save(&path, &optimizer, &(), &())?;
-        let mut again = AdamW::new(vec![Group::new(vars(dtype)?)], params)?;
-        Checkpoint::load(&path)?.restore(&mut again)?;
-        assert_eq!(again.steps(), 1);
-    }
-    Ok(())
-}
-
-#[test]
 fn a_rate_that_is_none_moves_nothing() -> candle_doft::Result<()> {
     let all = vars(DType::F32)?;
     let before = bits(&all[0].1);

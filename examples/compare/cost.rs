@@ -3,6 +3,7 @@
 use crate::method::{Entry, Name};
 use crate::record::Job;
 use crate::run::Adapted;
+use crate::support::cli::say;
 use crate::support::memory;
 use crate::support::network::{BATCH, Net};
 use crate::support::progress;
@@ -60,7 +61,7 @@ pub fn probe(task: &DigitsTask, entry: Entry, steps: usize) -> Result<()> {
         seconds: median(&seconds[WARM..]),
         peak_bytes: memory::peak_bytes(),
     };
-    println!("{}", serde_json::to_string(&found)?);
+    say(format_args!("{}", serde_json::to_string(&found)?));
     Ok(())
 }
 

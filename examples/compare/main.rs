@@ -25,6 +25,7 @@ use serde_json::json;
 use std::path::PathBuf;
 use summary::TaskSummary;
 use support::cli::positive;
+use support::cli::say;
 use support::files;
 use sweep::{Bench, Plan};
 use task::{DigitsTask, Kind, Length, Task};
@@ -228,7 +229,7 @@ fn run(flags: &Flags) -> Result<()> {
     }
     let tables: String = summaries.iter().map(table::table).collect();
     files::replace(&flags.out.join("compare.md"), tables.as_bytes())?;
-    println!("{tables}see {}", flags.out.display());
+    say(format_args!("{tables}see {}", flags.out.display()));
     Ok(())
 }
 

@@ -1,17 +1,108 @@
 //! A model with its adapter merged, as a Hugging Face folder and as a GGUF file.
 
 use crate::support::llm::config::{Architecture, Config};
+use crate::support::llm::gguf_names::{gguf_name, reordered, to_gguf};
 use crate::support::llm::model::Model;
 use crate::support::llm::tokenizer::Text;
-use crate::support::llm::weights::{Weights, gguf_name, reordered, to_gguf};
+use crate::support::llm::weights::Weights;
 use crate::support::{files, progress};
 use anyhow::{Context, Result, ensure};
 use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
-use std::collections::BTreeMap;
-use std::io::Write;
-use std::path::Path;
+use candle_doft::file::{replace_with, save_tensors};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+/// Refuses a folder that holds the base, or files of a model that [`write`] would leave there: they would be
+/// read for parts of the new one. To be asked before a run.
+pub(crate) fn check(folder: &Path, weights: &Weights) -> Result<()> {
+    if !folder.exists() {
+        return Ok(());
+    }
+    ensure!(
+        folder.is_dir(),
+        "{} is a file, expected a folder or a new name",
+        folder.display()
+    );
+    let home = match weights.path.is_dir() {
+        true => Some(weights.path.as_path()),
+        false => weights.path.parent(),
+    };
+    let home = home.filter(|home| !home.as_os_str().is_empty());
+    ensure!(
+        home.unwrap_or(Path::new(".")).canonicalize()? != folder.canonicalize()?,
+        "{} holds the base model itself; give another folder",
+        folder.display()
+    );
+    let mut written: BTreeSet<PathBuf> = OWN.iter().map(PathBuf::from).collect();
+    match weights.metadata.is_empty() {
+        true => written.extend(others(&weights.path)?),
+        false => written.extend(["model.gguf", "tokenizer_config.json"].map(PathBuf::from)),
+    }
+    for entry in std::fs::read_dir(folder).with_context(|| folder.display().to_string())? {
+        let name = entry?.file_name();
+        let text = name.to_string_lossy();
+        let of_a_model = is_weights(&text) || READ.contains(&text.as_ref());
+        ensure!(
+            !of_a_model || written.contains(Path::new(&name)),
+            "{} holds {text} of another model, which the merged one has none of; remove it or give another folder",
+            folder.display()
+        );
+    }
+    Ok(())
+}
+
+/// What is written whatever the base.
+const OWN: [&str; 3] = ["config.json", "tokenizer.json", "model.safetensors"];
+
+/// Files beside the weights that decide what a model answers.
+const READ: [&str; 8] = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "special_tokens_map.json",
+];
+
+/// Whether a file holds weights, or says which files do.
+fn is_weights(name: &str) -> bool {
+    let ends = [
+        ".safetensors",
+        ".safetensors.index.json",
+        ".bin",
+        ".bin.index.json",
+        ".gguf",
+    ];
+    ends.iter().any(|end| name.ends_with(end))
+}
+
+/// What lies beside the weights of a model, in folders too, by the path in its folder; what is hidden is left
+/// out.
+fn others(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    let mut folders = vec![PathBuf::new()];
+    while let Some(within) = folders.pop() {
+        let home = folder.join(&within);
+        for entry in std::fs::read_dir(&home).with_context(|| home.display().to_string())? {
+            let name = entry?.file_name();
+            let (path, text) = (home.join(&name), name.to_string_lossy());
+            if text.starts_with('.') {
+                continue;
+            }
+            if path.is_dir() && !path.is_symlink() {
+                folders.push(within.join(&name));
+            } else if path.is_file() && !is_weights(&text) {
+                found.push(within.join(&name));
+            }
+        }
+    }
+    found.sort();
+    Ok(found)
+}
 
 /// Writes `folder/model.safetensors` with its config and tokenizer, and `folder/model.gguf` where the
 /// model came from a GGUF file, whose metadata and tokenizer it keeps.
@@ -22,11 +113,7 @@ pub(crate) fn write(
     text: &Text,
     kind: GgmlDType,
 ) -> Result<()> {
-    ensure!(
-        !folder.exists() || folder != weights.path,
-        "{} is the base model itself",
-        folder.display()
-    );
+    check(folder, weights)?;
     files::make_folder(folder)?;
     let tensors = tensors(weights, model)?;
     write_configuration(folder, weights, text)?;
@@ -34,18 +121,10 @@ pub(crate) fn write(
         write_gguf(&folder.join("model.gguf"), weights, &tensors, kind)?;
     }
     // The weights last: a folder without them is not taken for a model.
-    files::replace_by(&folder.join("model.safetensors"), |file| {
-        let permissions = file.as_file().metadata()?.permissions();
-        safetensors::serialize_to_file(tensors.iter(), Some(format()), file.path())?;
-        // It put a file of its own there, which others may not read and which is not on disk yet.
-        let written = std::fs::File::open(file.path())?;
-        written.set_permissions(permissions)?;
-        Ok(written.sync_all()?)
-    })
-}
-
-fn format() -> std::collections::HashMap<String, String> {
-    [("format".to_string(), "pt".to_string())].into()
+    let format = BTreeMap::from([("format".to_string(), "pt".to_string())]);
+    let file = folder.join("model.safetensors");
+    save_tensors(&file, &tensors, &format)
+        .with_context(|| format!("cannot write {}", file.display()))
 }
 
 /// Every tensor by its Hugging Face name: what was dense in its own dtype, what was quantized in f32.
@@ -68,19 +147,16 @@ fn tensors(weights: &Weights, model: &Model) -> Result<BTreeMap<String, Tensor>>
 
 fn write_configuration(folder: &Path, weights: &Weights, text: &Text) -> Result<()> {
     if weights.path.is_dir() {
-        for name in [
-            "config.json",
-            "generation_config.json",
-            "tokenizer.json",
-            "tokenizer_config.json",
-            "chat_template.jinja",
-            "special_tokens_map.json",
-        ] {
-            let from = weights.path.join(name);
-            if from.exists() {
-                let content = std::fs::read(&from).context(from.display().to_string())?;
-                files::replace(&folder.join(name), &content)?;
+        for name in others(&weights.path)? {
+            let (from, to) = (weights.path.join(&name), folder.join(&name));
+            if let Some(home) = to.parent() {
+                std::fs::create_dir_all(home).with_context(|| home.display().to_string())?;
             }
+            let mut content = std::fs::read(&from).with_context(|| from.display().to_string())?;
+            if name == Path::new("config.json") {
+                content = untied(content, weights)?;
+            }
+            files::replace(&to, &content)?;
         }
         return Ok(());
     }
@@ -89,6 +165,16 @@ fn write_configuration(folder: &Path, weights: &Weights, text: &Text) -> Result<
     files::replace(&folder.join("tokenizer.json"), text.json()?.as_bytes())?;
     let tokenizer = serde_json::to_string_pretty(&text.settings())?;
     files::replace(&folder.join("tokenizer_config.json"), tokenizer.as_bytes())
+}
+
+/// A `config.json` that says what the weights are: the base's may tie a head that has a weight of its own.
+fn untied(content: Vec<u8>, weights: &Weights) -> Result<Vec<u8>> {
+    let mut json: serde_json::Value = serde_json::from_slice(&content).context("config.json")?;
+    if weights.config.tied || json["tie_word_embeddings"] != true {
+        return Ok(content);
+    }
+    json["tie_word_embeddings"] = false.into();
+    Ok(serde_json::to_vec_pretty(&json)?)
 }
 
 fn huggingface(config: &Config, text: &Text) -> Result<serde_json::Value> {
@@ -166,12 +252,11 @@ fn write_gguf(
         .map(|(k, v)| (k.as_str(), v))
         .collect();
     metadata.sort_by_key(|(key, _)| *key);
-    // The file type of the original no longer holds.
-    metadata.retain(|(key, _)| *key != "general.file_type");
+    // What was true of the original's layout no longer holds: types, places, parts.
+    metadata.retain(|(key, _)| {
+        !matches!(*key, "general.file_type" | "general.alignment") && !key.starts_with("split.")
+    });
     let tensors: Vec<(&str, &QTensor)> = quantized.iter().map(|(n, t)| (n.as_str(), t)).collect();
-    files::replace_by(file, |file| {
-        let mut buffered = std::io::BufWriter::new(file);
-        gguf_file::write(&mut buffered, &metadata, &tensors)?;
-        Ok(buffered.flush()?)
-    })
+    let written = replace_with(file, |out| gguf_file::write(out, &metadata, &tensors));
+    written.with_context(|| format!("cannot write {}", file.display()))
 }

@@ -1,6 +1,7 @@
 //! The run: model, data, steps, and what is left behind.
 
 use crate::setup::{check_memory, check_targets, identity, method, targets, warn_of_another_run};
+use crate::support::cli::{say, stop};
 use crate::support::llm::data::{Batch, Data, Order, Prompt, Sequence};
 use crate::support::llm::open;
 use crate::support::llm::sample::{Sampling, answer};
@@ -11,6 +12,7 @@ use crate::support::{files, memory, pages, progress};
 use crate::{Flags, MethodName, draw, merged};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::Device;
+use candle_doft::file::save_tensors;
 use candle_doft::train::{AdamW, Checkpoint, Schedule};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -32,6 +34,9 @@ pub(crate) fn run(flags: &Flags) -> Result<()> {
     files::make_folder(&flags.out)?;
     let weights = Weights::open(&open::locate(&flags.model)?, flags.dequantize, &device)?;
     let text = Text::open(&weights)?;
+    if let Some(folder) = &flags.merge_to {
+        merged::check(folder, &weights)?;
+    }
     ensure!(
         flags.seq <= weights.config.context,
         "--seq {} is more than the model's context of {}; give a smaller one",
@@ -137,14 +142,19 @@ impl<'a> Session<'a> {
             file.display()
         );
         let checkpoint = Checkpoint::load(&file)?;
-        let ours = identity(self.flags, &self.weights, &self.data);
+        let ours = identity(self.flags, &self.weights, &self.data)?;
         let theirs: Value = checkpoint.config()?;
         for (key, value) in ours.as_object().into_iter().flatten() {
             let found = &theirs[key];
             ensure!(
                 found == value,
-                "{}: `{key}` was {found} there and is {value} now; resume with the same flags",
-                file.display()
+                "{}: `{key}` was {found} there and is {value} now; resume with the same flags{}",
+                file.display(),
+                if key == "base" {
+                    " and the same model"
+                } else {
+                    ""
+                },
             );
         }
         let Some(optimizer) = &mut self.trainer.optimizer else {
@@ -161,7 +171,7 @@ impl<'a> Session<'a> {
         let Some(optimizer) = &self.trainer.optimizer else {
             return Ok(());
         };
-        let identity = identity(self.flags, &self.weights, &self.data);
+        let identity = identity(self.flags, &self.weights, &self.data)?;
         let state = Curves {
             losses: self.losses.clone(),
             held_out: self.held_out.clone(),
@@ -178,8 +188,8 @@ impl<'a> Session<'a> {
                 let named = self.trainer.tuner.named_vars();
                 let tensors = named
                     .iter()
-                    .map(|(n, v)| (n.clone(), v.as_tensor().clone()));
-                files::replace(&file, &safetensors::serialize(tensors, None)?)?;
+                    .map(|(n, v)| (n.clone(), v.as_tensor().detach()));
+                save_tensors(&file, &tensors.collect(), &Default::default())?;
             }
         }
         Ok(())
@@ -187,9 +197,7 @@ impl<'a> Session<'a> {
 
     fn train(&mut self) -> Result<()> {
         let end = self.flags.stop_after.unwrap_or(self.flags.steps) as u64;
-        let stopped = self.stopped.clone();
-        ctrlc::set_handler(move || stopped.store(true, Ordering::SeqCst))
-            .context("cannot listen for Ctrl-C")?;
+        self.stopped = stop()?;
         let mut metrics = self.metrics()?;
         if self.step == 0 {
             self.announce()?;
@@ -241,11 +249,8 @@ impl<'a> Session<'a> {
             self.data.train.len(),
             self.data.validation.len(),
         );
-        if self.data.left_out > 0 {
-            eprintln!(
-                "note: {} examples have nothing to learn within --seq {} and are left out",
-                self.data.left_out, self.flags.seq
-            );
+        for note in &self.data.notes {
+            eprintln!("note: {note}");
         }
         Ok(())
     }
@@ -348,11 +353,11 @@ impl<'a> Session<'a> {
         let (model, text) = (&self.trainer.model, &self.text);
         let answer = || answer(model, text, &prompt.ids, sampling, |_| Ok(()));
         let answered = self.trainer.tuner.eval(answer)?;
-        println!(
+        say(format_args!(
             "> {}\n  {when:7} {}",
             indented(&prompt.shown),
             indented(&answered)
-        );
+        ));
         Ok(())
     }
 
@@ -360,9 +365,9 @@ impl<'a> Session<'a> {
         if let Some(folder) = &self.flags.merge_to {
             let kind = self.flags.merge_type.into();
             merged::write(folder, &self.weights, &self.trainer.model, &self.text, kind)?;
-            println!("merged into {}", folder.display());
+            say(format_args!("merged into {}", folder.display()));
         }
-        println!("{}", self.flags.out.display());
+        say(format_args!("{}", self.flags.out.display()));
         Ok(())
     }
 }

@@ -51,8 +51,9 @@ pub(crate) fn warn_of_another_run(flags: &Flags, checkpoint: &Path) {
 }
 
 /// What a resumed run has to have in common with the one that wrote the checkpoint.
-pub(crate) fn identity(flags: &Flags, weights: &Weights, data: &Data) -> Value {
-    json!({
+pub(crate) fn identity(flags: &Flags, weights: &Weights, data: &Data) -> Result<Value> {
+    Ok(json!({
+        "base": weights.fingerprint()?,
         "method": flags.method,
         "block_size": flags.block_size,
         "rank": flags.rank,
@@ -72,7 +73,7 @@ pub(crate) fn identity(flags: &Flags, weights: &Weights, data: &Data) -> Value {
         "layers": weights.config.layers,
         "sequences": data.train.len(),
         "data_checksum": data.checksum(),
-    })
+    }))
 }
 
 pub(crate) fn targets(flags: &Flags) -> Vec<Pattern> {

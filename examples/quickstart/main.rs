@@ -16,6 +16,7 @@ use serde::Serialize;
 use std::path::PathBuf;
 use std::time::Instant;
 use support::cli::DeviceName;
+use support::cli::say;
 use support::digits::{Batches, Digits, Split};
 use support::network::{BATCH, Net, accuracy, max_abs_diff, predictions};
 use support::{files, progress};
@@ -148,8 +149,8 @@ fn run(flags: &Flags) -> Result<()> {
     let text = serde_json::to_string_pretty(&report)? + "\n";
     files::replace(&flags.out.join("report.json"), text.as_bytes())?;
 
-    say(&summary, &report);
-    println!("see {}", picture.display());
+    tell(&summary, &report);
+    say(format_args!("see {}", picture.display()));
     Ok(())
 }
 
@@ -167,24 +168,24 @@ fn rotations(net: &Net<DoftLinear>) -> Result<(Angles, f64)> {
 }
 
 /// The report in words.
-fn say(summary: &adapter::Report, report: &Report) {
-    println!("{summary}\n\naccuracy on test digits");
+fn tell(summary: &adapter::Report, report: &Report) {
+    say(format_args!("{summary}\n\naccuracy on test digits"));
     for (what, share) in [
         ("upright, frozen network", report.upright_accuracy),
         ("turned by 90 degrees, before", report.base_accuracy),
         ("turned by 90 degrees, after DOFT", report.adapted_accuracy),
     ] {
-        println!("  {what:36} {:6.1} %", 100. * share);
+        say(format_args!("  {what:36} {:6.1} %", 100. * share));
     }
-    println!(
+    say(format_args!(
         "trained {:.2} % of the parameters in {:.1} s",
         summary.percent(),
         report.seconds
-    );
-    println!(
+    ));
+    say(format_args!(
         "merged and reloaded networks differ by at most {:.1e} and {:.1e}",
         report.merged_max_abs_diff, report.reloaded_max_abs_diff,
-    );
+    ));
 }
 
 /// Trains the adapter on turned digits; the validation accuracy along the way.

@@ -21,20 +21,43 @@ impl Asked {
         let Some((rule, module, layer)) = stored.rank(path)? else {
             return Ok(None);
         };
+        let free = self.is_free(stored, module, rule, path)?;
+        Ok(free.then_some((module, layer)))
+    }
+
+    /// Whether a module that means a path under some rule means no other better; an error where it means
+    /// another no worse.
+    pub(crate) fn is_free(
+        &self,
+        stored: &Stored,
+        module: &str,
+        rule: u8,
+        path: &str,
+    ) -> Result<bool> {
         match locked(&self.0).get(module) {
-            Some((_, other)) if other == path => Ok(Some((module, layer))),
-            Some((better, _)) if *better < rule => Ok(None),
+            Some((_, other)) if other == path => Ok(true),
+            Some((better, _)) if *better < rule => Ok(false),
             Some((_, other)) => stored.ambiguous([other, path], module, "rename"),
-            None => Ok(Some((module, layer))),
+            None => Ok(true),
         }
     }
 
     /// Enters the module that means a path.
     pub(crate) fn insert(&self, stored: &Stored, path: &str) -> Result<()> {
         if let Some((rule, module, _)) = stored.rank(path)? {
-            locked(&self.0).insert(module.to_string(), (rule, path.to_string()));
+            self.enter(module, rule, path);
         }
         Ok(())
+    }
+
+    /// Enters a module that means a path under some rule.
+    pub(crate) fn enter(&self, module: &str, rule: u8, path: &str) {
+        locked(&self.0).insert(module.to_string(), (rule, path.to_string()));
+    }
+
+    /// Whether a module was found by that rule or one behind it.
+    pub(crate) fn any_behind(&self, rule: u8) -> bool {
+        locked(&self.0).values().any(|(found, _)| *found >= rule)
     }
 
     /// Enters an extra tensor.
@@ -53,8 +76,10 @@ impl Asked {
         locked(&self.0).is_empty()
     }
 
-    pub(crate) fn clear(&self) {
-        locked(&self.0).clear();
+    /// Becomes what another one is.
+    pub(crate) fn copy_from(&self, other: &Self) {
+        let asked = locked(&other.0).clone();
+        *locked(&self.0) = asked;
     }
 
     /// Modules, then extra tensors, that were not asked for.

@@ -2,10 +2,14 @@
 
 use super::source::Source;
 use super::wrap::{WeightSource, Wrap};
-use super::{Adapter, Entry, Inner, extra, locked, select, trained};
+use super::{Adapter, Entry, Inner, Site, extra, locked, select, trained};
 use crate::config::{DoftConfig, LayerKind, Targets};
 use crate::error::{Error, Result};
-use crate::layer::{Adaptable, Control, Doft, DoftConv1d, DoftConv2d, DoftEmbedding, DoftLinear};
+use crate::frozen::Frozen;
+use crate::layer::{
+    Adaptable, Adaptation, Control, Doft, DoftConv1d, DoftConv2d, DoftEmbedding, DoftLinear,
+    next_id,
+};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Conv1dConfig, Conv2dConfig, VarBuilder, VarMap};
 use std::collections::BTreeMap;
@@ -61,7 +65,7 @@ pub(super) struct Parts {
     layers: Mutex<BTreeMap<String, Entry>>,
     pub(super) extras: Mutex<BTreeMap<String, Var>>,
     pub(super) source: Option<Arc<Source>>,
-    control: Arc<Control>,
+    pub(super) control: Arc<Control>,
 }
 
 impl std::fmt::Debug for AdapterBuilder {
@@ -128,6 +132,12 @@ impl AdapterBuilder {
     ///
     /// The layers of a model that fails here cannot be run.
     pub fn finish(self) -> Result<Adapter> {
+        let control = self.parts.control.clone();
+        self.finish_as(control, true)
+    }
+
+    /// `first` is the adapter that the model is built with.
+    fn finish_as(self, control: Arc<Control>, first: bool) -> Result<Adapter> {
         let parts = &self.parts;
         let layers = std::mem::take(&mut *locked(&parts.layers));
         let extras = std::mem::take(&mut *locked(&parts.extras));
@@ -139,27 +149,28 @@ impl AdapterBuilder {
         let paths = layers.keys().map(String::as_str);
         // Without any layer every pattern matches nothing, and the first would be blamed.
         let built = !(layers.is_empty() && extras.is_empty());
-        if built {
-            match &parts.source {
-                None => select::check_patterns(&parts.config, paths)?,
-                Some(source) => source.check_used(paths)?,
-            }
+        match &parts.source {
+            None if built => select::check_patterns(&parts.config, paths)?,
+            None => {}
+            Some(source) => source.check_used(paths)?,
         }
         let empty = adapted().next().is_none() && extras.is_empty();
         if empty && parts.config.targets != Targets::None {
             return Err(Error::NoLayers);
         }
         let trained = trained(adapted(), &extras)?;
-        parts.control.set_complete();
+        control.set_complete();
         Ok(Adapter {
             inner: Arc::new(Inner {
+                id: next_id(),
+                first,
                 config: parts.config.clone(),
                 device: parts.device.clone(),
                 layers,
                 extras,
                 trained,
                 source: parts.source.clone(),
-                control: parts.control.clone(),
+                control,
             }),
         })
     }
@@ -321,7 +332,8 @@ impl AdapterBuilder {
     /// A `VarBuilder` for extra trainable tensors that are saved with the adapter, such as a new
     /// head: `candle_nn::linear(hidden, classes, builder.extra_vb(dtype).pp("classifier"))`. Tensors
     /// are made when asked for the first time, from the configuration's seed and their name, or come from
-    /// the loaded file. After [`AdapterBuilder::finish`] it returns [`Error::Finished`].
+    /// the loaded file, as [`AdapterBuilder::extra`] says. After [`AdapterBuilder::finish`] it returns
+    /// [`Error::Finished`].
     ///
     /// # Examples
     ///
@@ -341,25 +353,28 @@ impl AdapterBuilder {
         VarBuilder::from_backend(Box::new(backend), dtype, self.parts.device.clone())
     }
 
+    /// Names of the extra tensors that the loaded file has and that nobody asked for yet, sorted: what a
+    /// program has to look for in its model, such as norms or a head that were trained whole.
+    pub fn unasked_extras(&self) -> Vec<String> {
+        let Some(source) = &self.parts.source else {
+            return Vec::new();
+        };
+        let made = locked(&self.parts.extras);
+        let names = source.extras().filter(|name| !made.contains_key(*name));
+        names.cloned().collect()
+    }
+
     /// Makes `value` an extra trainable tensor, or returns the one of that name that exists already, or
-    /// that the loaded file has.
+    /// that the loaded file has; that of the file is converted to the dtype of `value`.
     ///
     /// # Errors
     ///
-    /// If an extra of that name has another shape.
+    /// * [`Error::Shape`] or [`Error::DType`] if an extra of that name has another shape or dtype.
+    /// * [`Error::FileTensor`] if a value of the file is out of the range of the dtype.
     pub fn extra(&self, name: &str, value: &Tensor) -> Result<Var> {
         let fresh = || Ok(value.to_device(&self.parts.device)?.detach());
-        let var = self.parts.extra(name, value.dtype(), fresh)?;
-        if var.dims() == value.dims() {
-            return Ok(var);
-        }
-        let expected = format!("{:?}, as it was first made", var.dims());
-        Err(Error::shape(
-            name,
-            "the extra tensor",
-            value.dims(),
-            expected,
-        ))
+        let (shape, dtype) = (Some(value.shape()), value.dtype());
+        self.parts.extra(name, shape, dtype, fresh)
     }
 
     /// A layer of any kind, adapted or plain, entered under its path.
@@ -377,22 +392,55 @@ impl AdapterBuilder {
         if locked(&parts.layers).contains_key(path) {
             return Err(exists(path));
         }
-        let frozen = base.as_base().elements();
-        let layer = if self.selects(path, F::KIND)? {
-            self.check(path, &base)?;
-            let (config, norms) = match &parts.source {
-                None => (parts.config.clone(), None),
-                Some(source) => source.setting(path, F::KIND, &base.as_base())?,
-            };
-            // Params choose the dtype after the weight.
-            let vb = VarBuilder::from_varmap(&parts.varmap, DType::F32, &parts.device).pp(path);
-            Doft::with_control(base, &config, norms, vb, parts.control.clone())?
-        } else {
-            Doft::plain(path, base, parts.control.clone())
+        let id = next_id();
+        let adaptation = self.adaptation(id, path, F::KIND, &base)?.map(Arc::new);
+        let site = Site {
+            id,
+            kind: F::KIND,
+            base: Arc::new(base.clone()),
         };
-        let adaptation = layer.adaptation().cloned();
-        self.register(path, Entry { adaptation, frozen })?;
-        Ok(layer)
+        let entry = Entry {
+            adaptation: adaptation.clone(),
+            site: Arc::new(site),
+        };
+        self.register(path, entry)?;
+        let control = parts.control.clone();
+        Ok(Doft::from_parts(id, path, base, adaptation, control))
+    }
+
+    /// What this adapter makes of a layer; none where it does not mean it.
+    fn adaptation(
+        &self,
+        id: u64,
+        path: &str,
+        kind: LayerKind,
+        base: &dyn Frozen,
+    ) -> Result<Option<Adaptation>> {
+        if !self.selects(path, kind)? {
+            return Ok(None);
+        }
+        self.check(path, base)?;
+        let parts = &self.parts;
+        let (config, norms) = match &parts.source {
+            None => (parts.config.clone(), None),
+            Some(source) => source.setting(path, kind, &base.as_base())?,
+        };
+        // Params choose the dtype after the weight.
+        let vb = VarBuilder::from_varmap(&parts.varmap, DType::F32, &parts.device).pp(path);
+        Adaptation::new(id, kind, &base.as_base(), &config, norms, vb).map(Some)
+    }
+
+    /// An adapter over the layers of a model that is complete.
+    pub(super) fn beside(self, first: &Adapter) -> Result<Adapter> {
+        for (path, Entry { site, .. }) in &first.inner.layers {
+            let adaptation = self.adaptation(site.id, path, site.kind, &*site.base)?;
+            let entry = Entry {
+                adaptation: adaptation.map(Arc::new),
+                site: site.clone(),
+            };
+            self.register(path, entry)?;
+        }
+        self.finish_as(first.inner.control.clone(), false)
     }
 
     /// Whether the layer is to be adapted: by the configuration, or by what a loaded file holds.
@@ -404,7 +452,7 @@ impl AdapterBuilder {
     }
 
     /// Returns an error for a base that cannot be adapted.
-    fn check(&self, path: &str, base: &impl Adaptable) -> Result<()> {
+    fn check(&self, path: &str, base: &dyn Frozen) -> Result<()> {
         let (found, expected) = (&base.as_base().weight.device(), &self.parts.device);
         if !found.same_device(expected) {
             return Err(Error::Device {
@@ -425,35 +473,6 @@ impl AdapterBuilder {
             Some(_) => Err(exists(path)),
             None => Ok(()),
         }
-    }
-}
-
-impl Parts {
-    /// The extra tensor of that name: the one that there is, that of the loaded file, or a fresh one.
-    pub(super) fn extra(
-        &self,
-        name: &str,
-        dtype: DType,
-        fresh: impl FnOnce() -> candle_core::Result<Tensor>,
-    ) -> candle_core::Result<Var> {
-        if self.control.is_complete() {
-            return Err(Error::Finished {
-                name: name.to_string(),
-            }
-            .into());
-        }
-        let mut extras = locked(&self.extras);
-        if let Some(var) = extras.get(name) {
-            return Ok(var.clone());
-        }
-        let stored = self.source.as_ref().and_then(|source| source.extra(name));
-        let value = match stored {
-            Some(stored) => stored.to_dtype(dtype)?.to_device(&self.device)?,
-            None => fresh()?,
-        };
-        let var = Var::from_tensor(&value)?;
-        extras.insert(name.to_string(), var.clone());
-        Ok(var)
     }
 }
 

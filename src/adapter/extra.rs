@@ -2,8 +2,9 @@
 
 use super::build::Parts;
 use super::locked;
+use crate::error;
 use crate::rng::SplitMix64;
-use candle_core::{DType, Device, Error, Result, Shape, Tensor};
+use candle_core::{DType, Device, Error, Result, Shape, Tensor, Var};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, init::NormalOrUniform};
 use std::sync::Arc;
@@ -23,14 +24,7 @@ impl SimpleBackend for ExtraBackend {
         device: &Device,
     ) -> Result<Tensor> {
         let fresh = || seeded(&init, &shape, dtype, device, self.parts.config.seed, name);
-        let var = self.parts.extra(name, dtype, fresh)?;
-        if var.shape() != &shape {
-            return Err(Error::UnexpectedShape {
-                msg: format!("extra tensor `{name}`"),
-                expected: shape,
-                got: var.shape().clone(),
-            });
-        }
+        let var = self.parts.extra(name, Some(&shape), dtype, fresh)?;
         Ok(var.as_tensor().clone())
     }
 
@@ -41,12 +35,61 @@ impl SimpleBackend for ExtraBackend {
                 path: name.to_string(),
             })
         };
-        Ok(self.parts.extra(name, dtype, none)?.as_tensor().clone())
+        let var = self.parts.extra(name, None, dtype, none)?;
+        Ok(var.as_tensor().clone())
     }
 
     fn contains_tensor(&self, name: &str) -> bool {
         let source = self.parts.source.as_ref();
         locked(&self.parts.extras).contains_key(name) || source.is_some_and(|s| s.has_extra(name))
+    }
+}
+
+impl Parts {
+    /// The extra tensor of that name: the one that there is, that of the loaded file, or a fresh one.
+    pub(super) fn extra(
+        &self,
+        name: &str,
+        shape: Option<&Shape>,
+        dtype: DType,
+        fresh: impl FnOnce() -> Result<Tensor>,
+    ) -> error::Result<Var> {
+        const WHAT: &str = "the extra tensor";
+        if self.control.is_complete() {
+            return Err(error::Error::Finished {
+                name: name.to_string(),
+            });
+        }
+        let check_shape = |found: &Shape, from: &str| match shape {
+            Some(shape) if shape != found => {
+                let expected = format!("{:?}, as {from}", found.dims());
+                Err(error::Error::shape(name, WHAT, shape.dims(), expected))
+            }
+            _ => Ok(()),
+        };
+        let mut extras = locked(&self.extras);
+        if let Some(var) = extras.get(name) {
+            check_shape(var.shape(), "it was first made")?;
+            if var.dtype() != dtype {
+                let expected = format!("{:?}, as it was first made", var.dtype());
+                return Err(error::Error::dtype(name, WHAT, dtype, expected));
+            }
+            return Ok(var.clone());
+        }
+        let stored = match &self.source {
+            Some(source) => source.extra(name, dtype)?,
+            None => None,
+        };
+        let value = match stored {
+            Some(stored) => {
+                check_shape(stored.shape(), "the file has it")?;
+                stored.to_device(&self.device)?
+            }
+            None => fresh()?,
+        };
+        let var = Var::from_tensor(&value)?;
+        extras.insert(name.to_string(), var.clone());
+        Ok(var)
     }
 }
 

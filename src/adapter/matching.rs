@@ -75,6 +75,20 @@ pub(crate) fn component(module: &str) -> Option<&str> {
     cut(module.strip_prefix(PEFT_PREFIX).unwrap_or(module)).component
 }
 
+/// The component that a name means: as adapter files call it (`te1`, `unet`), as the folders of a pipeline
+/// do (`text_encoder_2`, `transformer`), or its own.
+pub(crate) fn component_named(name: &str) -> &str {
+    match name {
+        "unet" | "transformer" | "prior" | "diffusion_model" => "denoiser",
+        "te" | "te1" | "text_encoder_1" => "text_encoder",
+        "te2" => "text_encoder_2",
+        "te3" => "text_encoder_3",
+        "te4" => "text_encoder_4",
+        "prior_te" => "prior_text_encoder",
+        other => other,
+    }
+}
+
 /// The rule under which a module means a path: 0 the same name, 1 the same but for dots, 2 without
 /// the module's prefix, 3 without the path's as well. None when it does not.
 pub(crate) fn rule(module: &str, path: &str) -> Option<u8> {
@@ -82,18 +96,43 @@ pub(crate) fn rule(module: &str, path: &str) -> Option<u8> {
     if module == path || inner == path {
         return Some(0);
     }
-    let flat_path = flat(path);
-    if flat(module) == flat_path || flat(inner) == flat_path {
+    if same(module, path) || same(inner, path) {
         return Some(1);
     }
     let of_module = cut(inner);
-    let bare = flat(of_module.bare);
-    if bare == flat_path {
+    if same(of_module.bare, path) {
         return Some(2);
     }
     let of_path = cut(path);
-    let same = of_path.component.is_some() && of_path.component == of_module.component;
-    (same && bare == flat(of_path.bare)).then_some(3)
+    let of_one = of_path.component.is_some() && of_path.component == of_module.component;
+    (of_one && same(of_module.bare, of_path.bare)).then_some(3)
+}
+
+/// Whether two names are the same flattened. Every module is compared with every path: nothing is copied.
+fn same(a: &str, b: &str) -> bool {
+    let letter = |byte: u8| if byte == b'.' { b'_' } else { byte };
+    a.len() == b.len()
+        && a.bytes()
+            .zip(b.bytes())
+            .all(|(a, b)| letter(a) == letter(b))
+}
+
+/// The same for a name of a table, which is no path of the model: numbered behind those rules, and with
+/// one more for a module without a prefix.
+pub(crate) fn translated(module: &str, name: &str) -> Option<u8> {
+    let inner = module.strip_prefix(PEFT_PREFIX).unwrap_or(module);
+    let plain = || cut(inner).component.is_none() && same(inner, cut(name).bare);
+    let found = rule(module, name).or_else(|| plain().then_some(4));
+    found.map(|rule| TRANSLATED + rule)
+}
+
+/// The first number of [`translated`].
+pub(crate) const TRANSLATED: u8 = 4;
+
+/// Two names that mean the same under some rule have one of these in common.
+pub(crate) fn keys(name: &str) -> [String; 2] {
+    let inner = name.strip_prefix(PEFT_PREFIX).unwrap_or(name);
+    [flat(inner), flat(cut(inner).bare)]
 }
 
 #[cfg(test)]
@@ -119,7 +158,14 @@ mod tests {
             ("blocks.0.q", "blocks.0.k", None),
         ] {
             assert_eq!(rule(module, path), expected, "{module} and {path}");
+            let common = keys(module).iter().any(|key| keys(path).contains(key));
+            assert_eq!(
+                common,
+                rule(module, path).is_some() || module.contains("te2")
+            );
         }
+        assert_eq!(translated("mid.to_q", "unet.mid.to_q"), Some(8));
+        assert_eq!(translated("lora_te_mid_to_q", "unet.mid.to_q"), None);
         assert_eq!(
             component("base_model.model.text_encoder.a"),
             Some("text_encoder")

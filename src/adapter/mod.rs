@@ -5,7 +5,16 @@
 //! whose names do not fit would leave the frozen base running unnoticed. It is a builder, and not a
 //! closure, because models are built as with candle's `VarBuilder`: passed by reference from constructor
 //! to constructor. [`AdapterBuilder::finish`] takes the builder by value, so the compiler refuses a layer
-//! that comes later:
+//! that comes later. This compiles, and with one line more it does not:
+//!
+//! ```
+//! # use candle_core::{DType, Device};
+//! # let vb = candle_nn::VarBuilder::zeros(DType::F32, &Device::Cpu);
+//! let builder = candle_doft::Adapter::builder(Default::default(), &Device::Cpu)?;
+//! builder.linear(64, 64, vb.pp("first"))?;
+//! let adapter = builder.finish()?;
+//! # Ok::<(), candle_doft::Error>(())
+//! ```
 //!
 //! ```compile_fail,E0382
 //! # use candle_core::{DType, Device};
@@ -25,22 +34,29 @@ mod matching;
 mod report;
 mod scope;
 mod select;
+mod set;
+mod settings;
 mod source;
+mod state;
 mod stored;
 mod wrap;
 
 pub(crate) use asked::Asked;
 pub use build::AdapterBuilder;
 pub(crate) use fingerprint::{differs, fingerprint};
-pub(crate) use matching::{PEFT_PREFIX, flat};
+pub(crate) use matching::{PEFT_PREFIX, TRANSLATED, component_named, flat, keys, translated};
 pub use report::{LayerReport, Report};
 pub(crate) use select::{check_patterns, selects};
+pub use set::{Adapters, Pinned};
+pub(crate) use settings::Settings;
+pub use state::{Average, State};
 pub use stored::Warning;
 pub(crate) use stored::{NORMS_DIFFER, Stored, StoredLayer};
 pub use wrap::{WeightSource, Wrap};
 
-use crate::config::DoftConfig;
+use crate::config::{DoftConfig, LayerKind};
 use crate::error::{Error, GradientReport, Result};
+use crate::frozen::Frozen;
 use crate::layer::{Adaptation, Control};
 use crate::params::names;
 use candle_core::backprop::GradStore;
@@ -84,6 +100,10 @@ pub struct Adapter {
 }
 
 struct Inner {
+    /// Tells the adapters of a model apart.
+    id: u64,
+    /// Whether the model was built with it, so that its layers hold it themselves.
+    first: bool,
     config: DoftConfig,
     device: Device,
     layers: BTreeMap<String, Entry>,
@@ -98,8 +118,14 @@ struct Inner {
 /// A layer that was built through the adapter.
 struct Entry {
     adaptation: Option<Arc<Adaptation>>,
-    /// Frozen parameters, weight and bias.
-    frozen: usize,
+    site: Arc<Site>,
+}
+
+/// The frozen layer itself, for adapters that come later.
+struct Site {
+    id: u64,
+    kind: LayerKind,
+    base: Arc<dyn Frozen + Send + Sync>,
 }
 
 /// One tensor that trains.
@@ -178,7 +204,7 @@ impl Adapter {
             total: extras,
         };
         for (path, entry) in &self.inner.layers {
-            report.total += entry.frozen;
+            report.total += entry.site.base.as_base().elements();
             let Some(layer) = &entry.adaptation else {
                 report.frozen_layers += 1;
                 continue;

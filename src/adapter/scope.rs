@@ -2,17 +2,28 @@
 
 use super::Adapter;
 use crate::error::{Error, Result};
-use crate::layer::{Active, Mode, Scope};
+use crate::layer::{Active, Beside, Mode, Pin, Scope};
 use std::collections::HashMap;
 use std::sync::Arc;
 
 impl Adapter {
-    /// The mode in which its layers run in this thread.
+    /// The mode in which its layers run in this thread: [`Mode::Off`] where another adapter of the model
+    /// acts, or rows of a batch have adapters of their own.
     pub fn mode(&self) -> Mode {
-        self.inner.control.active().mode()
+        self.mode_in(&self.inner.control.active())
     }
 
-    /// Sets the mode for every thread that is in no scope.
+    pub(super) fn mode_in(&self, active: &Active) -> Mode {
+        match active {
+            Active::Train if self.inner.first => Mode::Train,
+            Active::Beside(beside) if beside.adapter == self.inner.id => Mode::Train,
+            Active::Eval(pin) if pin.adapter == self.inner.id => Mode::Eval,
+            _ => Mode::Off,
+        }
+    }
+
+    /// Sets the mode for every thread that is in no scope. Of several adapters on one model the one whose
+    /// mode is set last acts.
     ///
     /// # Errors
     ///
@@ -23,7 +34,8 @@ impl Adapter {
     }
 
     /// Runs `f` in a mode, for this thread alone: sampling in one thread leaves training in another as
-    /// it is. Scopes can be nested; a panic leaves them.
+    /// it is. Scopes can be nested; a panic leaves them. Closures that other threads run, rayon's too, are not in
+    /// it: give each a [`Scope`], or use [`Adapter::set_mode`].
     ///
     /// # Errors
     ///
@@ -56,7 +68,8 @@ impl Adapter {
     }
 
     /// A mode that several threads can enter: see [`Scope::run`]. [`Mode::Eval`] keeps the values that
-    /// the adapter has now.
+    /// the adapter has now. Make it in the thread that steps the optimizer: made during a step, it may mix two
+    /// steps.
     ///
     /// # Errors
     ///
@@ -66,17 +79,31 @@ impl Adapter {
         Ok(Scope::new(self.inner.control.clone(), active))
     }
 
-    fn active(&self, mode: Mode) -> Result<Active> {
+    pub(super) fn active(&self, mode: Mode) -> Result<Active> {
         Ok(match mode {
-            Mode::Train => Active::Train,
             Mode::Off => Active::Off,
-            Mode::Eval => {
-                let mut snapshot = HashMap::new();
-                for layer in self.adapted() {
-                    snapshot.insert(layer.id(), layer.factors()?);
-                }
-                Active::Eval(Arc::new(snapshot))
+            Mode::Eval => Active::Eval(self.pinned()?),
+            Mode::Train if self.inner.first => Active::Train,
+            Mode::Train => {
+                let layers = self.adapted().map(|layer| (layer.id(), layer.clone()));
+                Active::Beside(Arc::new(Beside {
+                    adapter: self.inner.id,
+                    layers: layers.collect(),
+                }))
             }
         })
+    }
+
+    /// Rotations and ratios as they are now.
+    pub(super) fn pinned(&self) -> Result<Arc<Pin>> {
+        let mut layers = HashMap::new();
+        for entry in self.inner.layers.values() {
+            if let Some(layer) = &entry.adaptation {
+                layer.check_unchanged(&entry.site.base.as_base())?;
+                layers.insert(layer.id(), layer.factors()?);
+            }
+        }
+        let adapter = self.inner.id;
+        Ok(Arc::new(Pin { adapter, layers }))
     }
 }

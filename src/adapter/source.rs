@@ -8,10 +8,10 @@ use super::{Adapter, AdapterBuilder, locked};
 use crate::config::{DoftConfig, LayerKind, Magnitude};
 use crate::error::{Error, Result};
 use crate::frozen::Base;
-use crate::layer::Adaptation;
+use crate::layer::{Adaptation, check_finite};
 use crate::params::row_norms_of;
-use candle_core::{Device, Tensor, Var};
-use std::collections::BTreeMap;
+use candle_core::{DType, Device, Tensor, Var};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Mutex;
 
@@ -49,7 +49,11 @@ impl Source {
         layer.check_shape(&self.stored.file, module, path, base.shape)?;
         let norms = row_norms_of(base.weight)?;
         self.compare_base(path, layer, &norms)?;
-        let config = layer.settings(&self.stored.config, base.weight.in_dim());
+        check_finite(path, &norms)?;
+        let mut config = layer.settings(&self.stored.config, base.weight.in_dim());
+        // The rules of a file decide nothing but this: all else stands with the layer.
+        config.dropout = self.stored.config.for_layer(module)?.dropout;
+        config.validate()?;
         let norms = match &layer.norms {
             Some(stored) => stored.to_dtype(norms.dtype())?.to_device(norms.device())?,
             None => norms,
@@ -86,11 +90,36 @@ impl Source {
         self.asked.insert(&self.stored, layer.path())
     }
 
-    /// The value of an extra tensor, once it is asked for.
-    pub(super) fn extra(&self, name: &str) -> Option<&Tensor> {
-        let value = self.stored.extras.get(name)?;
+    /// The value of an extra tensor in a dtype, once it is asked for.
+    pub(super) fn extra(&self, name: &str, dtype: DType) -> Result<Option<Tensor>> {
+        let Some(stored) = self.stored.extras.get(name) else {
+            return Ok(None);
+        };
+        let value = stored.to_dtype(dtype)?;
+        // What the file holds is finite.
+        let host = value
+            .to_dtype(DType::F64)?
+            .flatten_all()?
+            .to_vec1::<f64>()?;
+        if let Some(index) = host.iter().position(|v| !v.is_finite()) {
+            return Err(Error::FileTensor {
+                file: self.stored.file.clone(),
+                tensor: name.to_string(),
+                found: format!(
+                    "a value at index {index} that is {} in {dtype:?}",
+                    host[index]
+                ),
+                expected: "finite numbers".to_string(),
+                fix: "ask for the tensor in a wider dtype",
+            });
+        }
         self.asked.insert_extra(name);
-        Some(value)
+        Ok(Some(value))
+    }
+
+    /// Names of the extra tensors of the file.
+    pub(super) fn extras(&self) -> impl Iterator<Item = &String> {
+        self.stored.extras.keys()
     }
 
     pub(super) fn has_extra(&self, name: &str) -> bool {
@@ -168,6 +197,7 @@ impl Adapter {
             config: self.inner.config.clone(),
             layers,
             extras: self.stored_extras()?,
+            unannounced: BTreeSet::new(),
             warnings: left_out.into_iter().collect(),
             allow_partial: false,
             allow_changed_base: false,

@@ -1,7 +1,7 @@
 //! [`Stored`]: an adapter as data, between a file and the layers of a model.
 
 use super::fingerprint::{differs, fingerprint};
-use super::matching::{component, rule};
+use super::matching::{component, component_named, rule};
 use crate::config::{BlockLayout, DoftConfig, LayerKind, Magnitude, Map};
 use crate::error::{Error, Result, nearest, shown};
 use crate::params::{self, names};
@@ -237,6 +237,8 @@ pub(crate) struct Stored {
     pub(crate) config: DoftConfig,
     pub(crate) layers: BTreeMap<String, StoredLayer>,
     pub(crate) extras: BTreeMap<String, Tensor>,
+    /// Those of them that belong to the adapter only if the base has a tensor of that name.
+    pub(crate) unannounced: BTreeSet<String>,
     pub(crate) warnings: Vec<Warning>,
     /// Whether modules may match no layer.
     pub(crate) allow_partial: bool,
@@ -248,17 +250,26 @@ pub(crate) struct Stored {
 type Renamer = dyn Fn(&str) -> Option<String> + Send + Sync;
 
 impl Stored {
+    /// The components that its layers are of, sorted.
+    pub(crate) fn components(&self) -> Vec<String> {
+        let found = self.layers.keys().filter_map(|m| component(m).map(shown));
+        found.collect::<BTreeSet<_>>().into_iter().collect()
+    }
+
     /// Keeps one component, and gives modules the paths that a caller says they mean.
     pub(crate) fn choose(&mut self, wanted: Option<&str>, rename: Option<&Renamer>) -> Result<()> {
         if let Some(wanted) = wanted {
-            let modules = self.layers.keys();
-            let there: BTreeSet<String> = modules.filter_map(|m| component(m).map(shown)).collect();
+            let there = self.components();
+            let meant = component_named(wanted);
             self.layers
-                .retain(|module, _| component(module) == Some(wanted));
+                .retain(|module, _| component(module) == Some(meant));
             if self.layers.is_empty() {
-                let there: Vec<String> = there.into_iter().collect();
-                let there = there.join("`, `");
-                let reason = format!("no layer is of component `{wanted}`, some are of `{there}`");
+                let there = match there.is_empty() {
+                    true => "none is of any".to_string(),
+                    false => format!("some are of `{}`", there.join("`, `")),
+                };
+                let wanted = shown(wanted);
+                let reason = format!("no layer is of component `{wanted}`, {there}");
                 return Err(Error::file(&self.file, reason));
             }
         }
@@ -291,7 +302,7 @@ impl Stored {
         ranked.sort_by_key(|(rule, ..)| *rule);
         match ranked.as_slice() {
             [(first, a, _), (second, b, _), ..] if first == second => {
-                self.ambiguous([a, b], path, "choose a component, or rename")
+                self.ambiguous([a, b], path, "choose a component (--component), or rename")
             }
             [found, ..] => Ok(Some(*found)),
             [] => Ok(None),
@@ -332,7 +343,7 @@ impl Stored {
         Ok(pairs.map(|(module, (_, path))| (module, path)).collect())
     }
 
-    pub(super) fn ambiguous<T>(&self, [a, b]: [&str; 2], name: &str, fix: &str) -> Result<T> {
+    pub(crate) fn ambiguous<T>(&self, [a, b]: [&str; 2], name: &str, fix: &str) -> Result<T> {
         let (a, b, name) = (shown(a), shown(b), shown(name));
         let reason = format!("`{a}` and `{b}` both mean `{name}`; {fix}");
         Err(Error::file(&self.file, reason))

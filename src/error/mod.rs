@@ -135,6 +135,51 @@ pub enum Error {
         found: f64,
     },
 
+    /// No adapter on the model has that name.
+    #[error("no adapter is called `{name}`; the model has `{}`", .known.join("`, `"))]
+    NoAdapter {
+        /// The name that was asked for.
+        name: String,
+        /// Those that there are.
+        known: Vec<String>,
+    },
+
+    /// An adapter of that name is on the model already.
+    #[error("an adapter is called `{name}` already; remove it first, or load over it")]
+    AdapterExists {
+        /// The name.
+        name: String,
+    },
+
+    /// The adapter that acts cannot be removed.
+    #[error("the adapter `{name}` acts; activate another first, or deactivate it")]
+    AdapterActs {
+        /// The name.
+        name: String,
+    },
+
+    /// An input does not fit the scope that names an adapter for each row.
+    #[error("layer `{layer}`: the input has {found}, expected {expected}")]
+    Rows {
+        /// Path of the layer.
+        layer: String,
+        /// What it has.
+        found: String,
+        /// What it has to have.
+        expected: String,
+    },
+
+    /// A state in memory is not one of the adapter.
+    #[error("`{name}`: the state has {found}, the adapter expects {expected}")]
+    State {
+        /// The trainable tensor.
+        name: String,
+        /// What the state has.
+        found: String,
+        /// What the adapter has.
+        expected: String,
+    },
+
     /// A layer was run while its model is still being built.
     #[error(
         "layer `{layer}`: the adapter is not finished; call `AdapterBuilder::finish` when the whole model \
@@ -206,6 +251,13 @@ pub enum Error {
         error: std::io::Error,
     },
 
+    /// The work was asked to stop; nothing was written.
+    #[error("{}: stopped on request; nothing was written", .path.display())]
+    Stopped {
+        /// The file or folder that was to be written.
+        path: PathBuf,
+    },
+
     /// An adapter file cannot be read as one, or contradicts itself.
     #[error("{}: {reason}", .file.display())]
     File {
@@ -247,6 +299,18 @@ pub enum Error {
         first: String,
         /// The layers of the model whose paths are nearest to it.
         nearest: Vec<String>,
+    },
+
+    /// A layer of a checkpoint has no name in the table by which the layers of an adapter were found.
+    #[error(
+        "`{tensor}` is not in the table of names for {family}, so what an adapter calls it is not known; \
+         name it in a table of your own (`NameTable::load`, `--names FILE`)"
+    )]
+    Unnamed {
+        /// The tensor.
+        tensor: String,
+        /// What the table is for, or where it came from.
+        family: String,
     },
 
     /// Parameters that cannot be saved, because they are not finite.

@@ -2,8 +2,9 @@
 
 use super::options::LoadOptions;
 use super::tensors::{Tensors, refused};
-use crate::adapter::{Warning, flat};
+use crate::adapter::{PEFT_PREFIX, Warning, flat};
 use crate::error::{Result, shown};
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -88,6 +89,59 @@ pub(super) fn refused_family(key: &str) -> Option<&'static str> {
     let named = |name: &&str| key.split('.').any(|segment| is(segment, name));
     let found = REFUSED.iter().find(|(names, _)| names.iter().any(named));
     found.map(|(_, reason)| *reason)
+}
+
+/// Segments that programs put into paths around a model: torch.compile, FSDP, activation checkpointing.
+const WRAPPERS: [&str; 3] = [
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+];
+
+/// A key without what wraps a model, and `module.` in front, of data parallel training.
+pub(super) fn unwrapped(key: &str) -> Cow<'_, str> {
+    let mut rest = key;
+    while let Some(inner) = rest.strip_prefix("module.") {
+        // The wrapper is around all of PEFT's model; elsewhere it may be a layer of that name.
+        match inner.contains(PEFT_PREFIX) {
+            true => rest = inner,
+            false => break,
+        }
+    }
+    match rest.split('.').any(|segment| WRAPPERS.contains(&segment)) {
+        false => Cow::Borrowed(rest),
+        true => {
+            let kept = rest
+                .split('.')
+                .filter(|segment| !WRAPPERS.contains(segment));
+            Cow::Owned(kept.collect::<Vec<_>>().join("."))
+        }
+    }
+}
+
+/// Roles of PEFT that carry the name of the adapter before `weight`, where it was not removed.
+const NAMED: [&str; 2] = ["oft_R", "oft_embedding_R"];
+
+/// Module and role of a key, and the name of the adapter in it.
+pub(super) fn parse_named(key: &str) -> Option<(String, &'static str, Option<&str>)> {
+    if let Some((before, name)) = key.strip_suffix(".weight").and_then(|k| k.rsplit_once('.'))
+        && NAMED
+            .iter()
+            .any(|role| before.ends_with(&format!(".{role}")))
+        && let Some((module, role)) = cut(&format!("{before}.weight"))
+    {
+        return Some((module, role, Some(name)));
+    }
+    parse(key).map(|(module, role)| (module, role, None))
+}
+
+/// Whether no segment of a key has the look of an adapter's own tensor.
+pub(super) fn plain(key: &str) -> bool {
+    !key.split('.').any(|segment| {
+        ["oft_", "dora_", "lora_", "boft_"]
+            .iter()
+            .any(|start| segment.starts_with(start))
+    })
 }
 
 /// Module and role of a key.
@@ -196,14 +250,16 @@ pub(super) fn unknown_keys(
     let count = unknown.len();
     let first = unknown[..count.min(5)].join("`, `");
     if options.allow_unknown {
-        warnings.push(Warning::new(
-            &unknown[0],
-            format!("{count} unknown keys were skipped"),
-        ));
+        let message = match count {
+            1 => "this unknown key was skipped".to_string(),
+            _ => format!("{count} unknown keys were skipped, the first are `{first}`"),
+        };
+        warnings.push(Warning::new(&unknown[0], message));
         return Ok(());
     }
-    let reason =
-        format!("{count} unexpected keys, the first are `{first}`; `allow_unknown` skips them");
+    let reason = format!(
+        "{count} unexpected keys, the first are `{first}`; `allow_unknown` (--allow-unknown) skips them"
+    );
     refused(tensors.file(), reason)
 }
 

@@ -7,7 +7,7 @@ use crate::adapter::{Stored, StoredLayer, Warning};
 use crate::config::{DoftConfig, LayerKind, Magnitude, Map};
 use crate::error::Result;
 use candle_core::{DType, Tensor};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 /// One layer as a dialect describes it.
@@ -153,6 +153,7 @@ pub(super) fn with_config(
         config,
         layers,
         extras,
+        unannounced: BTreeSet::new(),
         warnings,
         allow_partial: false,
         allow_changed_base: false,

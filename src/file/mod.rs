@@ -42,12 +42,13 @@ pub use convert::{Target, convert, convert_with};
 pub(crate) use metadata::CHECKPOINT;
 pub use options::{Divisor, LoadOptions, Rename};
 pub use read::Dialect;
-pub(crate) use tensors::{Tensors, float, instead};
+pub(crate) use tensors::{Tensors, float, instead, twice};
 pub(crate) use write::{
     Folder, filled, head, persist, raw_bytes, replace, safetensors as safetensors_bytes, temporary,
 };
+pub use write::{replace_with, save_tensors};
 
-use crate::adapter::{Adapter, AdapterBuilder, Stored, Warning};
+use crate::adapter::{Adapter, AdapterBuilder, Adapters, Stored, Warning, component_named};
 use crate::error::{Error, Result};
 use candle_core::Device;
 use std::path::Path;
@@ -134,6 +135,67 @@ pub(crate) fn write_stored(stored: &Stored, path: &Path) -> Result<Vec<Warning>>
     Ok(warnings)
 }
 
+impl Adapters {
+    /// Loads an adapter of any dialect onto the model. An adapter of that name is replaced when the new one is
+    /// whole; if it acts for all threads, the new one acts in its place and mode from then on.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Adapter::load`] and [`AdapterBuilder::finish`]; nothing has changed then. Extra tensors of
+    /// a file, such as a head, are a part of the model and cannot be swapped: [`Error::FileUnused`].
+    pub fn load(&self, name: &str, path: impl AsRef<Path>) -> Result<Adapter> {
+        self.load_with(name, path, &LoadOptions::default())
+    }
+
+    /// [`Adapters::load`] with decisions for what a file leaves open.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Adapters::load`].
+    pub fn load_with(
+        &self,
+        name: &str,
+        path: impl AsRef<Path>,
+        options: &LoadOptions,
+    ) -> Result<Adapter> {
+        let (_, stored) = read_stored(path.as_ref(), options)?;
+        self.put(name, stored)
+    }
+}
+
+/// The models of a pipeline that an adapter has layers for, by the prefixes of its modules: `denoiser`,
+/// `text_encoder`, `text_encoder_2` .., sorted; none where modules have no such prefix.
+///
+/// # Errors
+///
+/// Those of [`Adapter::load`].
+///
+/// # Examples
+///
+/// ```
+/// # use candle_core::{DType, Device, Tensor};
+/// # let folder = tempfile::tempdir().unwrap();
+/// # let path = folder.path().join("adapter.safetensors");
+/// # let theta = Tensor::zeros((2, 496), DType::F32, &Device::Cpu)?;
+/// # let names = ["lora_te1_q_proj.oft_R.weight", "lora_unet_q_proj.oft_R.weight"];
+/// # let tensors = names.map(|name| (name.to_string(), theta.clone()));
+/// # candle_core::safetensors::save(&tensors.into_iter().collect(), &path)?;
+/// use candle_doft::file::{LoadOptions, components, is_component};
+///
+/// let found = components(&path, &LoadOptions::default())?;
+/// assert_eq!(found, ["denoiser", "text_encoder"]);
+/// assert!(is_component("unet", &found[0]));
+/// # Ok::<(), candle_doft::Error>(())
+/// ```
+pub fn components(path: impl AsRef<Path>, options: &LoadOptions) -> Result<Vec<String>> {
+    Ok(read_stored(path.as_ref(), options)?.1.components())
+}
+
+/// Whether a name, such as `te1`, `unet` or that of a pipeline's folder, means a component.
+pub fn is_component(name: &str, component: &str) -> bool {
+    component_named(name) == component
+}
+
 /// Any file or folder as data.
 pub(crate) fn read_stored(path: &Path, options: &LoadOptions) -> Result<(Dialect, Stored)> {
     let (dialect, mut stored) = read::read(path, options)?;
@@ -142,6 +204,10 @@ pub(crate) fn read_stored(path: &Path, options: &LoadOptions) -> Result<(Dialect
     stored.allow_changed_base = options.allow_changed_base;
     if let Some(dropout) = options.dropout {
         stored.config.dropout = dropout;
+        for rule in &mut stored.config.rules {
+            rule.dropout = None;
+        }
+        stored.config.validate()?;
     }
     Ok((dialect, stored))
 }

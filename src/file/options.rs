@@ -52,7 +52,8 @@ impl std::str::FromStr for Divisor {
     }
 }
 
-/// The path of a model that a module of a file means, where the rules do not find it.
+/// The path of a model that a module of a file means, where the rules do not find it. For a layer that is a
+/// part of a weight: [`NameTable`](crate::merge::NameTable).
 pub type Rename = Arc<dyn Fn(&str) -> Option<String> + Send + Sync>;
 
 /// What a reader decides where a file of another tool leaves it open. Canonical files leave nothing
@@ -126,7 +127,9 @@ impl LoadOptions {
         self
     }
 
-    /// Reads one component and skips the others.
+    /// Reads one component and skips the others. A component goes by its own name (`denoiser`,
+    /// `text_encoder`, `text_encoder_2` ..), by that in adapter files (`unet`, `te1`, `te2` ..) or by that of
+    /// its folder (`transformer`); [`components`](super::components) are those of a file.
     pub fn with_component(mut self, component: impl Into<String>) -> Self {
         self.component = Some(component.into());
         self

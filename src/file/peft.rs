@@ -13,7 +13,7 @@ use crate::error::{Error, Result, shown};
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 /// The tensors of a folder, and what says how to read them.
@@ -88,7 +88,15 @@ impl Config {
         }
         let size: Option<u64> = field(file, json, "oft_block_size", "a whole number")?;
         let version = field(file, json, "peft_version", "a version such as 0.18.0")?;
-        let modules = field(file, json, "modules_to_save", "a list of names")?;
+        let modules: Option<Vec<String>> = field(file, json, "modules_to_save", "a list of names")?;
+        let task: Option<String> = field(file, json, "task_type", "the name of a task")?;
+        let mut modules = modules.unwrap_or_default();
+        // The heads that PEFT adds for these tasks without being told.
+        modules.extend(match task.as_deref() {
+            Some("SEQ_CLS" | "TOKEN_CLS") => vec!["classifier".into(), "score".into()],
+            Some("QUESTION_ANS") => vec!["qa_outputs".into()],
+            _ => Vec::new(),
+        });
         Ok(Self {
             block_share: flag("block_share", false)?,
             exact: !flag("use_cayley_neumann", true)?,
@@ -96,17 +104,19 @@ impl Config {
             last_coefficient: last_coefficient(&version.unwrap_or(String::new())),
             coft: flag("coft", false)?.then_some(eps),
             bias,
-            modules_to_save: modules.unwrap_or_default(),
+            modules_to_save: modules,
             has_block_size: size.is_some(),
         })
     }
 
-    /// Whether a key is of a module that was trained whole.
+    /// Whether a key is of a module that was trained whole, or of one inside such a module. PEFT takes
+    /// each module whose path ends with a name, in the middle of a segment too.
     fn saves(&self, key: &str) -> bool {
-        let module = key.rsplit_once('.').map_or("", |(module, _)| module);
-        self.modules_to_save.iter().any(|name| {
-            let end = module.strip_suffix(name.as_str());
-            end.is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+        let ends = key.match_indices('.').map(|(at, _)| &key[..at]);
+        let mut modules = ends.collect::<Vec<_>>().into_iter();
+        modules.any(|module| {
+            let mut names = self.modules_to_save.iter();
+            names.any(|name| module.ends_with(name.as_str()))
         })
     }
 
@@ -147,7 +157,9 @@ pub(super) fn recognises_full_matrices(found: &Found) -> bool {
 }
 
 pub(super) fn recognises(found: &Found) -> bool {
-    let rotation = |key: &str, role: &str| key.starts_with(PEFT_PREFIX) && role == "oft_R.weight";
+    let rotation = |key: &str, role: &str| {
+        keys::unwrapped(key).starts_with(PEFT_PREFIX) && role == "oft_R.weight"
+    };
     found.config.is_some()
         || found.has("oft_embedding_R.weight")
         || found.any(rotation) && !found.any(|_, role| onetrainer::is_own(role))
@@ -175,7 +187,11 @@ pub(super) fn read(found: &Found, options: &LoadOptions) -> Result<Stored> {
         }
         Some(_) => {}
     }
-    let (groups, extras) = grouped(tensors, config, options, &mut warnings)?;
+    let Grouped {
+        groups,
+        extras,
+        unannounced,
+    } = grouped(tensors, config, options, &mut warnings)?;
     let mut layers = BTreeMap::new();
     for (module, roles) in &groups {
         let group = Group {
@@ -189,49 +205,93 @@ pub(super) fn read(found: &Found, options: &LoadOptions) -> Result<Stored> {
         };
         layers.insert(module.clone(), layer);
     }
-    stored(tensors.file(), layers, extras, warnings)
+    let mut stored = stored(tensors.file(), layers, extras, warnings)?;
+    stored.unannounced = unannounced;
+    Ok(stored)
 }
 
 fn bare(module: &str) -> &str {
     module.strip_prefix(PEFT_PREFIX).unwrap_or(module)
 }
 
-type Extras = BTreeMap<String, Tensor>;
+/// The keys of a file, sorted into what they are.
+#[derive(Default)]
+struct Grouped {
+    groups: Groups,
+    extras: BTreeMap<String, Tensor>,
+    /// Extras that the configuration does not announce: true of a base that has them.
+    unannounced: BTreeSet<String>,
+}
 
 fn grouped(
     tensors: &Tensors,
     config: Option<&Config>,
     options: &LoadOptions,
     warnings: &mut Vec<Warning>,
-) -> Result<(Groups, Extras)> {
-    let (mut groups, mut extras) = (Groups::new(), Extras::new());
+) -> Result<Grouped> {
+    let mut found = Grouped::default();
     let mut unknown = Vec::new();
+    let mut names = BTreeSet::new();
     let bias = config.is_some_and(|config| config.bias != "none");
     for key in tensors.names() {
-        let extra = match keys::parse(key) {
-            Some((module, role)) if role.starts_with("oft_") => {
+        let clean = keys::unwrapped(key);
+        let clean = clean.as_ref();
+        let (extra, announced) = match keys::parse_named(clean) {
+            Some((module, role, name)) if role.starts_with("oft_") => {
+                names.extend(name.map(str::to_string));
                 let module = bare(&module).to_string();
-                keys::insert(tensors.file(), &mut groups, (module, role), key)?;
+                keys::insert(tensors.file(), &mut found.groups, (module, role), key)?;
                 continue;
             }
-            Some((module, "base_layer.weight")) => format!("{}.weight", bare(&module)),
-            Some((module, "base_layer.bias")) if bias => format!("{}.bias", bare(&module)),
-            _ if bias && key.ends_with("bias") || config.is_some_and(|c| c.saves(bare(key))) => {
-                let name = bare(key).replace(".base_layer.", ".");
-                name.replace(".modules_to_save.", ".")
+            Some((module, "base_layer.weight", _)) => (format!("{}.weight", bare(&module)), true),
+            Some((module, "base_layer.bias", _)) if bias => {
+                (format!("{}.bias", bare(&module)), true)
             }
             _ => {
-                unknown.push(shown(key));
-                continue;
+                let name = saved(bare(clean));
+                let announced = bias && name.ends_with("bias")
+                    || config.is_some_and(|config| config.saves(&name));
+                // PEFT saves whole embeddings of its own accord, among others.
+                let other = clean.starts_with(PEFT_PREFIX) && keys::plain(clean);
+                if !announced && !other {
+                    unknown.push(shown(key));
+                    continue;
+                }
+                (name, announced)
             }
         };
-        if extras.insert(extra, tensors.read(key)?).is_some() {
+        if !announced {
+            let message =
+                "the configuration does not announce this whole tensor; it replaces the base's";
+            warnings.push(Warning::new(&extra, message));
+            found.unannounced.insert(extra.clone());
+        }
+        if found.extras.insert(extra, tensors.read(key)?).is_some() {
             let reason = format!("`{}` and another key are the same tensor", shown(key));
             return refused(tensors.file(), reason);
         }
     }
+    if names.len() > 1 {
+        let names: Vec<String> = names.iter().map(|name| shown(name)).collect();
+        let reason = format!(
+            "it holds the adapters `{}` together; save one of them with `save_pretrained`",
+            names.join("`, `")
+        );
+        return refused(tensors.file(), reason);
+    }
     unknown_keys(tensors, unknown, options, warnings)?;
-    Ok((groups, extras))
+    Ok(found)
+}
+
+/// The name in the base of a tensor that was trained whole: without the layer that PEFT puts around it.
+fn saved(name: &str) -> String {
+    let name = name.replace(".base_layer.", ".");
+    let Some((before, after)) = name.split_once(".modules_to_save.") else {
+        return name;
+    };
+    // The name of the adapter, where it was not removed.
+    let after = after.strip_prefix("default.").unwrap_or(after);
+    format!("{before}.{after}")
 }
 
 fn packed_rows(

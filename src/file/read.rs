@@ -82,7 +82,8 @@ impl Found<'_> {
         let names = self.tensors.names().into_iter();
         // What an extra tensor is called is its own business.
         let names = names.filter(|key| !key.starts_with(keys::EXTRA));
-        let mut roles = names.filter_map(|key| Some((key, keys::parse(key)?.1)));
+        let role = |key| keys::parse_named(key).map(|(_, role, _)| role);
+        let mut roles = names.filter_map(|key| Some((key, role(key)?)));
         roles.any(|(key, role)| is(key, role))
     }
 }
@@ -112,11 +113,16 @@ pub(super) fn read(path: &Path, options: &LoadOptions) -> Result<(Dialect, Store
     }
     let names = found.tensors.names();
     // A config beside a file of another tool is none of its business.
-    let of_peft = names.iter().any(|name| name.starts_with(PEFT_PREFIX));
+    let of_peft = names
+        .iter()
+        .any(|name| keys::unwrapped(name).starts_with(PEFT_PREFIX));
     if folder || of_peft && !canonical::recognises(&found) {
         found.config = config?;
     }
-    refuse_families(&found)?;
+    // What a path of this crate's own files is called is its own business too.
+    if !canonical::recognises(&found) {
+        refuse_families(&found)?;
+    }
     if let Some(reader) = READERS.iter().find(|reader| (reader.recognises)(&found)) {
         return Ok((reader.dialect, (reader.read)(&found, options)?));
     }

@@ -4,7 +4,9 @@ use crate::error::{Error, Result, shown};
 use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::{Metadata, TensorView};
 use safetensors::{Dtype, SafeTensors};
-use std::collections::{BTreeMap, HashMap};
+use serde::Deserializer as _;
+use serde::de::{IgnoredAny, MapAccess, Visitor};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 
 /// What a file that should be safetensors is instead, where its first bytes tell.
@@ -72,6 +74,10 @@ pub(crate) struct Tensors<'a> {
 
 impl<'a> Tensors<'a> {
     pub(crate) fn new(file: &'a Path, bytes: &'a [u8]) -> Result<Self> {
+        if let Some(name) = header_of(bytes).and_then(twice) {
+            let reason = format!("its header has `{}` twice", shown(&name));
+            return refused(file, reason);
+        }
         let read = || -> std::result::Result<(Metadata, SafeTensors<'a>), _> {
             let (_, metadata) = SafeTensors::read_metadata(bytes)?;
             Ok::<_, safetensors::SafeTensorError>((metadata, SafeTensors::deserialize(bytes)?))
@@ -172,6 +178,42 @@ impl<'a> Tensors<'a> {
             fix: "the file is damaged or not an adapter",
         })
     }
+}
+
+/// The header of a file, where it is whole.
+fn header_of(bytes: &[u8]) -> Option<&[u8]> {
+    let length = u64::from_le_bytes(bytes.get(..8)?.try_into().ok()?);
+    bytes.get(8..usize::try_from(length).ok()?.checked_add(8)?)
+}
+
+/// A name that a header has more than once. Readers take one of the two, and not all the same.
+pub(crate) fn twice(header: &[u8]) -> Option<String> {
+    struct Names;
+
+    impl<'de> Visitor<'de> for Names {
+        type Value = Option<String>;
+
+        fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+            f.write_str("a JSON object")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+            let mut names = BTreeSet::new();
+            let mut found = None;
+            while let Some((name, _)) = map.next_entry::<String, IgnoredAny>()? {
+                if names.contains(&name) {
+                    found.get_or_insert(name);
+                } else {
+                    names.insert(name);
+                }
+            }
+            Ok(found)
+        }
+    }
+
+    // What is no JSON is told by the reader of the header itself.
+    let mut json = serde_json::Deserializer::from_slice(header);
+    json.deserialize_map(Names).ok().flatten()
 }
 
 /// The first value that is a NaN or an infinity.

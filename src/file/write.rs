@@ -5,7 +5,8 @@ use candle_core::{DType, Tensor};
 use safetensors::Dtype;
 use serde_json::Value;
 use std::collections::BTreeMap;
-use std::io::Write;
+use std::fs::File;
+use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use tempfile::NamedTempFile;
 
@@ -14,26 +15,109 @@ pub(crate) fn safetensors(
     tensors: &BTreeMap<String, Tensor>,
     metadata: &BTreeMap<String, String>,
 ) -> Result<Vec<u8>> {
+    let (mut bytes, order) = layout(tensors, metadata);
+    for tensor in order {
+        append(tensor, &mut bytes)?;
+    }
+    Ok(bytes)
+}
+
+/// The head of a file, and its tensors in the order of their data.
+fn layout<'a>(
+    tensors: &'a BTreeMap<String, Tensor>,
+    metadata: &BTreeMap<String, String>,
+) -> (Vec<u8>, Vec<&'a Tensor>) {
     let mut order: Vec<(&String, &Tensor)> = tensors.iter().collect();
     order.sort_by_key(|(_, tensor)| std::cmp::Reverse(tensor.dtype().size_in_bytes()));
     let mut header = vec![format!(
         r#""__metadata__":{}"#,
         Value::from_iter(metadata.clone())
     )];
-    let mut data = Vec::new();
-    for (name, tensor) in order {
-        let start = data.len();
-        append(tensor, &mut data)?;
+    let mut start = 0;
+    for (name, tensor) in &order {
+        let end = start + tensor.elem_count() * tensor.dtype().size_in_bytes();
         let dtype = Dtype::from(tensor.dtype());
         let (name, shape) = (Value::from(name.as_str()), Value::from(tensor.dims()));
-        let end = data.len();
         header.push(format!(
             r#"{name}:{{"dtype":"{dtype}","shape":{shape},"data_offsets":[{start},{end}]}}"#
         ));
+        start = end;
     }
-    let mut bytes = head(&format!("{{{}}}", header.join(",")));
-    bytes.append(&mut data);
-    Ok(bytes)
+    let bytes = head(&format!("{{{}}}", header.join(",")));
+    (bytes, order.into_iter().map(|(_, tensor)| tensor).collect())
+}
+
+/// Writes float tensors to a safetensors file, one after the other: memory stays within the largest of them. The
+/// file appears under its name when it is whole, as with [`replace_with`].
+///
+/// # Errors
+///
+/// [`Error::Io`] if the file cannot be written, [`Error::DType`] for a tensor that is not f64, f32, f16 or
+/// bf16.
+///
+/// # Examples
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_doft::file::save_tensors;
+/// # let folder = tempfile::tempdir().unwrap();
+/// # let path = folder.path().join("model.safetensors");
+///
+/// let tensors = [("head.weight".to_string(), Tensor::ones((2, 3), DType::F32, &Device::Cpu)?)].into();
+/// save_tensors(&path, &tensors, &[("format".to_string(), "pt".to_string())].into())?;
+/// assert_eq!(candle_core::safetensors::load(&path, &Device::Cpu)?.len(), 1);
+/// # Ok::<(), candle_doft::Error>(())
+/// ```
+pub fn save_tensors(
+    path: impl AsRef<Path>,
+    tensors: &BTreeMap<String, Tensor>,
+    metadata: &BTreeMap<String, String>,
+) -> Result<()> {
+    let path = path.as_ref();
+    let (start, order) = layout(tensors, metadata);
+    replace_with(path, |out| {
+        let failed = Error::io(path);
+        out.write_all(&start).map_err(failed)?;
+        for tensor in order {
+            out.write_all(&raw_bytes(tensor)?).map_err(failed)?;
+        }
+        Ok(())
+    })
+}
+
+/// Replaces the file at `path` by what `content` writes: through a temporary file beside it, so that a reader finds
+/// the old file or the new one, and the old one stays on any error. A link at `path` is replaced, not
+/// followed. Temporary files of processes that were killed, told by their lock, are removed.
+///
+/// # Errors
+///
+/// That of `content`, and [`Error::Io`].
+///
+/// # Examples
+///
+/// ```
+/// # let folder = tempfile::tempdir().unwrap();
+/// # let path = folder.path().join("notes.txt");
+/// use candle_doft::{Error, file::replace_with};
+/// use std::io::Write;
+///
+/// replace_with(&path, |out| out.write_all(b"whole").map_err(candle_core::Error::wrap))?;
+/// assert_eq!(std::fs::read(&path).unwrap(), b"whole");
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn replace_with<E: From<Error>>(
+    path: impl AsRef<Path>,
+    content: impl FnOnce(&mut BufWriter<&mut File>) -> Result<(), E>,
+) -> Result<(), E> {
+    let path = path.as_ref();
+    let failed = Error::io(path);
+    let mut file = temporary(path)?;
+    let mut out = BufWriter::with_capacity(1 << 20, file.as_file_mut());
+    content(&mut out)?;
+    out.flush().map_err(failed)?;
+    drop(out);
+    file.as_file().sync_all().map_err(failed)?;
+    Ok(persist(file, path)?)
 }
 
 /// The length of a header and the header, so that the data begins at a multiple of 8.
@@ -108,12 +192,45 @@ pub(crate) fn temporary(path: &Path) -> Result<NamedTempFile> {
         let error = std::io::Error::new(std::io::ErrorKind::NotFound, text);
         return Err(Error::io(path)(error));
     }
+    remove_stale(home);
     let mut builder = tempfile::Builder::new();
-    builder.prefix(".doft").suffix(".tmp");
+    builder.prefix(PREFIX).suffix(SUFFIX);
     // A temporary file is readable by its owner alone; an adapter is as open as any other file.
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    builder.tempfile_in(home).map_err(Error::io(path))
+    loop {
+        let file = builder.tempfile_in(home).map_err(Error::io(path))?;
+        // The lock says that someone still writes it. Where there are no locks, nothing is removed.
+        file.as_file().try_lock().ok();
+        // Another process may have taken it for stale before the lock.
+        if file.path().exists() {
+            return Ok(file);
+        }
+    }
+}
+
+/// What the names of temporary files begin and end with.
+const PREFIX: &str = ".doft";
+const SUFFIX: &str = ".tmp";
+
+/// Removes temporary files that a killed process left behind. One that is being written is locked.
+fn remove_stale(folder: &Path) {
+    let Ok(entries) = std::fs::read_dir(folder) else {
+        return;
+    };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if !(name.starts_with(PREFIX) && name.ends_with(SUFFIX)) {
+            continue;
+        }
+        let path = entry.path();
+        if let Ok(file) = std::fs::OpenOptions::new().write(true).open(&path)
+            && file.try_lock().is_ok()
+        {
+            std::fs::remove_file(&path).ok();
+        }
+    }
 }
 
 /// Renames a file that is on disk to `path`.

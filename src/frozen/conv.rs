@@ -58,12 +58,25 @@ fn check_input(
         (true, _) => return refuse(format!("(N, {channels}, L)")),
         (false, _) => return refuse(format!("(N, {channels}, H, W)")),
     };
-    match geometry.output(height, width) {
-        _ if height * width == 0 => refuse("no empty axis but the first".to_string()),
-        Some(_) => Ok(()),
-        None => refuse(format!(
-            "room for a kernel of {:?} with dilation {:?} and padding {:?}",
-            geometry.kernel, geometry.dilation, geometry.padding
+    if height * width == 0 {
+        return refuse("no empty axis but the first".to_string());
+    }
+    let Geometry {
+        stride,
+        padding,
+        dilation,
+        ..
+    } = *geometry;
+    if geometry.output(height, width).is_none() {
+        return refuse(format!(
+            "room for a kernel of {:?} with dilation {dilation:?} and padding {padding:?}",
+            geometry.kernel
+        ));
+    }
+    match geometry.fits(&[x.dims()[0], channels, height, width], kernel[0]) {
+        true => Ok(()),
+        false => refuse(format!(
+            "an answer that memory can hold, with stride {stride:?} and padding {padding:?}"
         )),
     }
 }

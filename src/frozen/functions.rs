@@ -225,7 +225,7 @@ fn turned(x: &Tensor, rope: Rope) -> Result<Tensor> {
 /// Query `i` of `T` sees the keys `0 ..= S - T + i`, so that the last query sees them all, with a
 /// cache of earlier keys or without. Query head `h` uses the keys of head `h / (H / G)`.
 ///
-/// Kept for the backward pass are q, k, v, the output and one number for each row, never the scores.
+/// Kept for the backward pass are q, k, v, the output and two numbers for each row, never the scores.
 ///
 /// # Shapes
 ///
@@ -423,14 +423,19 @@ fn check_attention(
     }
     let fits = match (q.dims(), k.dims()) {
         (&[b, h, t, d], &[kb, g, s, kd]) => {
-            let enough = s >= t || !causal;
+            // Without a key there is nothing to take a mean of.
+            let enough = if causal { s >= t } else { s > 0 || t == 0 };
             b == kb && d == kd && d > 0 && g > 0 && h > 0 && h % g == 0 && enough
         }
         _ => false,
     };
     if !fits || k.dims() != v.dims() {
         let found = format!("{:?}, {:?}, {:?}", q.dims(), k.dims(), v.dims());
-        let least = if causal { ", S at least T" } else { "" };
+        let least = if causal {
+            ", S at least T"
+        } else {
+            ", S at least 1"
+        };
         let expected = format!("(B, H, T, d), (B, G, S, d) twice, G a divisor of H{least}");
         return refuse(name, "the shapes of q, k and v", found, expected);
     }

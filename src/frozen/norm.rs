@@ -15,7 +15,8 @@ use candle_nn::{Module, VarBuilder};
 /// ```
 ///
 /// candle's own has no backward on contiguous input: it cuts the graph without a word. This one keeps
-/// x alone, and makes no gradient for `w`. Half types are computed in f32.
+/// x alone, and makes no gradient for `w`. Half types are computed in f32; rows whose squares leave the
+/// range of that, such as rows of 1e19, are scaled first.
 ///
 /// # Shapes
 ///

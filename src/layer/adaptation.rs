@@ -1,6 +1,6 @@
 //! [`Adaptation`]: the adapter of one layer. Its parameters, and what they are in one pass.
 
-use super::mode::{Active, Control, Factors, Pass, Ratio};
+use super::mode::{Factors, Pass};
 use crate::config::{BlockLayout, DoftConfig, LayerKind};
 use crate::error::{Error, Result};
 use crate::frozen::Base;
@@ -9,8 +9,8 @@ use crate::rng::SplitMix64;
 use crate::rotation;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 
 /// The adapter of one layer. Layers hold it in an `Arc`, so that clones train the same parameters.
 #[derive(Debug)]
@@ -24,7 +24,6 @@ pub(crate) struct Adaptation {
     dropout: f64,
     seed: u64,
     params: Params,
-    control: Arc<Control>,
     /// Row norms of a base that can be set, until a pass has found them unchanged.
     unverified: Mutex<Option<Tensor>>,
     /// Training step, and training passes since it began: what dropout masks are made from.
@@ -32,18 +31,16 @@ pub(crate) struct Adaptation {
     passes: AtomicU64,
 }
 
-static NEXT_ID: AtomicU64 = AtomicU64::new(0);
-
 impl Adaptation {
     /// Fits the configuration to `base`, which was checked, and gets the parameters from `vb`, whose
     /// prefix is the layer's path. `norms` are the row norms of the base, where they are known already.
     pub(crate) fn new(
+        id: u64,
         kind: LayerKind,
         base: &Base,
         config: &DoftConfig,
         norms: Option<Tensor>,
         vb: VarBuilder,
-        control: Arc<Control>,
     ) -> Result<Self> {
         let path = vb.prefix();
         let given = norms.is_some();
@@ -62,7 +59,7 @@ impl Adaptation {
         let name = names::rotation(kind);
         let params = Params::new(&layout, config.magnitude_of(kind), norms, name, vb)?;
         Ok(Self {
-            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+            id,
             path,
             kind,
             shape: base.shape.to_vec(),
@@ -71,14 +68,13 @@ impl Adaptation {
             dropout: config.dropout,
             seed: config.seed,
             params,
-            control,
             unverified: Mutex::new(unverified),
             step: AtomicU64::new(0),
             passes: AtomicU64::new(0),
         })
     }
 
-    /// Tells layers apart in a snapshot.
+    /// The id of its layer.
     pub(crate) fn id(&self) -> u64 {
         self.id
     }
@@ -124,30 +120,15 @@ impl Adaptation {
         })
     }
 
-    /// What acts in one pass, or none when the adapter is off. In `Mode::Eval` there is neither graph
-    /// nor dropout.
-    pub(crate) fn pass(&self) -> Result<Option<Pass<'_>>> {
-        let held = match self.control.active() {
-            Active::Off => return Ok(None),
-            Active::Train => None,
-            // A snapshot has every layer of its adapter: none is added to a complete one.
-            Active::Eval(snapshot) => match snapshot.get(&self.id) {
-                Some(factors) => Some(factors.clone()),
-                None => Some(self.factors()?),
-            },
-        };
-        if let Some(Factors { r, ratio }) = held {
-            let ratio = Ratio::Held(ratio);
-            return Ok(Some(Pass { r, ratio }));
-        }
+    /// What acts in a pass of training: a part of the graph, with dropout.
+    pub(crate) fn training(&self) -> Result<Pass<'_>> {
         let r = self.rotation()?;
         let r = if self.dropout > 0. {
             self.drop_blocks(&r)?
         } else {
             r
         };
-        let ratio = Ratio::Made(&self.params);
-        Ok(Some(Pass { r, ratio }))
+        Ok(Pass::made(r, &self.params))
     }
 
     /// Checks, once, that the values of the base are those that the layer was built over: candle's models
@@ -200,7 +181,8 @@ impl Adaptation {
     }
 }
 
-fn check_finite(layer: &str, norms: &Tensor) -> Result<()> {
+/// Returns an error for a base weight with a row whose norm is no number.
+pub(crate) fn check_finite(layer: &str, norms: &Tensor) -> Result<()> {
     let norms: Vec<f64> = norms
         .to_device(&Device::Cpu)?
         .to_dtype(DType::F64)?

@@ -1,7 +1,8 @@
 //! [`Doft`]: what every adapted layer has in common, written once.
 
 use super::Adaptation;
-use super::mode::{Control, Pass};
+use super::mixed::{self, Group};
+use super::mode::{Active, Control, Pass};
 use crate::config::{BlockLayout, DoftConfig, LayerKind};
 use crate::error::{Error, Result};
 use crate::frozen::Frozen;
@@ -9,10 +10,11 @@ use crate::rotation;
 use candle_core::Tensor;
 use candle_nn::{Module, VarBuilder};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A frozen layer that can be adapted: what it computes, and nothing else. Sealed; users meet the
 /// layers by their names, such as [`DoftLinear`](crate::DoftLinear).
-pub trait Adaptable: Frozen + Clone {
+pub trait Adaptable: Frozen + Clone + Send + Sync + 'static {
     /// The kind, by which files and configurations know the layer.
     const KIND: LayerKind;
 
@@ -22,8 +24,23 @@ pub trait Adaptable: Frozen + Clone {
     /// Runs the layer with a rotation and a ratio.
     fn adapted(&self, path: &str, x: &Tensor, pass: Pass) -> candle_core::Result<Tensor>;
 
+    /// Runs the layer with factors for each group of rows. Once per group, unless a kind can do better.
+    fn mixed(&self, path: &str, x: &Tensor, groups: &[Group]) -> candle_core::Result<Tensor> {
+        mixed::each(x, groups, |x, factors| match factors {
+            Some(factors) => self.adapted(path, x, Pass::held(factors)),
+            None => self.run(path, x),
+        })
+    }
+
     /// candle's layer over `weight`, with the bias and settings of this one.
     fn with_weight(&self, weight: Tensor) -> Self::Candle;
+}
+
+static NEXT_ID: AtomicU64 = AtomicU64::new(0);
+
+/// An id that no layer has.
+pub(crate) fn next_id() -> u64 {
+    NEXT_ID.fetch_add(1, Ordering::Relaxed)
 }
 
 /// A frozen layer `F`, its rows rotated and scaled. Its names are [`DoftLinear`](crate::DoftLinear),
@@ -36,6 +53,8 @@ pub trait Adaptable: Frozen + Clone {
 /// [`Mode::Train`](crate::Mode::Train).
 #[derive(Clone, Debug)]
 pub struct Doft<F> {
+    /// Tells the layers of a model apart.
+    id: u64,
     path: Arc<str>,
     base: F,
     control: Arc<Control>,
@@ -43,7 +62,8 @@ pub struct Doft<F> {
 }
 
 impl<F: Adaptable> Doft<F> {
-    /// Wraps `base`. Parameters are taken from `vb` under the names of adapter files
+    /// Wraps `base`, to stand alone: it is always in [`Mode::Train`](crate::Mode::Train), so with dropout it always
+    /// drops blocks. Parameters are taken from `vb` under the names of adapter files
     /// (`oft_R.weight`, `dora_log_multiplier`, ..); the prefix of `vb` is the layer's path.
     ///
     /// # Errors
@@ -53,41 +73,34 @@ impl<F: Adaptable> Doft<F> {
     /// [`DoftConfig::layout`]), or `vb` holds a parameter of another shape.
     pub fn new(base: impl Into<F>, config: &DoftConfig, vb: VarBuilder) -> Result<Self> {
         let base = base.into();
-        base.check_base(&vb.prefix())?;
-        Self::with_control(base, config, None, vb, Control::complete())
-    }
-
-    /// The layer with an adapter around `base`, which was checked; parameters come from `vb`. `norms`
-    /// are the row norms of the weight, where they are known already.
-    pub(crate) fn with_control(
-        base: F,
-        config: &DoftConfig,
-        norms: Option<Tensor>,
-        vb: VarBuilder,
-        control: Arc<Control>,
-    ) -> Result<Self> {
-        let of_base = base.as_base();
-        let adaptation = Adaptation::new(F::KIND, &of_base, config, norms, vb, control.clone())?;
-        Ok(Self {
-            path: adaptation.path().into(),
+        let path = vb.prefix();
+        base.check_base(&path)?;
+        let id = next_id();
+        let adaptation = Adaptation::new(id, F::KIND, &base.as_base(), config, None, vb)?;
+        Ok(Self::from_parts(
+            id,
+            &path,
             base,
-            control,
-            adaptation: Some(Arc::new(adaptation)),
-        })
+            Some(Arc::new(adaptation)),
+            Control::complete(),
+        ))
     }
 
-    /// The plain frozen layer.
-    pub(crate) fn plain(path: &str, base: F, control: Arc<Control>) -> Self {
+    /// The layer of a model, with the adapter that it is built with.
+    pub(crate) fn from_parts(
+        id: u64,
+        path: &str,
+        base: F,
+        adaptation: Option<Arc<Adaptation>>,
+        control: Arc<Control>,
+    ) -> Self {
         Self {
+            id,
             path: path.into(),
             base,
             control,
-            adaptation: None,
+            adaptation,
         }
-    }
-
-    pub(crate) fn adaptation(&self) -> Option<&Arc<Adaptation>> {
-        self.adaptation.as_ref()
     }
 
     fn required(&self) -> Result<&Adaptation> {
@@ -147,9 +160,13 @@ impl<F: Adaptable> Doft<F> {
     ///
     /// Those of candle's operations.
     pub fn effective_weight(&self) -> Result<Tensor> {
-        let weight = self.base.as_base().tensor()?;
+        let base = self.base.as_base();
+        let weight = base.tensor()?;
         match &self.adaptation {
-            Some(adaptation) => adaptation.effective_weight(&weight),
+            Some(adaptation) => {
+                adaptation.check_unchanged(&base)?;
+                adaptation.effective_weight(&weight)
+            }
             None => Ok(weight),
         }
     }
@@ -165,25 +182,45 @@ impl<F: Adaptable> Doft<F> {
 }
 
 impl<F: Adaptable> Module for Doft<F> {
-    /// Runs the layer in the [`Mode`](crate::Mode) of its adapter.
+    /// Runs the layer as the adapter that acts in this thread says.
     ///
     /// # Errors
     ///
     /// * If the input does not have the shape, dtype or device that the layer takes.
     /// * [`Error::Unfinished`] before [`AdapterBuilder::finish`](crate::AdapterBuilder::finish).
-    /// * [`Error::BaseChanged`] if the base is a variable that was set after the layer was built.
+    /// * [`Error::BaseChanged`] if the base is a variable that was set between building and the first pass.
+    /// * [`Error::Rows`] under [`Adapters::rows`](crate::Adapters::rows), for an input with another number of
+    ///   rows or a graph.
     fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         self.control.check_complete(&self.path)?;
-        let pass = match &self.adaptation {
-            Some(adaptation) => {
-                adaptation.check_unchanged(&self.base.as_base())?;
-                adaptation.pass()?
+        let check = |adaptation: &Adaptation| adaptation.check_unchanged(&self.base.as_base());
+        if let Some(own) = &self.adaptation {
+            check(own)?;
+        }
+        match self.control.active() {
+            Active::Train => match &self.adaptation {
+                Some(own) => self.base.adapted(&self.path, x, own.training()?),
+                None => self.base.run(&self.path, x),
+            },
+            Active::Beside(beside) => match beside.layers.get(&self.id) {
+                Some(other) => {
+                    check(other)?;
+                    self.base.adapted(&self.path, x, other.training()?)
+                }
+                None => self.base.run(&self.path, x),
+            },
+            Active::Eval(pin) => match pin.layers.get(&self.id) {
+                Some(factors) => {
+                    let pass = Pass::held(factors);
+                    self.base.adapted(&self.path, x, pass)
+                }
+                None => self.base.run(&self.path, x),
+            },
+            Active::Rows(rows) => {
+                let groups = rows.groups(&self.path, self.id, x)?;
+                mixed::run(&self.base, &self.path, x, &groups)
             }
-            None => None,
-        };
-        match pass {
-            Some(pass) => self.base.adapted(&self.path, x, pass),
-            None => self.base.run(&self.path, x),
+            Active::Off => self.base.run(&self.path, x),
         }
     }
 }

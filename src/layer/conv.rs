@@ -16,7 +16,7 @@ use candle_core::Tensor;
 /// with `W_flat` `(out, in/groups * kh * kw)`, the kernel as a matrix of patches: a block of `R` turns
 /// neighbouring entries of a patch. Stride, padding, dilation and groups stay those of the base; the
 /// groups share `R`. A new layer answers what its base answers; on CPU in f32 and f64 without groups
-/// also what candle answers, bit for bit.
+/// also what candle answers, bit for bit, for inputs of any strides.
 ///
 /// Modes and the meaning of "not adapted" are those of [`DoftLinear`](crate::DoftLinear).
 ///

@@ -1,6 +1,7 @@
 //! [`DoftLinear`]: a frozen linear layer with a rotated input side and scaled outputs.
 
 use super::adapted::{Adaptable, Doft};
+use super::mixed::{self, Group};
 use super::mode::Pass;
 use crate::config::LayerKind;
 use crate::frozen::{self, Base, Frozen};
@@ -16,7 +17,9 @@ use candle_core::Tensor;
 /// that is, a linear layer of weight `diag(m / n0) W blockdiag(R)^T`. `W` and the bias are frozen;
 /// `R` comes from the packed parameter (see [`rotation`](crate::rotation)), `m` from the magnitude
 /// (see [`Magnitude`](crate::Magnitude)). Because a rotation keeps norms, `n0 = ||W_row||` is taken
-/// once, when the layer is made. A new layer answers what its base answers, bit for bit on CPU.
+/// once, when the layer is made. A new layer answers what its base answers, bit for bit on CPU, also to
+/// views of any strides. In f32 and f64 that is what candle's layer answers; to a view, what it answers to
+/// a contiguous copy of it, for over other strides candle adds in another order.
 ///
 /// Clones share parameters. A layer outside the targets of an [`Adapter`](crate::Adapter) is the plain
 /// frozen layer: [`DoftLinear::is_adapted`] is false. It runs as the [`Mode`](crate::Mode) of its adapter
@@ -65,6 +68,34 @@ impl Adaptable for frozen::Linear {
         let ratio = pass.ratio()?;
         let Base { weight, bias, .. } = self.as_base();
         ops::linear::doft(x, &pass.r, ratio.as_ref(), weight, bias)
+    }
+
+    // The product is the same for all rows: only what is before and behind it differs.
+    fn mixed(&self, path: &str, x: &Tensor, groups: &[Group]) -> candle_core::Result<Tensor> {
+        self.check(path, x)?;
+        let Base { weight, bias, .. } = self.as_base();
+        let turned = mixed::each(x, groups, |x, factors| match factors {
+            Some(factors) => ops::linear::rotated(x, &factors.r),
+            None => ops::linear::in_computed(x),
+        })?;
+        let y = ops::linear::frozen(&turned, weight, None)?;
+        let ratios = groups
+            .iter()
+            .any(|g| g.factors.is_some_and(|f| f.ratio.is_some()));
+        let y = match ratios {
+            false => y,
+            true => mixed::each(&y, groups, |y, factors| {
+                match factors.and_then(|f| f.ratio.as_ref()) {
+                    Some(ratio) => y.broadcast_mul(&ratio.to_dtype(y.dtype())?),
+                    None => Ok(y.clone()),
+                }
+            })?,
+        };
+        let y = match bias {
+            Some(bias) => y.broadcast_add(&bias.to_dtype(y.dtype())?)?,
+            None => y,
+        };
+        y.to_dtype(x.dtype())
     }
 
     fn with_weight(&self, weight: Tensor) -> candle_nn::Linear {

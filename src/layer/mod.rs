@@ -13,13 +13,15 @@ mod adapted;
 mod conv;
 mod embedding;
 mod linear;
+mod mixed;
 mod mode;
 
-pub(crate) use adaptation::Adaptation;
-pub(crate) use adapted::Adaptable;
+pub(crate) use adaptation::{Adaptation, check_finite};
 pub use adapted::Doft;
+pub(crate) use adapted::{Adaptable, next_id};
 pub use conv::{DoftConv1d, DoftConv2d};
 pub use embedding::DoftEmbedding;
 pub use linear::DoftLinear;
-pub(crate) use mode::{Active, Control};
+pub(crate) use mixed::Rows;
+pub(crate) use mode::{Active, Beside, Control, Pin};
 pub use mode::{Mode, Scope};

@@ -1,5 +1,7 @@
 //! [`Mode`]: how the layers of an adapter run, for all threads or inside a scope of one.
 
+use super::Adaptation;
+use super::mixed::Rows;
 use crate::error::{Error, Result};
 use crate::params::Params;
 use candle_core::Tensor;
@@ -13,15 +15,18 @@ use std::sync::{Arc, PoisonError, RwLock};
 /// [`Module::forward`](candle_nn::Module::forward) and
 /// [`ModuleT::forward_t`](candle_nn::ModuleT::forward_t) both obey it, and the `train` flag of
 /// `forward_t` has no effect, because candle's blanket implementation drops it.
+///
+/// Extra tensors, such as a new head, are not affected: they stay in the graph and keep their trained values
+/// in every mode.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mode {
     /// Rotations and magnitudes are part of the graph, and dropout acts. The mode of a new adapter,
     /// and of one that was loaded.
     #[default]
     Train,
-    /// Rotations and ratios are constants, taken when the mode is entered. There is no graph, no
-    /// dropout, and no rotation is rebuilt for each call. A step of an optimizer is not seen until
-    /// the mode is entered again.
+    /// Rotations and ratios are constants: there is no dropout, and no graph of the layers. Entering the mode makes
+    /// every rotation once, so put a whole loop inside, or keep a [`Scope`]. A step of an optimizer is
+    /// not seen until the mode is entered again.
     Eval,
     /// Each layer returns what its frozen base returns.
     Off,
@@ -34,30 +39,37 @@ pub(crate) struct Factors {
     pub(crate) ratio: Option<Tensor>,
 }
 
-/// The factors of all layers at one moment, by [`Adaptation::id`](super::Adaptation::id).
-pub(crate) type Snapshot = HashMap<u64, Factors>;
+/// The factors of the layers of one adapter at one moment, by the id of the layer.
+#[derive(Debug)]
+pub(crate) struct Pin {
+    /// Which adapter.
+    pub(crate) adapter: u64,
+    pub(crate) layers: HashMap<u64, Factors>,
+}
 
-/// A [`Mode`] with what it needs.
+/// An adapter that is not the one its model was built with, by the id of the layer.
+#[derive(Debug)]
+pub(crate) struct Beside {
+    /// Which adapter.
+    pub(crate) adapter: u64,
+    pub(crate) layers: HashMap<u64, Arc<Adaptation>>,
+}
+
+/// What the layers of a model run under.
 #[derive(Clone, Debug, Default)]
 pub(crate) enum Active {
+    /// In training, the adapter that the model was built with, which its layers hold themselves.
     #[default]
     Train,
-    Eval(Arc<Snapshot>),
+    /// In training, another one.
+    Beside(Arc<Beside>),
+    Eval(Arc<Pin>),
+    Rows(Arc<Rows>),
     Off,
 }
 
-impl Active {
-    pub(crate) fn mode(&self) -> Mode {
-        match self {
-            Self::Train => Mode::Train,
-            Self::Eval(_) => Mode::Eval,
-            Self::Off => Mode::Off,
-        }
-    }
-}
-
-/// What all layers of one adapter share: whether their model is complete, and the mode of threads
-/// that are in no scope.
+/// What all layers of one model share: whether it is complete, and what threads run under that are in no
+/// scope.
 #[derive(Debug, Default)]
 pub(crate) struct Control {
     complete: AtomicBool,
@@ -103,10 +115,13 @@ impl Control {
             scope.map(|scope| scope.active.clone())
         });
         // A panic elsewhere leaves the mode whole, so a poisoned lock is still good.
-        scoped.unwrap_or_else(|| {
-            let active = self.active.read().unwrap_or_else(PoisonError::into_inner);
-            active.clone()
-        })
+        scoped.unwrap_or_else(|| self.of_all())
+    }
+
+    /// What acts in threads that are in no scope.
+    pub(crate) fn of_all(&self) -> Active {
+        let active = self.active.read().unwrap_or_else(PoisonError::into_inner);
+        active.clone()
     }
 
     pub(crate) fn set(&self, active: Active) {
@@ -114,9 +129,10 @@ impl Control {
     }
 }
 
-/// A mode of an adapter, ready to be entered by any thread. [`Mode::Eval`] keeps the values that the
-/// adapter had when the scope was made, however long that is. Made by
-/// [`Adapter::scope`](crate::Adapter::scope).
+/// What the layers of a model run under, ready to be entered by any thread: an adapter in a [`Mode`]
+/// ([`Adapter::scope`](crate::Adapter::scope)), or one for each row of a batch
+/// ([`Adapters::rows`](crate::Adapters::rows)). Outside training it keeps the values that the adapters had when
+/// it was made, however long that is.
 #[derive(Clone, Debug)]
 pub struct Scope {
     control: Arc<Control>,
@@ -128,8 +144,8 @@ impl Scope {
         Self { control, active }
     }
 
-    /// Runs `f` in the mode of the scope, for this thread alone. Scopes can be nested: the innermost
-    /// one of an adapter acts. Threads that `f` starts are not in the scope; give each a clone.
+    /// Runs `f` in the scope, for this thread alone. Scopes can be nested: the innermost one of a model
+    /// acts. Threads that `f` starts are not in the scope; give each a clone.
     ///
     /// # Errors
     ///
@@ -184,22 +200,36 @@ impl Drop for Entered {
 pub struct Pass<'a> {
     /// The blocks `R`, (1 or `D`, b, b).
     pub(crate) r: Tensor,
-    pub(super) ratio: Ratio<'a>,
+    ratio: Ratio<'a>,
 }
 
 /// `m / n0`, made from the parameters or held.
 #[derive(Debug)]
-pub(super) enum Ratio<'a> {
+enum Ratio<'a> {
     Made(&'a Params),
-    Held(Option<Tensor>),
+    Held(Option<&'a Tensor>),
 }
 
-impl Pass<'_> {
+impl<'a> Pass<'a> {
+    /// A pass whose ratio is made of the parameters.
+    pub(super) fn made(r: Tensor, params: &'a Params) -> Self {
+        let ratio = Ratio::Made(params);
+        Self { r, ratio }
+    }
+
+    /// A pass of factors that are held.
+    pub(super) fn held(factors: &'a Factors) -> Self {
+        Self {
+            r: factors.r.clone(),
+            ratio: Ratio::Held(factors.ratio.as_ref()),
+        }
+    }
+
     /// `m / n0` for each row of the weight; none for plain OFT.
     pub(crate) fn ratio(&self) -> Result<Option<Tensor>> {
         match &self.ratio {
             Ratio::Made(params) => params.ratio(),
-            Ratio::Held(ratio) => Ok(ratio.clone()),
+            Ratio::Held(ratio) => Ok(ratio.cloned()),
         }
     }
 

@@ -3,7 +3,7 @@
 
 use super::Merge;
 use super::header::Source;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shown};
 use candle_core::Tensor;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -37,6 +37,14 @@ impl Added {
         for part in merge.parts.iter().filter(|part| part.strength.value != 0.) {
             for name in part.stored.extras.keys() {
                 if let (None, Some(first)) = (holder(name), sources.first()) {
+                    if part.stored.unannounced.contains(name) {
+                        let reason = format!(
+                            "`{}` is announced by no configuration, and the base has no such tensor; \
+                             `allow_unknown` (--allow-unknown) skips it",
+                            shown(name)
+                        );
+                        return Err(Error::file(&part.stored.file, reason));
+                    }
                     part.warn(name, "the base has no such tensor; it was added");
                     files.insert(name.clone(), first.file_name());
                 }
@@ -45,8 +53,13 @@ impl Added {
         let adapted = |name: &str| -> Result<bool> {
             let path = name.strip_suffix(".weight").unwrap_or(name);
             let parts = merge.parts.iter().filter(|part| part.strength.value != 0.);
-            let found: Result<Vec<_>> = parts.map(|part| part.stored.find(path)).collect();
-            Ok(found?.iter().any(Option::is_some))
+            for part in parts {
+                // A table that was trained whole turns away from the head as one that was adapted.
+                if part.stored.extras.contains_key(name) || part.stored.find(path)?.is_some() {
+                    return Ok(true);
+                }
+            }
+            Ok(false)
         };
         let mut table = None;
         if holder(HEAD).is_none()
@@ -77,8 +90,9 @@ impl Added {
         let mut tensors = Vec::new();
         let file = source.file_name();
         for (name, _) in self.files.iter().filter(|(_, of)| **of == file) {
+            merge.mark_extra(name);
             let tensor = match (merge.extra(name), &self.table) {
-                (Some(extra), _) => extra.clone(),
+                (Some((_, extra)), _) => extra.clone(),
                 (None, Some(table)) => source.tensor(table)?,
                 (None, None) => continue,
             };

@@ -13,17 +13,23 @@ pub(super) struct Merged<'a> {
     // `SimpleBackend` asks for `Sync`, which a `VarBuilder` is not in general.
     base: Mutex<VarBuilder<'a>>,
     names: Arc<Names>,
+    unnamed: Arc<Names>,
 }
 
-/// The names that a model asked for.
+/// The names that a model asked for; also those of them that the table of names lacks.
 pub(super) type Names = Mutex<BTreeSet<String>>;
 
 impl<'a> Merged<'a> {
-    pub(super) fn new(merge: Merge, base: VarBuilder<'a>, names: Arc<Names>) -> Self {
+    pub(super) fn new(
+        merge: Merge,
+        base: VarBuilder<'a>,
+        (names, unnamed): (Arc<Names>, Arc<Names>),
+    ) -> Self {
         Self {
             merge,
             base: Mutex::new(base),
             names,
+            unnamed,
         }
     }
 
@@ -36,27 +42,20 @@ impl<'a> Merged<'a> {
         locked(&self.names).insert(path.to_string());
     }
 
-    /// The merged tensor of a name, from what the base answers. Weights are read in their own dtype,
-    /// so that a merge rounds once.
+    /// The merged tensor of a name, from what the base returns in the dtype that was asked for.
     fn merged(&self, name: &str, base: Tensor) -> Result<Tensor> {
-        let tensor = match self.merge.extra(name) {
-            Some(extra) => replaced(name, extra, base.shape(), base.dtype(), base.device())?,
-            None => base,
-        };
-        // An f64 weight that was asked for stays one; the path is that of the weight.
-        let path = name.strip_suffix(".weight").unwrap_or(name);
-        let merged = match path == name || tensor.rank() < 2 {
-            true => None,
-            false => self.merge.weight(path, &tensor, false)?,
-        };
-        Ok(merged.unwrap_or(tensor))
+        if base.rank() >= 2 && self.merge.is_unnamed(name, base.dims())? {
+            locked(&self.unnamed).insert(name.to_string());
+        }
+        // An f64 weight that was asked for stays one.
+        Ok(self.merge.tensor(name, &base, false)?.unwrap_or(base))
     }
 
     /// The tensor of an adapter that the base has none of.
     fn added(&self, name: &str) -> Option<&Tensor> {
         match self.base().contains_tensor(name) {
             true => None,
-            false => self.merge.extra(name),
+            false => self.merge.extra(name).map(|(_, extra)| extra),
         }
     }
 }
@@ -88,6 +87,7 @@ impl SimpleBackend for Merged<'_> {
         _: &Device,
     ) -> Result<Tensor> {
         self.note(name);
+        self.merge.mark_extra(name);
         let base = self.base();
         match self.added(name) {
             Some(extra) => replaced(name, extra, &shape, dtype, base.device()),
@@ -97,6 +97,7 @@ impl SimpleBackend for Merged<'_> {
 
     fn get_unchecked(&self, name: &str, dtype: DType, _: &Device) -> Result<Tensor> {
         self.note(name);
+        self.merge.mark_extra(name);
         let base = self.base();
         match self.added(name) {
             Some(extra) => replaced(name, extra, extra.shape(), dtype, base.device()),

@@ -1,14 +1,16 @@
 //! Merged checkpoints on disk: one file, or a folder with shards and whatever lies beside them.
 
-use super::Merge;
 use super::added::{self, Added};
-use super::header::{self, Source};
+use super::header::{self, Shapes, Source};
+use super::part::Part;
+use super::{Merge, NameTable};
 use crate::error::{Error, Result};
 use crate::file::{Folder, filled, persist, raw_bytes, temporary};
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufWriter, Write};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use tempfile::NamedTempFile;
 
 /// What a merge on disk may do, and whom it tells.
@@ -30,6 +32,8 @@ pub struct CheckpointOptions<'a> {
     pub allow_changed_base: bool,
     /// Is called with the bytes done and the bytes in all, after each tensor.
     pub progress: Option<&'a mut dyn FnMut(u64, u64)>,
+    /// Ends the merge with [`Error::Stopped`] when it is set, of Ctrl-C for example; nothing is left behind.
+    pub stop: Option<&'a AtomicBool>,
 }
 
 impl std::fmt::Debug for CheckpointOptions<'_> {
@@ -58,7 +62,7 @@ pub struct MergeReport {
 
 impl Merge {
     /// Writes the checkpoint `base` (a file, or a folder of safetensors files and what lies beside
-    /// them) to `output` (of the same sort) with every adapted weight replaced, rounded once to its
+    /// them, in folders too, but for what is hidden) to `output` (of the same sort) with every adapted weight replaced, rounded once to its
     /// dtype. All else is copied byte for byte, headers too. Extra tensors that the base lacks are
     /// added, and a head that shares its weight with the embedding gets one of its own when only one of
     /// the two is adapted; a folder's index and configuration say so then.
@@ -68,8 +72,10 @@ impl Merge {
     ///
     /// # Errors
     ///
-    /// [`Error::FileUnused`] for modules that match no weight, those of [`Merge::weight`], and
-    /// [`Error::Io`].
+    /// * [`Error::FileUnused`] for modules that match no weight, and those of [`Merge::weight`].
+    /// * [`Error::Unnamed`] if layers were found by a table of names that lacks one of the checkpoint.
+    /// * [`Error::File`] for an output folder that holds weights which are not of this model.
+    /// * [`Error::Stopped`] and [`Error::Io`].
     ///
     /// # Examples
     ///
@@ -95,21 +101,37 @@ impl Merge {
         &self,
         base: impl AsRef<Path>,
         output: impl AsRef<Path>,
+        options: CheckpointOptions,
+    ) -> Result<MergeReport> {
+        // A plan of its own: others may merge the same adapters at the same time.
+        let plan = self.fresh();
+        let report = plan.write_checkpoint(base.as_ref(), output.as_ref(), options);
+        self.publish(&plan);
+        report
+    }
+
+    fn write_checkpoint(
+        &self,
+        base: &Path,
+        output: &Path,
         mut options: CheckpointOptions,
     ) -> Result<MergeReport> {
-        let (base, output) = (base.as_ref(), output.as_ref());
-        let (checkpoints, others) = header::files(base)?;
+        let (checkpoints, others) = header::files(base, output)?;
         let folder = base.is_dir();
         check_output(output, folder)?;
-        let target = |from: &Path| match from.file_name() {
-            Some(name) if folder => output.join(name),
+        let target = |from: &Path| match from.strip_prefix(base) {
+            Ok(name) if folder => output.join(name),
             _ => output.to_path_buf(),
         };
+        let all = checkpoints.iter().chain(&others);
+        header::check_stale(output, &all.map(|from| target(from)).collect())?;
         let opened: Result<Vec<Source>> = checkpoints.iter().map(|p| Source::open(p)).collect();
         let mut sources = opened?;
         let added = Added::of(self, &sources, folder && added::tied(base)?)?;
         let names = sources.iter().flat_map(Source::names).chain(added.names());
-        self.check_names(&names.collect())?;
+        let names: BTreeSet<String> = names.collect();
+        let merge = self.named(|| NameTable::detect(names.iter().map(String::as_str)));
+        merge.check_names(&names, &header::shapes(&sources)?)?;
         let mut job = Job {
             added: &added,
             total: sources.iter().map(Source::size).sum(),
@@ -119,22 +141,33 @@ impl Merge {
             },
             options: &mut options,
         };
-        let _made = folder.then(|| Folder::create(output)).transpose()?;
+        let mut made = Vec::new();
+        if folder {
+            made.push(Folder::create(output)?);
+        }
         let mut written = Vec::new();
         for source in &mut sources {
             let to = target(&source.path);
-            written.push((self.write(source, &to, &mut job)?, to));
+            written.push((merge.write(source, &to, &mut job)?, to));
         }
-        let report = job.report;
+        let (report, stop) = (job.report, options.stop);
         self.check_used()?;
         for from in others {
+            stopped(stop, output)?;
             let to = target(&from);
-            match added.edited(&from, report.bytes)? {
+            if let Some(home) = to.parent().filter(|home| !home.exists()) {
+                made.push(Folder::create(home)?);
+            }
+            // Files of the same name in folders within are none of this checkpoint.
+            let beside = from.parent() == Some(base);
+            let edited = beside.then(|| added.edited(&from, report.bytes));
+            match edited.transpose()?.flatten() {
                 Some(text) => written.push((filled(&to, &text)?, to)),
                 None if from != to => written.push((copied(&from, &to)?, to)),
                 None => {}
             }
         }
+        stopped(stop, output)?;
         for (file, to) in written {
             persist(file, &to)?;
         }
@@ -142,29 +175,53 @@ impl Merge {
     }
 
     /// Every module has its weight, before anything is computed.
-    fn check_names(&self, names: &BTreeSet<String>) -> Result<()> {
+    fn check_names(&self, names: &BTreeSet<String>, shapes: &Shapes) -> Result<()> {
         let paths = || {
             names
                 .iter()
                 .map(|name| name.strip_suffix(".weight").unwrap_or(name))
         };
         for part in self.parts.iter() {
-            part.asked.clear();
             // A weaker match that comes first in a file must not take what belongs to another.
             for path in part.stored.matched(paths())?.into_values() {
                 part.asked.insert(&part.stored, path)?;
             }
+            let found = self.check_layers(part, shapes)?;
             part.check_patterns()?;
             let modules = part.stored.layers.keys();
             let unused = part.asked.unused(&part.stored);
             let missing: Vec<&String> = modules.filter(|name| unused.contains(name)).collect();
             let partial = part.stored.allow_partial && !part.asked.is_empty();
             if !missing.is_empty() && !partial {
-                let names = names.iter().map(String::as_str);
+                let names = names.iter().chain(&found).map(String::as_str);
                 return Err(part.stored.unused(&missing, names));
             }
         }
-        Ok(())
+        let mut unnamed = Vec::new();
+        for (name, shape) in shapes {
+            if self.is_unnamed(name, shape)? {
+                unnamed.push(name.as_str());
+            }
+        }
+        self.check_named(unnamed)
+    }
+
+    /// Enters the modules that the table of names finds, where others are left; returns the names of all
+    /// layers in it.
+    fn check_layers(&self, part: &Part, shapes: &Shapes) -> Result<Vec<String>> {
+        let Some(table) = self.names.as_deref() else {
+            return Ok(Vec::new());
+        };
+        let mut layers = Vec::new();
+        for (name, shape) in shapes {
+            for target in part.targets(name, shape, Some(table))? {
+                part.enter(&target)?;
+            }
+            let parts = table.parts(name, shape)?.into_iter().flatten();
+            layers.extend(parts.map(|named| named.module));
+        }
+        part.check_extras(shapes, &layers)?;
+        Ok(layers)
     }
 
     fn write(&self, source: &mut Source, to: &Path, job: &mut Job) -> Result<NamedTempFile> {
@@ -178,6 +235,7 @@ impl Merge {
             false => out.write_all(&source.head_with(&added)?).map_err(failed)?,
         }
         for name in source.names() {
+            stopped(job.options.stop, to)?;
             let bytes = match self.replaced(source, &name, allow_changed_base)? {
                 Some(bytes) => {
                     job.report.merged.push(name);
@@ -213,37 +271,29 @@ impl Merge {
         name: &str,
         allow_changed_base: bool,
     ) -> Result<Option<Vec<u8>>> {
-        let extra = self.extra(name);
-        let path = name.strip_suffix(".weight");
-        let mut adapted = false;
+        let shape = source.info(name)?.shape.clone();
+        let mut adapted = self.extra(name).is_some();
         for part in self.parts.iter() {
-            adapted |= match path {
-                Some(path) => part.asked.find(&part.stored, path)?.is_some(),
-                None => false,
-            };
+            let targets = part.targets(name, &shape, self.names.as_deref())?;
+            adapted |= !targets.is_empty();
         }
-        if extra.is_none() && !adapted {
+        if !adapted {
             return Ok(None);
         }
-        let mut tensor = source.tensor(name)?;
-        if let Some(extra) = extra {
-            if extra.dims() != tensor.dims() {
-                return Err(Error::FileTensor {
-                    file: source.path.clone(),
-                    tensor: name.to_string(),
-                    found: format!("shape {:?}", tensor.dims()),
-                    expected: format!("{:?}, that of the adapter's extra tensor", extra.dims()),
-                    fix: "is this the model it was trained on?",
-                });
-            }
-            tensor = extra.to_dtype(tensor.dtype())?;
+        let tensor = source.tensor(name)?;
+        match self.tensor(name, &tensor, allow_changed_base)? {
+            Some(merged) => raw_bytes(&merged).map(Some),
+            None => Ok(None),
         }
-        if let (true, Some(path)) = (adapted, path)
-            && let Some(merged) = self.weight(path, &tensor, allow_changed_base)?
-        {
-            tensor = merged;
-        }
-        raw_bytes(&tensor).map(Some)
+    }
+}
+
+fn stopped(stop: Option<&AtomicBool>, path: &Path) -> Result<()> {
+    match stop.is_some_and(|stop| stop.load(Ordering::Relaxed)) {
+        false => Ok(()),
+        true => Err(Error::Stopped {
+            path: path.to_path_buf(),
+        }),
     }
 }
 

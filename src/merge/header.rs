@@ -1,12 +1,12 @@
 //! The header of a safetensors file on disk, and its tensors one by one.
 
 use crate::error::{Error, Result, shown};
-use crate::file::{float, head, instead};
+use crate::file::{float, head, instead, twice};
 use candle_core::{Device, Tensor};
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -16,28 +16,111 @@ const LONGEST: u64 = 100_000_000;
 
 const SUFFIX: &str = "safetensors";
 
-/// The files of a checkpoint: itself, or those of a folder in order; and what else lies there.
-pub(super) fn files(base: &Path) -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
+/// The files of a checkpoint: itself, or those of a folder in order.
+pub(super) fn checkpoints(base: &Path) -> Result<Vec<PathBuf>> {
+    Ok(files(base, base)?.0)
+}
+
+/// The files of a checkpoint; and what else lies there, in folders
+/// within it too. What is hidden is left out, and the folder `output`.
+pub(super) fn files(base: &Path, output: &Path) -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
     let failed = Error::io(base);
     if !std::fs::metadata(base).map_err(failed)?.is_dir() {
         return Ok((vec![base.to_path_buf()], Vec::new()));
     }
-    let mut entries = Vec::new();
-    for entry in std::fs::read_dir(base).map_err(failed)? {
-        entries.push(entry.map_err(failed)?.path());
-    }
-    entries.sort();
-    entries.retain(|path| path.is_file());
-    let (files, others): (Vec<_>, Vec<_>) = entries
-        .into_iter()
-        .partition(|path| path.extension().is_some_and(|end| end == SUFFIX));
-    match files.is_empty() {
-        true => Err(Error::file(
+    let entries = entries(base)?;
+    let (files, mut others): (Vec<_>, Vec<_>) =
+        entries.into_iter().partition(|path| is_checkpoint(path));
+    if files.is_empty() {
+        return Err(Error::file(
             base,
             format!("a folder without .{SUFFIX} files"),
-        )),
-        false => Ok((files, others)),
+        ));
     }
+    let output = output.canonicalize().ok();
+    let mut folders: Vec<PathBuf> = Vec::new();
+    others.retain(|path| path.is_file() || !sort(path, &output, &mut folders));
+    while let Some(folder) = folders.pop() {
+        for path in self::entries(&folder)? {
+            if path.is_file() || !sort(&path, &output, &mut folders) {
+                others.push(path);
+            }
+        }
+    }
+    others.sort();
+    others.retain(|path| path.is_file());
+    Ok((files, others))
+}
+
+/// Whether a path is a folder to look into, which is noted. A link to a folder may lead in a circle.
+fn sort(path: &Path, output: &Option<PathBuf>, folders: &mut Vec<PathBuf>) -> bool {
+    let own = output.is_some() && path.canonicalize().ok() == *output;
+    if path.is_dir() && !path.is_symlink() && !own {
+        folders.push(path.to_path_buf());
+    }
+    path.is_dir()
+}
+
+fn is_checkpoint(path: &Path) -> bool {
+    path.is_file() && path.extension().is_some_and(|end| end == SUFFIX)
+}
+
+/// What lies in a folder, hidden entries left out, sorted.
+fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
+    let failed = Error::io(folder);
+    let mut entries = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        if !entry.file_name().to_string_lossy().starts_with('.') {
+            entries.push(entry.path());
+        }
+    }
+    entries.sort();
+    Ok(entries)
+}
+
+/// Refuses an output folder that holds weights, or an index of them, that the merge would not replace:
+/// a reader would take the old ones, or both.
+pub(super) fn check_stale(output: &Path, targets: &BTreeSet<PathBuf>) -> Result<()> {
+    if !output.is_dir() {
+        return Ok(());
+    }
+    for path in entries(output)? {
+        let name = path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        let ends = [
+            ".safetensors",
+            ".safetensors.index.json",
+            ".bin",
+            ".bin.index.json",
+            ".gguf",
+        ];
+        let weights = ends.iter().any(|end| name.ends_with(end));
+        if weights && path.is_file() && !targets.contains(&path) {
+            let reason = "it lies in the folder to write to and is not of this model: readers would take \
+                          it for a part; choose another folder or remove it";
+            return Err(Error::file(&path, reason));
+        }
+    }
+    Ok(())
+}
+
+/// Tensors with their shapes, in the order of their names.
+pub(super) type Shapes = BTreeMap<String, Vec<usize>>;
+
+/// The shapes of all tensors of a checkpoint.
+pub(super) fn shapes(sources: &[Source]) -> Result<Shapes> {
+    let mut shapes = Shapes::new();
+    for source in sources {
+        for name in source.names() {
+            let shape = source.info(&name)?.shape.clone();
+            shapes.insert(name, shape);
+        }
+    }
+    Ok(shapes)
 }
 
 /// An open file. Its tensors are read when they are asked for.
@@ -75,6 +158,9 @@ impl Source {
         }
         head.resize(8 + count as usize, 0);
         file.read_exact(&mut head[8..]).map_err(failed)?;
+        if let Some(name) = twice(&head[8..]) {
+            return Err(refused(format!("its header has `{}` twice", shown(&name))));
+        }
         // Reading it checks that no tensor overlaps another or has another size than its shape.
         let metadata: Metadata =
             serde_json::from_slice(&head[8..]).map_err(|e| refused(e.to_string()))?;

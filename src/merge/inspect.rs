@@ -1,10 +1,12 @@
 //! [`inspect`]: what an adapter file holds, as numbers.
 
 use super::header::{self, Source};
-use super::{Merge, Strength};
+use super::part::Part;
+use super::target::Target;
+use super::{NameTable, Strength};
 use crate::adapter::{StoredLayer, Warning, differs, fingerprint};
 use crate::config::{LayerKind, Magnitude, Map};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::file::{self, Dialect, LoadOptions};
 use crate::params::row_norms;
 use crate::rotation;
@@ -86,6 +88,42 @@ pub fn inspect(
     options: &LoadOptions,
     base: Option<&Path>,
 ) -> Result<Inspection> {
+    inspect_with(path, options, base, None)
+}
+
+/// [`inspect`] with a table of names, for a base that calls the layers otherwise; without one the names of
+/// the base decide, as in [`Merge::with_names`](super::Merge::with_names).
+///
+/// # Errors
+///
+/// Those of [`inspect`], and of [`NameTable::parts`].
+///
+/// # Examples
+///
+/// ```
+/// # use candle_core::{DType, Device, Tensor, safetensors};
+/// # use candle_doft::{Adapter, DoftConfig};
+/// # let folder = tempfile::tempdir().unwrap();
+/// # let (path, base) = (folder.path().join("adapter.safetensors"), folder.path().join("base.safetensors"));
+/// # let builder = Adapter::builder(DoftConfig::default(), &Device::Cpu)?;
+/// # let weight = Tensor::ones((8, 64), DType::F32, &Device::Cpu)?;
+/// # safetensors::save(&std::collections::HashMap::from([("out.weight", weight.clone())]), &base)?;
+/// # builder.wrap("head", candle_nn::Linear::new(weight, None))?;
+/// # builder.finish()?.save(&path)?;
+/// use candle_doft::file::LoadOptions;
+/// use candle_doft::merge::{NameTable, inspect_with};
+///
+/// let table = NameTable::from_json(r#"{"layers": {"head": "out.weight"}}"#)?;
+/// let found = inspect_with(&path, &LoadOptions::default(), Some(&base), Some(&table))?;
+/// assert_eq!(found.layers[0].mismatch, None);
+/// # Ok::<(), candle_doft::Error>(())
+/// ```
+pub fn inspect_with(
+    path: impl AsRef<Path>,
+    options: &LoadOptions,
+    base: Option<&Path>,
+    names: Option<&NameTable>,
+) -> Result<Inspection> {
     let (dialect, stored) = file::read_stored(path.as_ref(), options)?;
     let extras: usize = stored.extras.values().map(Tensor::elem_count).sum();
     let mut found = Inspection {
@@ -94,22 +132,23 @@ pub fn inspect(
         trainable_parameters: extras,
         layers: Vec::new(),
     };
+    let part = Part::new(stored, Strength::default(), Vec::new());
     let mut weights = base.map(Weights::open).transpose()?;
-    let paths = weights
-        .iter()
-        .flat_map(|weights| weights.paths.keys().cloned());
-    let paths: Vec<String> = paths.collect();
-    let matched = stored.matched(paths.iter().map(String::as_str))?;
-    let merge = Merge::new().with_stored(stored.clone(), Strength::default())?;
-    for (module, layer) in &stored.layers {
+    let mut places = match &weights {
+        Some(weights) => weights.places(&part, names, &mut found.warnings)?,
+        None => BTreeMap::new(),
+    };
+    for (module, layer) in &part.stored.layers {
         let magnitude = layer.value.as_ref().map_or(0, Tensor::elem_count);
         found.trainable_parameters += layer.packed.elem_count() + magnitude;
         let mut of_layer = alone(module, layer)?;
-        if let Some(weights) = &mut weights {
-            match matched.get(module.as_str()) {
-                Some(path) => against(&mut of_layer, layer, &merge, path, &weights.read(path)?)?,
-                None => of_layer.mismatch = Some("the base has no such weight".into()),
+        match (&mut weights, places.remove(module.as_str())) {
+            (Some(weights), Some((name, target))) => {
+                let weight = target.take(&weights.read(&name)?)?;
+                against(&mut of_layer, &part, &target, &weight)?;
             }
+            (Some(_), None) => of_layer.mismatch = Some("the base has no such weight".into()),
+            (None, _) => {}
         }
         found.layers.push(of_layer);
     }
@@ -159,13 +198,15 @@ fn range(ratio: Option<&Tensor>) -> Result<Option<(f64, f64)>> {
 
 fn against(
     found: &mut LayerInspection,
-    layer: &StoredLayer,
-    merge: &Merge,
-    path: &str,
+    part: &Part,
+    target: &Target,
     weight: &Tensor,
 ) -> Result<()> {
-    let norms = row_norms(weight)?;
-    let merged = match merge.weight(path, weight, true) {
+    let (layer, path, norms) = (target.layer, &target.path, row_norms(weight)?);
+    let merged = part
+        .check(target.module, layer, path, weight, &norms, true)
+        .and_then(|()| part.merge(path, layer, weight, Some(&norms)));
+    let merged = match merged {
         Ok(merged) => merged,
         Err(error) => {
             found.mismatch = Some(error.to_string());
@@ -182,9 +223,6 @@ fn against(
     if let Some((least, most)) = range(ratio.as_ref())? {
         (found.ratio_min, found.ratio_max) = (Some(least), Some(most));
     }
-    let Some(merged) = merged else {
-        return Ok(());
-    };
     let wide = |t: &Tensor| t.to_dtype(DType::F64)?.to_vec1::<f64>();
     let (before, after) = (wide(&norms)?, wide(&row_norms(&merged)?)?);
     let ratio = match ratio {
@@ -211,7 +249,7 @@ struct Weights {
 impl Weights {
     fn open(base: &Path) -> Result<Self> {
         let (mut sources, mut paths) = (Vec::new(), BTreeMap::new());
-        for file in header::files(base)?.0 {
+        for file in header::checkpoints(base)? {
             let source = Source::open(&file)?;
             for name in source.names() {
                 let rank = source.info(&name)?.shape.len();
@@ -224,9 +262,60 @@ impl Weights {
         Ok(Self { sources, paths })
     }
 
-    /// The weight of one of its paths.
-    fn read(&mut self, path: &str) -> Result<Tensor> {
-        self.sources[self.paths[path]].tensor(&format!("{path}.weight"))
+    /// The tensor of each layer of an adapter.
+    fn places<'a>(
+        &self,
+        part: &'a Part,
+        names: Option<&NameTable>,
+        warnings: &mut Vec<Warning>,
+    ) -> Result<BTreeMap<&'a str, (String, Target<'a>)>> {
+        let shapes = header::shapes(&self.sources)?;
+        let found = match names {
+            Some(table) => Some(table.clone()),
+            None => NameTable::detect(shapes.keys().map(String::as_str)),
+        };
+        let paths = part.stored.matched(self.paths.keys().map(String::as_str))?;
+        for path in paths.into_values() {
+            part.asked.insert(&part.stored, path)?;
+        }
+        let mut places = BTreeMap::new();
+        let mut unnamed = Vec::new();
+        let weights = |(_, shape): &(&String, &Vec<usize>)| (2..=4).contains(&shape.len());
+        for (name, shape) in shapes.iter().filter(weights) {
+            let targets = part.targets(name, shape, found.as_ref())?;
+            if let (true, Some(table)) = (targets.is_empty(), &found)
+                && table.lacks(name, shape)?
+            {
+                unnamed.push(name);
+            }
+            for target in targets {
+                part.enter(&target)?;
+                places.insert(target.module, (name.clone(), target));
+            }
+        }
+        if let (true, Some(table)) = (part.is_translated(), &found) {
+            let message = format!("the table of names for {} lacks it", table.family());
+            warnings.extend(
+                unnamed
+                    .into_iter()
+                    .map(|name| Warning::new(name, message.clone())),
+            );
+        }
+        Ok(places)
+    }
+
+    /// One of its tensors.
+    fn read(&mut self, name: &str) -> Result<Tensor> {
+        let source = self.sources.iter_mut().find(|source| source.has(name));
+        match source {
+            Some(source) => source.tensor(name),
+            None => Err(Error::argument(
+                "inspect",
+                "a tensor",
+                format!("`{name}`"),
+                "one of the base",
+            )),
+        }
     }
 }
 

@@ -25,26 +25,43 @@
 //! 0.18, told by the version in its configuration. A cap on the spectral norm is applied with the true
 //! norm, where OneTrainer iterates from random vectors.
 
+//!
+//! # Names
+//!
+//! Adapters of diffusion models mostly have the names of diffusers. A checkpoint in one file has others, and
+//! q, k and v in one weight. [`NameTable`] says which rows of which tensor a layer is; it is found by the
+//! names of the checkpoint, or given with [`Merge::with_names`]. Each part of a fused weight is turned in its
+//! own rows, with its own rotation and magnitude, and checked against its own norms; rows that no adapter has
+//! stay as they are, bit for bit, as do biases. Where Flux and Stable Diffusion 3 keep shift and scale the
+//! other way round, the halves are swapped back.
+//!
+//! It stands behind the rules that match names without it: an adapter that has the names of the checkpoint
+//! needs no table. Where one is used, a weight of the checkpoint that it does not name is an error. Extra
+//! tensors are not translated.
+
 mod added;
 mod backend;
 mod checkpoint;
 mod extract;
 mod header;
 mod inspect;
+mod names;
 mod part;
 mod strength;
+mod target;
 
 pub use checkpoint::{CheckpointOptions, MergeReport};
 pub use extract::{ExtractOptions, Extraction, LayerExtraction, LeftTensor, extract};
-pub use inspect::{Inspection, LayerInspection, inspect, weight_shapes};
+pub use inspect::{Inspection, LayerInspection, inspect, inspect_with, weight_shapes};
+pub use names::{NameTable, NamedRows};
 pub use strength::{Strength, StrengthMode};
 
 use crate::adapter::{Adapter, Stored, Warning, locked};
 use crate::config::Strengths;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shown};
 use crate::file::{self, LoadOptions};
 use crate::params::row_norms;
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
 use part::Part;
 use std::path::Path;
@@ -74,6 +91,7 @@ use std::sync::Arc;
 #[must_use = "each `with_` answers the merge with one adapter more"]
 pub struct Merge {
     parts: Arc<Vec<Part>>,
+    names: Option<Arc<NameTable>>,
 }
 
 impl Merge {
@@ -119,47 +137,6 @@ impl Merge {
         self.with_stored(stored, strength)
     }
 
-    /// [`Merge::with_file`] with strengths by layer. A pattern matches the path of a layer in the model;
-    /// extra tensors go by [`Strengths::value`].
-    ///
-    /// # Errors
-    ///
-    /// Those of [`Merge::with_file`]. A pattern that matches no layer is an error of [`Merge::build`],
-    /// [`Merge::checkpoint`] and [`Merge::check_used`], [`Error::NoMatch`].
-    ///
-    /// # Examples
-    ///
-    /// ```
-    /// # use candle_core::{DType, Device, Tensor};
-    /// # use candle_doft::{Adapter, DoftConfig};
-    /// # let folder = tempfile::tempdir().unwrap();
-    /// # let path = folder.path().join("adapter.safetensors");
-    /// # let weight = Tensor::ones((8, 64), DType::F32, &Device::Cpu)?;
-    /// # let builder = Adapter::builder(DoftConfig::default(), &Device::Cpu)?;
-    /// # builder.wrap("head", candle_nn::Linear::new(weight.clone(), None))?;
-    /// # builder.finish()?.save(&path)?;
-    /// use candle_doft::config::Strengths;
-    /// use candle_doft::file::LoadOptions;
-    /// use candle_doft::merge::{Merge, StrengthMode};
-    ///
-    /// let strengths = Strengths::from(1.).with_rule("head", 0.);
-    /// let options = LoadOptions::default();
-    /// let merge =
-    ///     Merge::new().with_file_by_layer(&path, &options, StrengthMode::Geodesic, &strengths)?;
-    /// assert!(merge.weight("head", &weight, false)?.is_some());
-    /// # Ok::<(), candle_doft::Error>(())
-    /// ```
-    pub fn with_file_by_layer(
-        self,
-        path: impl AsRef<Path>,
-        options: &LoadOptions,
-        mode: StrengthMode,
-        strengths: &Strengths,
-    ) -> Result<Self> {
-        let (_, stored) = file::read_stored(path.as_ref(), options)?;
-        self.with_part(stored, mode, strengths.clone())
-    }
-
     /// Adds an adapter as it is now, whatever its mode.
     ///
     /// # Errors
@@ -178,14 +155,53 @@ impl Merge {
         let value = strengths.value;
         let strength = Strength { value, mode };
         strength.check(&stored)?;
-        let mut parts: Vec<Part> = match Arc::try_unwrap(self.parts) {
-            Ok(parts) => parts,
-            Err(shared) => shared.iter().map(Part::fresh).collect(),
-        };
+        let names = self.names.clone();
+        let mut parts = self.into_parts();
         parts.push(Part::new(stored, strength, strengths.rules));
         Ok(Self {
             parts: Arc::new(parts),
+            names,
         })
+    }
+
+    /// Sets where a checkpoint keeps the layers that adapters call by other names. Without it the names of
+    /// the checkpoint decide, by [`NameTable::detect`]; [`Merge::build`] asks the `VarBuilder` for them, and
+    /// finds none in one that does not know which tensors it has.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor};
+    /// # use candle_doft::{Adapter, DoftConfig};
+    /// # use candle_nn::{Linear, VarBuilder};
+    /// # let device = Device::Cpu;
+    /// # let vb = VarBuilder::zeros(DType::F32, &device);
+    /// # let builder = Adapter::builder(DoftConfig::default(), &device)?;
+    /// # builder.linear_no_bias(64, 8, vb.pp("to_k"))?;
+    /// # let adapter = builder.finish()?;
+    /// use candle_doft::merge::{Merge, NameTable, Strength};
+    ///
+    /// // The adapter has `to_k`; the model has it in rows 8 to 15 of `qkv`.
+    /// let table = r#"{"layers": {"to_k": {"tensor": "qkv.weight", "rows": [[8, 16]]}}}"#;
+    /// let merge = Merge::new()
+    ///     .with_adapter(&adapter, Strength::default())?
+    ///     .with_names(NameTable::from_json(table)?);
+    /// let merged = merge.weight("qkv", &Tensor::ones((24, 64), DType::F32, &device)?, true)?;
+    /// assert_eq!(merged.map(|weight| weight.dims().to_vec()), Some(vec![24, 64]));
+    /// # Ok::<(), candle_doft::Error>(())
+    /// ```
+    pub fn with_names(mut self, table: NameTable) -> Self {
+        self.names = Some(Arc::new(table));
+        self
+    }
+
+    /// The same merge with the table that was set, else one that is found.
+    fn named(&self, find: impl FnOnce() -> Option<NameTable>) -> Self {
+        let names = self.names.clone();
+        Self {
+            parts: Arc::clone(&self.parts),
+            names: names.or_else(|| find().map(Arc::new)),
+        }
     }
 
     /// What is worth knowing about the files; after a merge also which modules of a partial one went
@@ -207,6 +223,7 @@ impl Merge {
     /// * Returns the error of `model`.
     /// * [`Error::FileUnused`] if a part of an adapter was not asked for, with
     ///   the nearest paths; [`LoadOptions::allow_partial`] allows it.
+    /// * [`Error::Unnamed`] if layers were found by a table of names that lacks one of the model.
     /// * From a get: if the base weight is not the one that the adapter was trained on
     ///   ([`LoadOptions::allow_changed_base`] allows it), does not fit, or the result is not finite.
     pub fn build<'a, M, E: From<Error>>(
@@ -214,13 +231,14 @@ impl Merge {
         base: VarBuilder<'a>,
         model: impl FnOnce(VarBuilder<'a>) -> Result<M, E>,
     ) -> Result<M, E> {
-        // What was asked for is counted for this model alone.
-        for part in self.parts.iter() {
-            part.asked.clear();
-        }
+        // What was asked for is counted for this model alone, also when others are built at the same time.
+        let plan = self.fresh();
         let (dtype, device, prefix) = (base.dtype(), base.device().clone(), base.prefix());
-        let names = Arc::default();
-        let backend = backend::Merged::new(self.clone(), base.root(), Arc::clone(&names));
+        let root = base.root();
+        let plan = plan.named(|| NameTable::probe(|name| root.contains_tensor(name)));
+        let (names, unnamed) = (Arc::default(), Arc::default());
+        let seen = (Arc::clone(&names), Arc::clone(&unnamed));
+        let backend = backend::Merged::new(plan.clone(), root, seen);
         let merged = VarBuilder::from_backend(Box::new(backend), dtype, device);
         let merged = if prefix.is_empty() {
             merged
@@ -229,11 +247,57 @@ impl Merge {
         };
         let built = model(merged)?;
         let names: Vec<String> = locked(&names).iter().cloned().collect();
-        self.check_used_by(names.iter().map(String::as_str))?;
+        plan.check_used_by(names.iter().map(String::as_str))?;
+        plan.check_named(locked(&unnamed).iter().map(String::as_str))?;
+        self.publish(&plan);
         Ok(built)
     }
 
-    /// The merged weight of the layer at `path`, in the dtype of `weight`; none when no adapter has it.
+    /// The same adapters, of which nothing was asked for yet.
+    fn fresh(&self) -> Self {
+        Self {
+            parts: Arc::new(self.parts.iter().map(Part::fresh).collect()),
+            names: self.names.clone(),
+        }
+    }
+
+    /// Takes over what a finished merge met, for [`Merge::warnings`].
+    fn publish(&self, plan: &Self) {
+        for (part, other) in self.parts.iter().zip(plan.parts.iter()) {
+            part.take_over(other);
+        }
+    }
+
+    /// Lets modules of the adapters added so far match no weight, with a warning: for adapters in memory, whose
+    /// file options do not apply.
+    pub fn with_allow_partial(self, allow: bool) -> Self {
+        self.changed(|stored| stored.allow_partial = allow)
+    }
+
+    /// Lets the adapters added so far be merged into another base than they were trained on.
+    pub fn with_allow_changed_base(self, allow: bool) -> Self {
+        self.changed(|stored| stored.allow_changed_base = allow)
+    }
+
+    fn changed(self, change: impl Fn(&mut Stored)) -> Self {
+        let names = self.names.clone();
+        let mut parts = self.into_parts();
+        parts.iter_mut().for_each(|part| change(&mut part.stored));
+        Self {
+            parts: Arc::new(parts),
+            names,
+        }
+    }
+
+    fn into_parts(self) -> Vec<Part> {
+        match Arc::try_unwrap(self.parts) {
+            Ok(parts) => parts,
+            Err(shared) => shared.iter().map(Part::fresh).collect(),
+        }
+    }
+
+    /// The merged weight of the layer at `path`, in the dtype of `weight`; none when no adapter has it. With
+    /// [`Merge::with_names`] also where an adapter has layers that the table names in `path.weight`.
     ///
     /// # Errors
     ///
@@ -245,29 +309,114 @@ impl Merge {
         weight: &Tensor,
         allow_changed_base: bool,
     ) -> Result<Option<Tensor>> {
+        self.layers(&format!("{path}.weight"), weight, allow_changed_base)
+    }
+
+    /// The same for a tensor by its whole name.
+    fn layers(
+        &self,
+        name: &str,
+        tensor: &Tensor,
+        allow_changed_base: bool,
+    ) -> Result<Option<Tensor>> {
         // Every adapter is checked against the base, before the first is merged.
         let mut found = Vec::new();
-        let mut norms = None;
         for part in self.parts.iter() {
-            let Some((module, layer)) = part.asked.find(&part.stored, path)? else {
-                continue;
-            };
-            let norms = match &norms {
-                Some(norms) => norms,
-                None => norms.insert(row_norms(weight)?),
-            };
-            part.check(module, layer, path, weight, norms, allow_changed_base)?;
-            found.push((part, layer));
+            for target in part.targets(name, tensor.dims(), self.names.as_deref())? {
+                let weight = target.take(tensor)?;
+                let norms = row_norms(&weight)?;
+                let (module, layer, path) = (target.module, target.layer, &target.path);
+                part.check(module, layer, path, &weight, &norms, allow_changed_base)?;
+                found.push((part, target, norms));
+            }
         }
         if found.is_empty() {
             return Ok(None);
         }
-        let mut merged = weight.clone();
-        for (part, layer) in found {
-            merged = part.merge(path, layer, &merged, norms.as_ref())?;
-            part.asked.insert(&part.stored, path)?;
+        // Several steps over a half weight are made in f32, and rounded once.
+        let mut steps = 0;
+        for (part, target, _) in &found {
+            steps += part.strength_of(&target.path)?.steps();
         }
-        Ok(Some(merged))
+        let half = matches!(tensor.dtype(), DType::F16 | DType::BF16);
+        let mut merged = match half && steps > 1 {
+            true => tensor.to_dtype(DType::F32)?,
+            false => tensor.clone(),
+        };
+        let mut last = None;
+        for (part, target, norms) in found {
+            let weight = target.take(&merged)?;
+            let weight = part.merge(&target.path, target.layer, &weight, Some(&norms))?;
+            merged = target.put(&merged, weight)?;
+            part.enter(&target)?;
+            last = Some(part);
+        }
+        match last.filter(|_| merged.dtype() != tensor.dtype()) {
+            None => Ok(Some(merged)),
+            Some(last) => {
+                let rounded = merged.to_dtype(tensor.dtype())?;
+                last.check_range(name.strip_suffix(".weight").unwrap_or(name), &rounded)?;
+                Ok(Some(rounded))
+            }
+        }
+    }
+
+    /// What becomes of a tensor of the base: the extra tensor of that name that an adapter has, in the dtype of
+    /// `base`, or the weight with the layers merged that adapters have in it; none when no adapter has any.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Merge::weight`], and [`Error::FileTensor`] for an extra tensor of another shape.
+    pub fn tensor(
+        &self,
+        name: &str,
+        base: &Tensor,
+        allow_changed_base: bool,
+    ) -> Result<Option<Tensor>> {
+        self.mark_extra(name);
+        let replaced = match self.extra(name) {
+            None => None,
+            Some((file, extra)) if extra.dims() != base.dims() => {
+                return Err(Error::FileTensor {
+                    file: file.to_path_buf(),
+                    tensor: shown(name),
+                    found: format!("shape {:?}", extra.dims()),
+                    expected: format!("{:?}, that of the base", base.dims()),
+                    fix: "is this the model it was trained on?",
+                });
+            }
+            Some((_, extra)) => Some(extra.to_dtype(base.dtype())?.to_device(base.device())?),
+        };
+        let tensor = replaced.as_ref().unwrap_or(base);
+        if tensor.rank() < 2 {
+            return Ok(replaced);
+        }
+        let merged = self.layers(name, tensor, allow_changed_base)?;
+        Ok(merged.or(replaced))
+    }
+
+    /// Whether no adapter has a layer in a tensor, and the table should name one there and does not.
+    fn is_unnamed(&self, tensor: &str, shape: &[usize]) -> Result<bool> {
+        let Some(table) = self.names.as_deref() else {
+            return Ok(false);
+        };
+        let native = |part: &Part| Ok(!part.targets(tensor, shape, None)?.is_empty());
+        let found: Result<Vec<bool>> = self.parts.iter().map(native).collect();
+        Ok(table.lacks(tensor, shape)? && !found?.contains(&true))
+    }
+
+    /// Returns an error for tensors that the table does not name, where a layer was found by it: what an
+    /// adapter calls them is not known then.
+    fn check_named<'a>(&self, unnamed: impl IntoIterator<Item = &'a str>) -> Result<()> {
+        let used = self.parts.iter().any(Part::is_translated);
+        let (Some(table), Some(first), true) = (&self.names, unnamed.into_iter().next(), used)
+        else {
+            return Ok(());
+        };
+        Err(Error::Unnamed {
+            tensor: shown(first),
+            family: table.family().to_string(),
+        })
     }
 
     /// Checks that every layer and extra tensor of every adapter was asked for: by [`Merge::weight`] since
@@ -286,21 +435,18 @@ impl Merge {
         parts.try_for_each(|part| part.check_used(names.clone()))
     }
 
-    /// The tensor that replaces the whole tensor of that name, of the last adapter that has one.
-    fn extra(&self, name: &str) -> Option<&Tensor> {
-        let mut found = None;
+    /// The tensor that replaces the whole tensor of that name, of the last adapter that has one, and the file
+    /// of that adapter.
+    fn extra(&self, name: &str) -> Option<(&Path, &Tensor)> {
+        let mut parts = self.parts.iter().rev();
+        parts.find_map(|part| Some((part.stored.file.as_path(), part.extra(name)?)))
+    }
+
+    /// Counts the extra tensor of that name as asked for, of every adapter that has it.
+    fn mark_extra(&self, name: &str) {
         for part in self.parts.iter() {
-            if let Some(extra) = part.extra(name) {
-                if found.is_some() {
-                    part.warn(
-                        name,
-                        "several adapters have this extra tensor; the last one's counts",
-                    );
-                }
-                found = Some(extra);
-            }
+            part.mark_extra(name);
         }
-        found
     }
 }
 

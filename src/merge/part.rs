@@ -1,9 +1,13 @@
 //! [`Part`]: one adapter of a merge, and what it makes of a weight.
 
+use super::header::Shapes;
+use super::target::Index;
 use super::{Strength, StrengthMode};
-use crate::adapter::{Asked, NORMS_DIFFER, Stored, StoredLayer, Warning, locked};
+use crate::adapter::{
+    Asked, NORMS_DIFFER, Stored, StoredLayer, TRANSLATED, Warning, locked, translated,
+};
 use crate::config::{LayerKind, Pattern, Strengths};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shown};
 use crate::rotation;
 use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeSet;
@@ -17,6 +21,7 @@ pub(super) struct Part {
     /// Strengths of single layers.
     rules: Vec<(Pattern, f64)>,
     pub(super) asked: Asked,
+    pub(super) index: Index,
     /// What came up when it met its weights.
     met: Mutex<BTreeSet<Warning>>,
 }
@@ -24,6 +29,7 @@ pub(super) struct Part {
 impl Part {
     pub(super) fn new(stored: Stored, strength: Strength, rules: Vec<(Pattern, f64)>) -> Self {
         Self {
+            index: Index::new(&stored),
             stored,
             strength,
             rules,
@@ -73,6 +79,15 @@ impl Part {
             .check_patterns(paths.iter().map(String::as_str))
     }
 
+    /// The strength of a layer by its path in the model.
+    pub(super) fn strength_of(&self, path: &str) -> Result<Strength> {
+        let value = self.strengths().of(path)?;
+        Ok(Strength {
+            value,
+            ..self.strength
+        })
+    }
+
     fn strengths(&self) -> Strengths {
         let strengths = Strengths::from(self.strength.value);
         let rules = self.rules.iter().cloned();
@@ -81,12 +96,47 @@ impl Part {
         })
     }
 
+    /// Refuses an extra tensor of a layer that a table names, as its bias: the checkpoint calls it otherwise,
+    /// and it would be added beside what it should replace.
+    pub(super) fn check_extras(&self, base: &Shapes, layers: &[String]) -> Result<()> {
+        if self.strength.value == 0. || !self.is_translated() {
+            return Ok(());
+        }
+        let extras = self.stored.extras.keys();
+        for name in extras.filter(|name| !base.contains_key(*name)) {
+            let (module, _) = name.rsplit_once('.').unwrap_or((name, ""));
+            if layers
+                .iter()
+                .any(|layer| translated(module, layer).is_some())
+            {
+                let name = shown(name);
+                return self.refuse(&format!(
+                    "the checkpoint has `{name}` under another name, and extra tensors are not translated; \
+                     merge into a base with the names of the adapter"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a layer of it was found by a table of names.
+    pub(super) fn is_translated(&self) -> bool {
+        self.asked.any_behind(TRANSLATED)
+    }
+
     /// The tensor that replaces the whole tensor of that name.
     pub(super) fn extra(&self, name: &str) -> Option<&Tensor> {
         if self.strength.value == 0. {
             return None;
         }
-        let extra = self.stored.extras.get(name)?;
+        self.stored.extras.get(name)
+    }
+
+    /// Counts an extra tensor that there is as asked for.
+    pub(super) fn mark_extra(&self, name: &str) {
+        if self.extra(name).is_none() {
+            return;
+        }
         self.asked.insert_extra(name);
         if self.strength.value != 1. {
             self.warn(
@@ -94,7 +144,13 @@ impl Part {
                 "an extra tensor is there in full, whatever the strength",
             );
         }
-        Some(extra)
+    }
+
+    /// Takes over what another use of the same adapter met.
+    pub(super) fn take_over(&self, other: &Self) {
+        let met = locked(&other.met).clone();
+        *locked(&self.met) = met;
+        self.asked.copy_from(&other.asked);
     }
 
     /// Checks that a layer fits its weight, and that the weight is the one that it was trained on.
@@ -108,6 +164,7 @@ impl Part {
         allow_changed_base: bool,
     ) -> Result<()> {
         let kind = self.kind(layer, path, weight)?;
+        check_finite(path, norms)?;
         layer.check_shape(&self.stored.file, module, path, weight.dims())?;
         let patch: usize = weight.dims().iter().skip(2).product();
         if kind.is_kernel() && layer.kernel_factor == 1. && patch > 1 {
@@ -135,7 +192,8 @@ impl Part {
         }
     }
 
-    /// The weight with the layer in it, at the strength of this part.
+    /// The weight with the layer in it, at the strength of this part. Rounds to the dtype of `weight`, a
+    /// linear strength more than once.
     pub(super) fn merge(
         &self,
         path: &str,
@@ -143,7 +201,7 @@ impl Part {
         weight: &Tensor,
         norms: Option<&Tensor>,
     ) -> Result<Tensor> {
-        let (s, mode) = (self.strengths().of(path)?, self.strength.mode);
+        let Strength { value: s, mode } = self.strength_of(path)?;
         if s == 0. {
             return Ok(weight.clone());
         }
@@ -179,17 +237,38 @@ impl Part {
             let (from, to) = (weight.to_dtype(wide)?, merged.to_dtype(wide)?);
             merged = (&from + ((to - &from)? * s)?)?.to_dtype(weight.dtype())?;
         }
+        self.check_range(path, &merged)?;
+        Ok(merged)
+    }
+
+    /// Returns an error for a merged weight that is not finite.
+    pub(super) fn check_range(&self, path: &str, merged: &Tensor) -> Result<()> {
         // On the host, for Metal has no f64.
         let sizes = merged.to_device(&Device::Cpu)?.abs()?;
         let sum: f64 = sizes.to_dtype(DType::F64)?.sum_all()?.to_scalar()?;
         match sum.is_finite() {
-            true => Ok(merged),
+            true => Ok(()),
             false => self.refuse(&format!("the merged `{path}` is not finite")),
         }
     }
 
     fn refuse<T>(&self, reason: &str) -> Result<T> {
         Err(Error::file(&self.stored.file, reason))
+    }
+}
+
+/// Returns an error for a base with a row whose norm is infinite: a magnitude relative to it would be 0.
+fn check_finite(path: &str, norms: &Tensor) -> Result<()> {
+    let norms = norms.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
+    let norms: Vec<f64> = norms.to_vec1()?;
+    // A NaN shows in the merged weight.
+    match norms.iter().position(|norm| norm.is_infinite()) {
+        None => Ok(()),
+        Some(row) => Err(Error::BaseNotFinite {
+            layer: path.to_string(),
+            row,
+            found: norms[row],
+        }),
     }
 }
 

@@ -134,12 +134,28 @@ pub(super) fn bias_values<T: Real>(bias: Option<&Tensor>, count: usize) -> Resul
     bias.map(values).transpose()
 }
 
-/// How much larger than the product the bias may be before `y - bias` has lost too much of it: five
-/// bits of a y in f32 or f64, none of a half one.
-pub(super) fn swamped(y: DType) -> f64 {
-    match y {
-        DType::F16 | DType::BF16 => 1.,
-        _ => 32.,
+/// Where a y of some dtype has lost too much of the product for the magnitude's gradient.
+#[derive(Clone, Copy)]
+pub(super) struct Limits {
+    /// How much larger than the product the bias may be: five bits of a y in f32 or f64, none of a
+    /// half one.
+    bias: f64,
+    /// Below this root mean square most of `y - bias` is rounded as an f16 without leading bit. 0 where
+    /// the range is that of f32 or more.
+    pub(super) least: f64,
+}
+
+impl Limits {
+    pub(super) fn of(y: DType) -> Self {
+        let bias = match y {
+            DType::F16 | DType::BF16 => 1.,
+            _ => 32.,
+        };
+        let least = match y {
+            DType::F16 => half::f16::MIN_POSITIVE.to_f64(),
+            _ => 0.,
+        };
+        Self { bias, least }
     }
 }
 
@@ -155,15 +171,17 @@ pub(super) struct FromOutput {
     pub(super) bias: f64,
     pub(super) ratio: f64,
     pub(super) count: usize,
-    /// That of [`swamped`].
-    pub(super) limit: f64,
+    pub(super) limits: Limits,
 }
 
 impl FromOutput {
     /// `slope / ratio`, or 0 and that it is not to be trusted.
     pub(super) fn gradient<T: Real>(&self) -> (T, bool) {
-        let bias = self.bias * self.bias * self.count as f64;
-        let lost = bias > self.limit * self.limit * self.square || self.ratio.abs() < TINY;
+        let Limits { bias, least } = self.limits;
+        let all = |value: f64| value * value * self.count as f64;
+        let lost = all(self.bias) > bias * bias * self.square
+            || all(least) > self.square
+            || self.ratio.abs() < TINY;
         let gradient = if lost { 0. } else { self.slope / self.ratio };
         (T::from_f64(gradient), lost)
     }

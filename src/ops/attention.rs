@@ -1,13 +1,14 @@
-//! Attention that keeps q, k, v, its output and one number for each row.
+//! Attention that keeps q, k, v, its output and two numbers for each row.
 //!
 //! ```text
-//! P = softmax(s Q K^T + mask),  O = P V,  L_i = ln sum_j exp(s q_i . k_j)
+//! P = softmax(s Q K^T + mask),  O = P V
+//! M_i = max_j s q_i . k_j,  L_i = sum_j exp(s q_i . k_j - M_i)
 //! dV = P^T dO,  dS = P * (dO V^T - D) * s,  D_i = dO_i . O_i,  dQ = dS K,  dK = dS^T Q
 //! ```
 //!
-//! Scores exist for one block of rows at a time, and are made again from `L` on the way back
+//! Scores exist for one block of rows at a time, and P is made again from `M` and `L` on the way back
 //! ("FlashAttention-2", arXiv:2307.08691, algorithms 1 and 2; the blocks here are of rows alone, for a
-//! cache holds a strip of scores). Query `i` of `T` sees the keys up to `S - T + i`, or all that are kept.
+//! cache holds a strip of scores, and `M` and `L` are apart, for in f32 a large `M` swamps `ln L`). Query `i` of `T` sees the keys up to `S - T + i`, or all that are kept.
 
 use super::composed::composed_in;
 use super::gemm::{Mat, MatMut, multiply};
@@ -28,8 +29,8 @@ const ROWS: usize = 64;
 pub(crate) struct Attention {
     scale: f64,
     sees: Sees,
-    /// `L`, `(B, H, T)`.
-    sums: Arc<OnceLock<Vec<f64>>>,
+    /// `M` and `L`, `(B, T, H)`.
+    sums: Arc<OnceLock<Vec<[f64; 2]>>>,
 }
 
 /// Which keys a query sees.
@@ -204,7 +205,7 @@ impl Attention {
         let values = Heads::<T>::new(v, vl)?;
         let row = s.heads * s.width;
         let mut y = vec![T::zero(); s.batch * s.steps * row];
-        let mut sums = vec![0f64; s.batch * s.steps * s.heads];
+        let mut sums = vec![[0f64; 2]; s.batch * s.steps * s.heads];
         let scale = T::from_f64(self.scale);
         let per_batch = y
             .par_chunks_mut((s.steps * row).max(1))
@@ -243,7 +244,7 @@ impl Attention {
                         let sum = exponentials(row, shift);
                         let inverse = T::one() / sum;
                         row.iter_mut().for_each(|v| *v *= inverse);
-                        sums[i * s.heads + head] = shift.to_f64() + sum.to_f64().ln();
+                        sums[i * s.heads + head] = [shift.to_f64(), sum.to_f64()];
                     }
                     let p = Mat::row_major(&scores, rows, seen);
                     let y = MatMut::new(&mut y[head * s.width..], (rows, s.width), row);
@@ -297,7 +298,7 @@ impl Attention {
         pair: usize,
         s: &Sizes,
         (q, k, v): (&Heads<T>, &Heads<T>, &Heads<T>),
-        (y, dy, sums): (&[T], &[T], &[f64]),
+        (y, dy, sums): (&[T], &[T], &[[f64; 2]]),
         (dq, dk, dv): (&mut [T], &mut [T], &mut [T]),
     ) {
         let kv_heads = s.heads / s.group;
@@ -324,13 +325,13 @@ impl Attention {
                 for (i, (p, ds)) in both.enumerate() {
                     let at = first + i * row;
                     let along = sum_of(&y[at..at + s.width], &dy[at..at + s.width], |y, d| y * d);
-                    let sum = sums[(batch * s.steps + start + i) * s.heads + head];
-                    let sum = T::from_f64(sum);
+                    let [shift, sum] = sums[(batch * s.steps + start + i) * s.heads + head];
+                    let (shift, inverse) = (T::from_f64(shift), T::one() / T::from_f64(sum));
                     let visible = self.sees.visible(s, start + i);
                     p[visible..].fill(T::zero());
                     ds[visible..].fill(T::zero());
                     for (p, ds) in p[..visible].iter_mut().zip(&mut ds[..visible]) {
-                        *p = (*p * scale - sum).exp();
+                        *p = (*p * scale - shift).exp() * inverse;
                         *ds = *p * (*ds - along) * scale;
                     }
                     if let Sees::Kept(_) = self.sees {

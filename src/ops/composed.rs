@@ -67,7 +67,7 @@ fn finish(y: Tensor, ratio: Option<&Tensor>, bias: Option<&Tensor>) -> Result<Te
 }
 
 /// `x . blockdiag(r)`, computed in the dtype of `r` and rounded to that of `x`.
-fn rotate(x: &Tensor, r: &Tensor) -> Result<Tensor> {
+pub(super) fn rotate(x: &Tensor, r: &Tensor) -> Result<Tensor> {
     if x.dtype() != r.dtype() {
         return rotate(&x.to_dtype(r.dtype())?, r)?.to_dtype(x.dtype());
     }

@@ -18,7 +18,7 @@
 //! [composed] twin runs.
 
 use super::Weight;
-use super::adapted::{Gradients, Kernel, Stored, apply, bias_values, swamped};
+use super::adapted::{Gradients, Kernel, Limits, Stored, apply, bias_values};
 use super::blocks::{Blocks, gradient, gradient_and_back, rotate, rotate_back};
 use super::composed;
 use super::gemm::{Mat, MatMut, multiply, multiply_wide};
@@ -28,7 +28,7 @@ use super::real::{
     with_slice,
 };
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, Layout, Result, Shape, Storage, Tensor};
+use candle_core::{CpuStorage, DType, Layout, Result, Shape, Storage, Tensor};
 use rayon::prelude::*;
 
 /// Rows up to which candle's quantized product beats dequantizing, where it is allowed.
@@ -65,6 +65,32 @@ pub(crate) fn doft(
     flattened(x, weight, |x| {
         apply(x, Some((r, ratio)), Product::new(weight, bias))
     })
+}
+
+/// `x . blockdiag(r)`, without a graph, in the dtype that products are computed in.
+pub(crate) fn rotated(x: &Tensor, r: &Tensor) -> Result<Tensor> {
+    let x = in_computed(x)?;
+    match (has_kernel(&x), x.dtype()) {
+        (true, DType::F32) => rotated_by_kernel::<f32>(&x, r),
+        (true, DType::F64) => rotated_by_kernel::<f64>(&x, r),
+        _ => composed::rotate(&x, r),
+    }
+}
+
+fn rotated_by_kernel<T: Real>(x: &Tensor, r: &Tensor) -> Result<Tensor> {
+    let width = x.dim(candle_core::D::Minus1)?;
+    let rows = x.elem_count() / width.max(1);
+    let x = x.contiguous()?;
+    let turned = with_elements(r, |blocks: &[T]| {
+        let r = Blocks::new(blocks, r.shape())?;
+        with_elements(&x, |x: &[T]| Ok(rotate(Mat::row_major(x, rows, width), r)))
+    })?;
+    tensor(turned, x.shape())
+}
+
+/// `x` in the dtype that products are computed in: f32 for half types.
+pub(crate) fn in_computed(x: &Tensor) -> Result<Tensor> {
+    x.to_dtype(composed::composed_in(x.dtype()))
 }
 
 /// Whether candle's quantized product may answer: asked for, few rows, nothing to train.
@@ -194,14 +220,14 @@ impl Product {
     ) -> Result<(Vec<T>, Tensor)> {
         let bias = bias_values::<T>(self.bias.as_ref(), self.weight.out_dim())?;
         let values = ratio.to_vec1::<T>()?;
-        let swamped = swamped(y.dtype());
+        let limits = Limits::of(y.dtype());
         let (scaled, sums) = with_elements::<T, _>(y, |y| {
             with_elements::<T, _>(dy, |dy| {
                 Ok(scaled_and_gradient(
                     (y, dy),
                     bias.as_deref(),
                     &values,
-                    swamped,
+                    limits,
                 ))
             })
         })?;
@@ -279,7 +305,14 @@ impl Kernel for Product {
             return Ok((T::to_cpu_storage_owned(Vec::new()), shape));
         }
         let y = match r {
-            None => self.times_weight::<T>(x.0, x.1, true)?,
+            None => match as_rows(x.1)? {
+                Some(layout) => self.times_weight::<T>(x.0, &layout, true)?,
+                None => {
+                    let copy = elements::<T>(x.0, x.1)?.into_owned();
+                    let layout = Layout::contiguous((rows, width));
+                    self.times_weight::<T>(&T::to_cpu_storage_owned(copy), &layout, true)?
+                }
+            },
             Some((r, layout)) => {
                 let x = matrix::<T>(slice(x.0, x.1)?, x.1)?;
                 let rotated = rotate(x, Blocks::new(slice(r, layout)?, layout.shape())?);
@@ -364,6 +397,22 @@ fn wide<T: Real>(x: &Tensor) -> Result<Tensor> {
         return Ok(x.detach());
     }
     with_elements::<T, _>(x, |values| tensor(values.to_vec(), x.shape()))
+}
+
+/// How to read `x` as rows of neighbouring elements; none where it has to be copied for that. Candle's
+/// product and `gemm`'s choose their way, and with it the order of their sums, by which strides are 1:
+/// a view would give other bits than its copy, and than its rotation by the identity.
+fn as_rows(x: &Layout) -> Result<Option<Layout>> {
+    let (rows, width) = x.shape().dims2()?;
+    // The stride of an axis of one element leads nowhere, but is looked at.
+    let of_rows = if rows == 1 { width } else { x.stride()[0] };
+    let of_columns = if width == 1 { 1 } else { x.stride()[1] };
+    let rows = Layout::new(
+        x.shape().clone(),
+        vec![of_rows, of_columns],
+        x.start_offset(),
+    );
+    Ok((of_columns == 1).then_some(rows))
 }
 
 /// A CPU tensor of rank 2 as a matrix.

@@ -8,7 +8,9 @@
 use super::adapted::bias_values;
 use super::composed::composed_in;
 use super::gemm::{Mat, MatMut, multiply_wide};
-use super::real::{Real, by_dtype, elements, has_kernel, narrowed, tensor_as, with_elements};
+use super::real::{
+    Real, by_dtype, elements, has_kernel, narrowed, tensor, tensor_as, with_elements,
+};
 use super::rows::{exponentials, for_rows, largest};
 use super::{Weight, composed};
 use candle_core::backend::BackendStorage;
@@ -42,23 +44,27 @@ pub(crate) fn composed_cross_entropy(logits: &Tensor, targets: &[u32]) -> Result
 
 struct CrossEntropy {
     targets: Vec<u32>,
-    /// `ln sum exp` of each row.
-    sums: Arc<OnceLock<Vec<f64>>>,
+    /// The largest logit of each row, and `sum exp(z - largest)`. Apart, for in f32 the one may swamp
+    /// the logarithm of the other.
+    sums: Arc<OnceLock<Vec<[f64; 2]>>>,
 }
 
 impl CrossEntropy {
     fn forward<T: Real>(&self, z: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (rows, classes) = layout.shape().dims2()?;
         let values = elements::<T>(z, layout)?;
-        let mut sums = vec![0f64; rows];
-        for_rows(&mut sums, 1, |t, sum| {
+        let mut sums = vec![[0f64; 2]; rows];
+        for_rows(sums.as_flattened_mut(), 2, |t, sum| {
             let mut row = values[t * classes..][..classes].to_vec();
             let shift = largest(&row);
-            sum[0] = shift.to_f64() + exponentials(&mut row, shift).to_f64().ln();
+            sum[0] = shift.to_f64();
+            sum[1] = exponentials(&mut row, shift).to_f64();
         });
         let losses = sums.iter().zip(&self.targets).enumerate();
         let total: f64 = losses
-            .map(|(t, (sum, target))| sum - values[t * classes + *target as usize].to_f64())
+            .map(|(t, ([shift, sum], target))| {
+                shift - values[t * classes + *target as usize].to_f64() + sum.ln()
+            })
             .sum();
         let _ = self.sums.set(sums);
         let loss = vec![T::from_f64(total / rows as f64)];
@@ -71,12 +77,12 @@ impl CrossEntropy {
             return Err(candle_core::Error::Msg("the loss has not run".into()));
         };
         let scale = dy.to_dtype(DType::F64)?.to_scalar::<f64>()? / rows as f64;
-        let scale = T::from_f64(scale);
         let mut dz = with_elements::<T, _>(z, |z| Ok(z.to_vec()))?;
         for_rows(&mut dz, classes, |t, row| {
-            exponentials(row, T::from_f64(sums[t]));
-            row[self.targets[t] as usize] -= T::one();
-            row.iter_mut().for_each(|v| *v *= scale);
+            let [shift, sum] = sums[t];
+            let (shift, each) = (T::from_f64(shift), T::from_f64(scale / sum));
+            row.iter_mut().for_each(|v| *v = (*v - shift).exp() * each);
+            row[self.targets[t] as usize] -= T::from_f64(scale);
         });
         tensor_as(dz, z.shape(), z.dtype()).map(Some)
     }
@@ -121,7 +127,8 @@ struct Head {
     bias: Option<Tensor>,
     targets: Vec<u32>,
     trains: bool,
-    /// `dh` for an upstream gradient of 1, from the forward pass on.
+    /// `dh` for an upstream gradient of 1, from the forward pass on, in the dtype it is computed in: a
+    /// half one would be rounded before the upstream gradient brings it into range.
     gradient: Arc<Mutex<Option<Tensor>>>,
 }
 
@@ -157,7 +164,7 @@ impl Head {
             }
         }
         if self.trains {
-            let gradient = tensor_as(gradient, (rows, width), h.dtype())?;
+            let gradient = tensor(gradient, (rows, width))?;
             *self.gradient.lock().unwrap_or_else(|e| e.into_inner()) = Some(gradient);
         }
         let loss = vec![T::from_f64(total / rows as f64)];
@@ -184,7 +191,7 @@ impl Head {
             let hit = row[target].to_f64();
             let shift = largest(row);
             let sum = exponentials(row, shift);
-            *loss = shift.to_f64() + sum.to_f64().ln() - hit;
+            *loss = shift.to_f64() - hit + sum.to_f64().ln();
             if self.trains {
                 let scaled = scale / sum;
                 row.iter_mut().for_each(|p| *p *= scaled);
@@ -203,10 +210,13 @@ impl CustomOp1 for Head {
         by_dtype!(h, forward(h, l), self)
     }
 
-    fn bwd(&self, _: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+    fn bwd(&self, h: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         let gradient = self.gradient.lock().unwrap_or_else(|e| e.into_inner());
         match &*gradient {
-            Some(gradient) => gradient.broadcast_mul(dy).map(Some),
+            Some(gradient) => {
+                let dh = gradient.broadcast_mul(&dy.to_dtype(gradient.dtype())?)?;
+                dh.to_dtype(h.dtype()).map(Some)
+            }
             None => Err(candle_core::Error::Msg("the loss has not run".into())),
         }
     }

@@ -1,6 +1,6 @@
 //! What the magnitude asks of the outputs: `dy * ratio`, and its own gradient from y.
 
-use super::adapted::FromOutput;
+use super::adapted::{FromOutput, Limits};
 use super::gemm::filled;
 use super::real::Real;
 use super::vectorized::vectorized;
@@ -39,7 +39,7 @@ pub(super) fn scaled_and_gradient<T: Real>(
     (y, dy): (&[T], &[T]),
     bias: Option<&[T]>,
     ratio: &[T],
-    limit: f64,
+    limits: Limits,
 ) -> (Vec<T>, Vec<(T, bool)>) {
     let out = ratio.len();
     let rows = dy.len() / out.max(1);
@@ -47,6 +47,9 @@ pub(super) fn scaled_and_gradient<T: Real>(
         y.len() == dy.len() && dy.len() == rows * out && bias.is_none_or(|b| b.len() == out),
         "rows that do not fit"
     );
+    // A bias of 0 asks for the squares, which tell an f16 that is out of range.
+    let zeros = vec![T::zero(); out];
+    let bias = bias.or((limits.least > 0.).then_some(&zeros));
     let stretch = rows.div_ceil(rayon::current_num_threads()).max(1) * out.max(1);
     let mut parts = Vec::new();
     let fill = |scaled: &mut [MaybeUninit<T>]| {
@@ -80,14 +83,14 @@ pub(super) fn scaled_and_gradient<T: Real>(
             bias: bias.map_or(0., |bias| bias[o].to_f64()),
             ratio: ratio[o].to_f64(),
             count: rows,
-            limit,
+            limits,
         };
         output.gradient()
     };
     (scaled, (0..out).map(gradient).collect())
 }
 
-/// `sum dy (y - bias)` and, where there is a bias to swamp it, `sum (y - bias)^2` of each column.
+/// `sum dy (y - bias)` and, where there is a bias, `sum (y - bias)^2` of each column.
 struct Sums<T> {
     slopes: Vec<f64>,
     squares: Vec<f64>,

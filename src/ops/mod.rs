@@ -25,4 +25,6 @@ pub(crate) use weight::Weight;
 #[cfg(test)]
 mod edges;
 #[cfg(test)]
+mod ranges;
+#[cfg(test)]
 mod tests;

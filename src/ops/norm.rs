@@ -5,7 +5,8 @@
 //! dx = s * (dz - mean(dz) - z * mean(dz * z)),   dz = dy * w
 //! ```
 //!
-//! RmsNorm is the same with the two means of x and dz left out.
+//! RmsNorm is the same with the two means of x and dz left out. A row whose squares leave the range of
+//! the dtype is multiplied by a power of two before.
 
 use super::adapted::bias_values;
 use super::composed::composed_in;
@@ -13,6 +14,7 @@ use super::real::{Real, by_dtype, elements, has_kernel, narrowed, tensor_as, wit
 use super::rows::{for_rows, sum_of, zip_map};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, Layout, Result, Shape, Tensor};
+use std::borrow::Cow;
 use std::sync::{Arc, OnceLock};
 
 /// The frozen parameters of a normalisation.
@@ -59,10 +61,16 @@ impl Norm {
     pub(crate) fn composed(&self, x: &Tensor) -> Result<Tensor> {
         let wide = composed_in(x.dtype());
         let mut z = x.to_dtype(wide)?;
+        // Of rows far from 1 the squares leave the range of f32. The answer does not depend on what x and
+        // the root of eps are divided by, so neither does the gradient.
+        let root = self.eps.sqrt();
+        let by = z.detach().abs()?.max_keepdim(D::Minus1)?.maximum(root)?;
+        z = z.broadcast_div(&by)?;
         if self.remove_mean {
             z = z.broadcast_sub(&z.mean_keepdim(D::Minus1)?)?;
         }
-        let square = (z.sqr()?.mean_keepdim(D::Minus1)? + self.eps)?;
+        let eps = (by.ones_like()? * root)?.div(&by)?.sqr()?;
+        let square = z.sqr()?.mean_keepdim(D::Minus1)?.add(&eps)?;
         let mut y = z
             .broadcast_div(&square.sqrt()?)?
             .broadcast_mul(&self.weight.to_dtype(wide)?)?;
@@ -73,17 +81,64 @@ impl Norm {
     }
 }
 
-/// Scales of rows, once they are known.
+/// Scales of rows, once they are known; NaN where that takes more than one number.
 type Scales = Arc<OnceLock<Vec<f64>>>;
 
-fn row_scale<T: Real>(row: &[T], mean: T, eps: f64) -> f64 {
+/// The scale of a row; none where its squares leave the range of `T`.
+fn row_scale<T: Real>(row: &[T], mean: T, eps: f64) -> Option<f64> {
     let square = sum_of(row, row, |v, _| (v - mean) * (v - mean)).to_f64();
-    1. / (square / row.len() as f64 + eps).sqrt()
+    let square = square / row.len() as f64;
+    let (least, most) = T::SQUARES;
+    let out = square > most || square.max(eps) < least;
+    (!out).then(|| 1. / (square + eps).sqrt())
 }
 
 fn mean<T: Real>(row: &[T]) -> T {
     let sum = sum_of(row, row, |v, _| v).to_f64();
     T::from_f64(sum / row.len() as f64)
+}
+
+/// What makes a row its normalised one: `z = (x * before - mean) * scale`.
+struct Moments<T> {
+    /// 1, but for rows whose squares leave the range of `T`.
+    before: T,
+    mean: T,
+    scale: T,
+}
+
+impl<T: Real> Moments<T> {
+    /// Of a row that is multiplied by the power of two that brings its largest entry to about 1.
+    #[cold]
+    fn far(row: &[T], norm: &Norm) -> Self {
+        let most = row.iter().fold(0f64, |most, v| most.max(v.to_f64().abs()));
+        let exponent = match most > 0. && most.is_finite() {
+            true => -most.log2().floor(),
+            false => 0.,
+        };
+        let limit = f64::from(T::EXPONENT);
+        let before = exponent.clamp(-limit, limit).exp2();
+        let values = || row.iter().map(|v| v.to_f64() * before);
+        let count = row.len() as f64;
+        let mean = match norm.remove_mean {
+            true => values().sum::<f64>() / count,
+            false => 0.,
+        };
+        let square = values().map(|v| (v - mean) * (v - mean)).sum::<f64>() / count;
+        let root = square.sqrt().hypot(norm.eps.sqrt() * before);
+        Self {
+            before: T::from_f64(before),
+            mean: T::from_f64(mean),
+            scale: T::from_f64(1. / root),
+        }
+    }
+
+    /// `row * before`.
+    fn apply<'a>(&self, row: &'a [T]) -> Cow<'a, [T]> {
+        match self.before == T::one() {
+            true => Cow::Borrowed(row),
+            false => Cow::Owned(row.iter().map(|v| *v * self.before).collect()),
+        }
+    }
 }
 
 struct Rows {
@@ -99,17 +154,25 @@ impl Rows {
         }
     }
 
-    fn moments<T: Real>(&self, index: usize, row: &[T]) -> (T, T) {
+    fn moments<T: Real>(&self, index: usize, row: &[T]) -> Moments<T> {
         let mean = match self.norm.remove_mean {
             true => mean(row),
             false => T::zero(),
         };
         let known = self.scales.as_ref().and_then(|scales| scales.get());
-        let scale = match known {
-            Some(scales) => scales[index],
+        let known = known.map(|scales| scales[index]);
+        let scale = match known.filter(|scale| !scale.is_nan()) {
+            Some(scale) => Some(scale),
             None => row_scale(row, mean, self.norm.eps),
         };
-        (mean, T::from_f64(scale))
+        match scale {
+            None => Moments::far(row, &self.norm),
+            Some(scale) => Moments {
+                before: T::one(),
+                mean,
+                scale: T::from_f64(scale),
+            },
+        }
     }
 
     fn forward<T: Real>(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
@@ -120,7 +183,8 @@ impl Rows {
             let bias = bias_values::<T>(self.norm.bias.as_ref(), width)?;
             for_rows(&mut y, width, |i, y| {
                 let row = &values[i * width..][..width];
-                let (mean, scale) = self.moments(i, row);
+                let moments = self.moments(i, row);
+                let (row, mean, scale) = (moments.apply(row), moments.mean, moments.scale);
                 let inputs = row.iter().zip(weight);
                 for (y, (x, w)) in y.iter_mut().zip(inputs) {
                     *y = (*x - mean) * scale * *w;
@@ -143,7 +207,9 @@ impl Rows {
                     for_rows(&mut dx, width, |i, dx| {
                         let x = &x[i * width..][..width];
                         let dy = &dy[i * width..][..width];
-                        let (mean, scale) = self.moments(i, x);
+                        let moments = self.moments(i, x);
+                        let (x, mean, scale) = (moments.apply(x), moments.mean, moments.scale);
+                        let x = &*x;
                         // dx holds dz = dy * w until the last line.
                         let products = dy.iter().zip(weight);
                         dx.iter_mut()
@@ -158,6 +224,9 @@ impl Rows {
                         };
                         for (dx, x) in dx.iter_mut().zip(x) {
                             *dx = scale * (*dx - level - (*x - mean) * scale * along);
+                        }
+                        if moments.before != T::one() {
+                            dx.iter_mut().for_each(|dx| *dx *= moments.before);
                         }
                     });
                     Ok(dx)
@@ -201,7 +270,8 @@ impl Add {
             let width = xl.dims().last().copied().unwrap_or(1).max(1);
             let mut scales = vec![0f64; sum.len() / width];
             for_rows(&mut scales, 1, |i, scale| {
-                scale[0] = row_scale(&sum[i * width..][..width], T::zero(), self.eps);
+                let found = row_scale(&sum[i * width..][..width], T::zero(), self.eps);
+                scale[0] = found.unwrap_or(f64::NAN);
             });
             let _ = self.scales.set(scales);
         }

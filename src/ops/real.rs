@@ -11,6 +11,12 @@ const PIECE: usize = 1 << 14;
 
 /// f32 or f64.
 pub(crate) trait Real: WithDType + Send + Sync {
+    /// Sums of squares between these two have lost nothing to the ends of the range.
+    const SQUARES: (f64, f64);
+
+    /// Two to this power and to its negative are in the range, to full precision.
+    const EXPONENT: i32;
+
     /// The slice itself where f32 is meant.
     fn of_f32(values: &[f32]) -> Option<&[Self]>;
 
@@ -25,6 +31,9 @@ pub(crate) trait Real: WithDType + Send + Sync {
 }
 
 impl Real for f32 {
+    const SQUARES: (f64, f64) = ((f32::MIN_POSITIVE / f32::EPSILON) as f64, f32::MAX as f64);
+    const EXPONENT: i32 = f32::MAX_EXP - 2;
+
     fn of_f32(values: &[f32]) -> Option<&[Self]> {
         Some(values)
     }
@@ -68,6 +77,9 @@ impl Real for f32 {
 }
 
 impl Real for f64 {
+    const SQUARES: (f64, f64) = (f64::MIN_POSITIVE / f64::EPSILON, f64::MAX);
+    const EXPONENT: i32 = f64::MAX_EXP - 2;
+
     fn of_f32(_: &[f32]) -> Option<&[Self]> {
         None
     }

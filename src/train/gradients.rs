@@ -1,10 +1,11 @@
 //! [`Gradients`]: the gradients of one step, summed over micro-batches.
 
+use super::optimizer::wide_dtype;
 use crate::error::{Error, GradientReport, Result};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 
-/// The gradients of one optimizer step, one sum for each variable.
+/// The gradients of one optimizer step, one sum for each variable, in f32 for one of half precision.
 ///
 /// Made by [`AdamW::gradients`](super::AdamW::gradients); [`train`](super#examples) shows its use.
 ///
@@ -53,6 +54,7 @@ impl Gradients {
             let Some(grad) = grads.get(var).map(Tensor::detach) else {
                 continue;
             };
+            let grad = grad.to_dtype(wide_dtype(var))?;
             let grad = match weight == 1. {
                 true => grad,
                 false => (grad * weight)?,
@@ -108,17 +110,29 @@ impl Gradients {
 
     /// Returns an error for an entry whose square leaves the range of the second moment: the variable
     /// would stand still, because a finite step over an infinite moment is 0.
-    pub(super) fn check_squares(&self, moment: impl Fn(&Var) -> DType) -> Result<()> {
+    pub(super) fn check_squares(&self) -> Result<()> {
         for ((name, var), sum) in self.vars.iter().zip(&self.sums) {
-            let Some(sum) = sum else { continue };
+            let Some(sum) = sum.as_ref().filter(|sum| sum.elem_count() > 0) else {
+                continue;
+            };
             let largest: f64 = wide(sum)?.abs()?.flatten_all()?.max(0)?.to_scalar()?;
-            if moment(var) == DType::F32 && largest * largest > f64::from(f32::MAX) {
+            if wide_dtype(var) == DType::F32 && largest * largest > f64::from(f32::MAX) {
                 let what =
                     format!("a gradient of `{name}`, whose square is above the range of f32,");
                 return self.diverged(&what, largest);
             }
         }
         Ok(())
+    }
+
+    /// Returns an error for a variable that leaves the range of its dtype.
+    pub(super) fn check_range(&self, name: &str, value: &Tensor) -> Result<()> {
+        let sum: f64 = wide(value)?.abs()?.sum_all()?.to_scalar()?;
+        let what = || format!("`{name}`, in {:?} after the step,", value.dtype());
+        match sum.is_finite() {
+            true => Ok(()),
+            false => self.diverged(&what(), sum),
+        }
     }
 
     /// Each variable with its gradient, in order.

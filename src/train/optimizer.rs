@@ -1,7 +1,7 @@
 //! [`AdamW`] over named variables in groups, with moments that can be saved.
 
 use super::Gradients;
-use crate::adapter::Adapter;
+use crate::adapter::{Adapter, Settings};
 use crate::error::{Error, Result};
 use crate::params::names;
 use candle_core::{DType, Tensor, Var};
@@ -26,7 +26,7 @@ use std::collections::{BTreeMap, HashSet};
 /// let vars = adapter.named_vars().into_iter();
 /// let (magnitudes, rotations) = vars.partition(|(name, _)| name.contains("dora_"));
 /// let groups = vec![Group::new(rotations), Group::new(magnitudes).with_rate(0.1)];
-/// let mut optimizer = AdamW::new(groups, params.clone())?;
+/// let mut optimizer = AdamW::new(groups, params.clone())?.with_adapter(&adapter)?;
 ///
 /// let mut optimizer = AdamW::for_adapter(&adapter, params)?;
 /// optimizer.set_group_rate(AdamW::MAGNITUDES, 0.1)?;
@@ -63,11 +63,40 @@ impl Group {
     }
 }
 
-/// The first and the second moment of a variable.
+/// What is kept for a variable from step to step.
 #[derive(Clone, Debug)]
-struct Moments {
-    first: Tensor,
-    second: Tensor,
+pub(super) struct State {
+    /// The first and the second moment.
+    pub(super) first: Tensor,
+    pub(super) second: Tensor,
+    /// A half variable in f32: steps below its rounding add up here. None for other variables.
+    pub(super) master: Option<Tensor>,
+}
+
+impl State {
+    fn new(var: &Var) -> Result<Self> {
+        let zero = var.zeros_like()?.detach().to_dtype(wide_dtype(var))?;
+        Ok(Self {
+            first: zero.clone(),
+            second: zero,
+            master: master(var, None)?,
+        })
+    }
+}
+
+/// The f32 copy of a half variable. Where the variable was set from outside, its own value counts.
+fn master(var: &Var, before: Option<&Tensor>) -> Result<Option<Tensor>> {
+    let dtype = wide_dtype(var);
+    if var.dtype() == dtype {
+        return Ok(None);
+    }
+    let value = var.as_tensor().detach();
+    let wide = value.to_dtype(dtype)?;
+    let Some(before) = before else {
+        return Ok(Some(wide));
+    };
+    let same = before.to_dtype(var.dtype())?.eq(&value)?;
+    Ok(Some(same.where_cond(before, &wide)?))
 }
 
 /// Adam with decoupled weight decay.
@@ -79,6 +108,10 @@ struct Moments {
 ///
 /// What candle's own lacks: groups, a state that is saved and restored bit for bit (with
 /// [`Checkpoint`](super::Checkpoint)), and an error for a variable without gradient.
+///
+/// An f16 or bf16 variable has a copy in f32, on which the steps are made: steps below the rounding of
+/// the variable add up. Its gradients are summed and its moments kept in f32 as well. Where the variable
+/// is set from outside, the copy follows.
 ///
 /// A decay pulls parameters towards 0, which for a rotation and a `Log` magnitude is the base; a
 /// `Factor` or `Absolute` magnitude it would shrink, so [`AdamW::for_adapter`] refuses that.
@@ -93,7 +126,9 @@ pub struct AdamW {
     groups: Vec<Group>,
     params: ParamsAdamW,
     steps: u64,
-    moments: BTreeMap<String, Moments>,
+    states: BTreeMap<String, State>,
+    /// Of the layers whose parameters the variables are, by their paths.
+    layers: Option<BTreeMap<String, Settings>>,
 }
 
 impl AdamW {
@@ -106,7 +141,8 @@ impl AdamW {
     /// The group of the extra tensors in [`AdamW::for_adapter`].
     pub const EXTRAS: usize = 2;
 
-    /// An optimizer of the given groups.
+    /// An optimizer of the given groups. Groups of an adapter's variables need
+    /// [`AdamW::with_adapter`] for checkpoints that cannot be restored into another one.
     ///
     /// # Errors
     ///
@@ -118,30 +154,26 @@ impl AdamW {
             check_rate("the rate of a group", group.rate)?;
             check_rate("the decay of a group", group.weight_decay.unwrap_or(0.))?;
         }
-        let mut moments = BTreeMap::new();
+        let mut states = BTreeMap::new();
         for (name, var) in groups.iter().flat_map(|group| &group.vars) {
             let floats = [DType::F16, DType::BF16, DType::F32, DType::F64];
             if !floats.contains(&var.dtype()) {
                 let found = format!("`{name}` of {:?}", var.dtype());
                 return refuse("a variable", found, "a float tensor");
             }
-            let zero = var.zeros_like()?.detach().to_dtype(moment_dtype(var))?;
-            let start = Moments {
-                first: zero.clone(),
-                second: zero,
-            };
-            if moments.insert(name.clone(), start).is_some() {
+            if states.insert(name.clone(), State::new(var)?).is_some() {
                 return refuse("a variable", format!("`{name}` twice"), "names that differ");
             }
         }
-        if moments.is_empty() {
+        if states.is_empty() {
             return refuse("the variables", "none".into(), "at least one");
         }
         Ok(Self {
             groups,
             params,
             steps: 0,
-            moments,
+            states,
+            layers: None,
         })
     }
 
@@ -171,10 +203,19 @@ impl AdamW {
                 extras.push((name, var));
             }
         }
-        Self::new(
-            [rotations, magnitudes, extras].map(Group::new).into(),
-            params,
-        )
+        let groups = [rotations, magnitudes, extras].map(Group::new);
+        Self::new(groups.into(), params)?.with_adapter(adapter)
+    }
+
+    /// Says whose parameters the variables are, for groups of one's own: a checkpoint then holds what the
+    /// parameters mean (map, blocks, base weight, ..), and is restored into no other adapter.
+    ///
+    /// # Errors
+    ///
+    /// Those of candle's elementwise operations.
+    pub fn with_adapter(mut self, adapter: &Adapter) -> Result<Self> {
+        self.layers = Some(adapter.settings()?);
+        Ok(self)
     }
 
     /// Steps that were made.
@@ -245,7 +286,7 @@ impl AdamW {
         let norm = gradients.norm()?;
         let each = gradients.each()?;
         if norm * norm > f64::from(f32::MAX) {
-            gradients.check_squares(moment_dtype)?;
+            gradients.check_squares()?;
         }
         check_rate("the learning rate", self.params.lr)?;
         for group in &self.groups {
@@ -266,53 +307,63 @@ impl AdamW {
         });
         let mut changes = Vec::with_capacity(each.len());
         for ((name, var, grad), (lr, decay)) in each.into_iter().zip(settings) {
-            let Some(moments) = self.moments.get(name) else {
+            let Some(state) = self.states.get(name) else {
                 let expected = "gradients made by this optimizer";
                 return refuse("a variable", format!("`{name}`"), expected);
             };
-            let grad = grad.to_dtype(moment_dtype(var))?;
-            let first = ((&moments.first * beta1)? + (&grad * (1. - beta1))?)?;
-            let second = ((&moments.second * beta2)? + (grad.sqr()? * (1. - beta2))?)?;
+            let first = ((&state.first * beta1)? + (grad * (1. - beta1))?)?;
+            let second = ((&state.second * beta2)? + (grad.sqr()? * (1. - beta2))?)?;
             let down = ((&second * scale2)?.sqrt()? + eps)?;
             let change = (&first * (lr * scale1))?.div(&down)?;
-            let kept = (var.as_tensor().to_dtype(change.dtype())? * (1. - lr * decay))?;
-            let moved = (kept - change)?.to_dtype(var.dtype())?;
+            let master = master(var, state.master.as_ref())?;
+            let from = master.as_ref().unwrap_or(var.as_tensor());
+            let moved = ((from * (1. - lr * decay))? - change)?.detach();
+            let value = moved.to_dtype(var.dtype())?;
             // What is kept must not hold the steps before it.
-            let (first, second) = (first.detach(), second.detach());
-            changes.push((
-                name.to_string(),
-                var.clone(),
-                moved,
-                Moments { first, second },
-            ));
+            let state = State {
+                first: first.detach(),
+                second: second.detach(),
+                master: master.is_some().then_some(moved),
+            };
+            if state.master.is_some() {
+                gradients.check_range(name, &value)?;
+            }
+            changes.push((name.to_string(), var.clone(), value, state));
         }
-        for (name, var, moved, moments) in changes {
-            var.set(&moved)?;
-            self.moments.insert(name, moments);
+        for (name, var, value, state) in changes {
+            var.set(&value)?;
+            self.states.insert(name, state);
         }
         self.steps += 1;
         Ok(())
     }
 
-    /// The first and second moment of each variable by name.
-    pub(super) fn moments(&self) -> impl Iterator<Item = (&String, &Tensor, &Tensor)> {
-        self.moments
-            .iter()
-            .map(|(name, m)| (name, &m.first, &m.second))
+    /// The settings of the layers whose parameters the variables are, where that is known.
+    pub(super) fn layers(&self) -> Option<&BTreeMap<String, Settings>> {
+        self.layers.as_ref()
+    }
+
+    /// What is kept for each variable, by its name.
+    pub(super) fn states(&self) -> Result<BTreeMap<String, State>> {
+        let mut states = self.states.clone();
+        for (name, var) in self.groups.iter().flat_map(|group| &group.vars) {
+            if let Some(state) = states.get_mut(name) {
+                state.master = master(var, state.master.as_ref())?;
+            }
+        }
+        Ok(states)
     }
 
     /// Takes up where another optimizer left off.
-    pub(super) fn resume(&mut self, steps: u64, moments: Vec<(String, Tensor, Tensor)>) {
+    pub(super) fn resume(&mut self, steps: u64, states: Vec<(String, State)>) {
         self.steps = steps;
-        for (name, first, second) in moments {
-            self.moments.insert(name, Moments { first, second });
-        }
+        self.states.extend(states);
     }
 }
 
-/// The dtype of a variable's moments. Squares of gradients leave the range of f16, and a step in half
-/// precision is lost in rounding.
-pub(super) fn moment_dtype(var: &Var) -> DType {
+/// The dtype of what is kept for a variable and of its gradient's sum. Squares of gradients leave the
+/// range of f16, and a step in half precision is lost in rounding.
+pub(super) fn wide_dtype(var: &Var) -> DType {
     match var.dtype() {
         DType::F64 => DType::F64,
         _ => DType::F32,

@@ -6,9 +6,13 @@ mod common;
 #[path = "../../examples/support/mod.rs"]
 mod support;
 
+mod foreign;
+mod gguf;
+mod hostile;
 mod hub;
 mod memory;
 mod model;
+mod places;
 mod programs;
 mod readers;
 mod real;
@@ -16,3 +20,4 @@ mod refusals;
 mod runs;
 mod small;
 mod text;
+mod texts;

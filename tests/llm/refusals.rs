@@ -83,9 +83,9 @@ fn text_that_cannot_be_trained_on() -> Result<()> {
     refuse("empty.jsonl", b"", &["empty.jsonl", "0 usable examples"]);
     let typo = b"{\"prompt\": \"a\", \"answer\": \"b\"}\n";
     refuse("typo.jsonl", typo, &["line 1", "`completion`"]);
-    let array = b"[{\"text\": \"a\"}, {\"text\": \"b\"}]\n";
+    let array = b"[\"a\", \"b\"]\n";
     refuse("array.json", array, &["line 1", "an object on each line"]);
-    refuse("text.jsonl", b"plain text\n", &["line 1", "`text`"]);
+    refuse("text.jsonl", b"plain text\n", &["line 1", "no JSON"]);
     refuse("latin.txt", b"caf\xe9", &["latin.txt", "UTF-8"]);
     // A prompt that fills the sequence leaves nothing to learn.
     let long = format!(

@@ -2,9 +2,10 @@
 
 use crate::common::tensors::{CPU, disturb_all, seeded};
 use crate::support::llm;
+use crate::support::llm::gguf_names::{gguf_name, hugging_face_name, reordered, to_gguf};
 use crate::support::llm::model::Model;
 use crate::support::llm::tokenizer::Text;
-use crate::support::llm::weights::{Weights, gguf_name, hugging_face_name, reordered, to_gguf};
+use crate::support::llm::weights::Weights;
 use crate::support::methods::{Method, Tuner, TunerBuilder};
 use anyhow::Result;
 use candle_core::quantized::gguf_file::{self, Value};

@@ -6,6 +6,7 @@ mod support;
 
 mod checkpoint;
 mod golden;
+mod places;
 mod strength;
 
 use candle_core::{DType, Result, Tensor};

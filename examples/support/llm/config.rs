@@ -1,5 +1,6 @@
 //! The shape of a model, from a `config.json` or from the metadata of a GGUF file.
 
+use super::gguf::integer;
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::quantized::gguf_file::Value;
 use serde::{Deserialize, Serialize};
@@ -249,8 +250,9 @@ impl Config {
         config.checked()
     }
 
-    /// From the metadata of a GGUF file. Whether the head is tied shows in the tensors.
-    pub fn from_gguf(metadata: &HashMap<String, Value>, tied: bool) -> Result<Self> {
+    /// From the metadata of a GGUF file. Whether the head is tied shows in the tensors: it is here until
+    /// one is found.
+    pub fn from_gguf(metadata: &HashMap<String, Value>) -> Result<Self> {
         let text = |key: &str| match metadata.get(key) {
             Some(Value::String(text)) => Ok(text.as_str()),
             _ => bail!("the GGUF file lacks `{key}`"),
@@ -262,24 +264,39 @@ impl Config {
             "qwen3" => Architecture::Qwen3,
             other => bail!("architecture `{other}`, expected llama, qwen2 or qwen3"),
         };
+        check_gguf_keys(metadata, name)?;
         let value = |key: &str| metadata.get(&format!("{name}.{key}"));
-        let count = |key: &str| match value(key).map(integer) {
-            Some(Some(count)) => Ok(count),
-            _ => bail!("the GGUF file lacks `{name}.{key}`"),
+        let optional = |key: &str| match value(key) {
+            None => Ok(None),
+            Some(value) => match integer(value) {
+                Some(count) => Ok(Some(count)),
+                None => bail!("the GGUF file's `{name}.{key}` is not one whole number"),
+            },
+        };
+        let count = |key: &str| {
+            optional(key)?.with_context(|| format!("the GGUF file lacks `{name}.{key}`"))
         };
         let number = |key: &str| match value(key) {
-            Some(Value::F32(number)) => Some(f64::from(*number)),
-            Some(Value::F64(number)) => Some(*number),
-            _ => None,
+            None => Ok(None),
+            Some(Value::F32(number)) => Ok(Some(f64::from(*number))),
+            Some(Value::F64(number)) => Ok(Some(*number)),
+            Some(_) => bail!("the GGUF file's `{name}.{key}` is no number"),
         };
-        if let Some(Value::String(kind)) = value("rope.scaling.type") {
-            ensure!(
-                kind == "none",
-                "rope scaling `{kind}` of a GGUF file is not supported"
-            );
+        match value("rope.scaling.type") {
+            None => {}
+            Some(Value::String(kind)) if kind == "none" => {}
+            Some(kind) => bail!("rope scaling {kind:?} of a GGUF file is not supported"),
         }
         let hidden = count("embedding_length")?;
         let heads = count("attention.head_count")?;
+        let head_dim = optional("attention.key_length")?.unwrap_or(hidden / heads.max(1));
+        for key in ["attention.value_length", "rope.dimension_count"] {
+            let found = optional(key)?.unwrap_or(head_dim);
+            ensure!(
+                found == head_dim,
+                "the GGUF file's `{name}.{key}` is {found}, expected {head_dim}, the size of a head"
+            );
+        }
         let tokens = match metadata.get("tokenizer.ggml.tokens") {
             Some(Value::Array(tokens)) => tokens.len(),
             _ => count("vocab_size")?,
@@ -290,16 +307,16 @@ impl Config {
             intermediate: count("feed_forward_length")?,
             layers: count("block_count")?,
             heads,
-            kv_heads: count("attention.head_count_kv").unwrap_or(heads),
-            head_dim: count("attention.key_length").unwrap_or(hidden / heads.max(1)),
-            eps: number("attention.layer_norm_rms_epsilon")
+            kv_heads: optional("attention.head_count_kv")?.unwrap_or(heads),
+            head_dim,
+            eps: number("attention.layer_norm_rms_epsilon")?
                 .with_context(|| format!("the GGUF file lacks the epsilon of `{name}`"))?,
-            theta: number("rope.freq_base").unwrap_or(10_000.),
+            theta: number("rope.freq_base")?.unwrap_or(10_000.),
             scaling: None,
             factors: None,
             context: count("context_length")?,
             vocabulary: tokens,
-            tied,
+            tied: true,
         };
         config.checked()
     }
@@ -390,14 +407,39 @@ impl Scaling {
     }
 }
 
-fn integer(value: &Value) -> Option<usize> {
-    match value {
-        Value::U8(n) => Some(usize::from(*n)),
-        Value::U16(n) => Some(usize::from(*n)),
-        Value::U32(n) => Some(*n as usize),
-        Value::U64(n) => usize::try_from(*n).ok(),
-        Value::I32(n) => usize::try_from(*n).ok(),
-        Value::I64(n) => usize::try_from(*n).ok(),
-        _ => None,
+/// Keys of an architecture that a GGUF file may have: those that are read, and those that say nothing
+/// about what a forward pass computes.
+const GGUF_KEYS: [&str; 15] = [
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.layer_norm_rms_epsilon",
+    "attention.value_length",
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scaling.type",
+    "vocab_size",
+    // Tensors in another order than llama.cpp's converter writes them; rows are told by the architecture.
+    "tensor_data_layout",
+    "rope.scaling.finetuned",
+];
+
+fn check_gguf_keys(metadata: &HashMap<String, Value>, architecture: &str) -> Result<()> {
+    let mut unread: Vec<&str> = metadata
+        .keys()
+        .filter_map(|key| key.strip_prefix(architecture)?.strip_prefix('.'))
+        .filter(|key| !GGUF_KEYS.contains(key))
+        .collect();
+    unread.sort_unstable();
+    match unread.first() {
+        None => Ok(()),
+        Some(key) => bail!(
+            "the GGUF file has `{architecture}.{key}`, which is not known to this program and may change what \
+             the model computes"
+        ),
     }
 }

@@ -1,11 +1,14 @@
 //! Text to train on: sequences of tokens, and which of them the loss is of.
 
+use super::template::Message;
 use super::tokenizer::Text;
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{Device, Tensor};
 use candle_doft::rng::SplitMix64;
 use flate2::read::GzDecoder;
 use serde::Deserialize;
+use serde_json::Value;
+use std::collections::BTreeSet;
 use std::io::Read;
 use std::path::Path;
 
@@ -29,8 +32,9 @@ pub struct Sequence {
 pub struct Data {
     pub train: Vec<Sequence>,
     pub validation: Vec<Sequence>,
-    /// Examples without a token to learn, such as one whose prompt fills the sequence.
-    pub left_out: usize,
+    /// What was not taken as it was given: text that was cut off, fields that are not read, examples without
+    /// a token to learn.
+    pub notes: Vec<String>,
     /// A prompt of the held-out part.
     prompt: Option<String>,
 }
@@ -51,29 +55,115 @@ impl Prompt {
     }
 }
 
-/// A line of a JSON lines file.
-#[derive(Deserialize)]
-#[serde(untagged, deny_unknown_fields)]
-enum Line {
+/// A record of a file of JSON.
+enum Record {
     Pair { prompt: String, completion: String },
-    Text { text: String },
+    Conversation(Vec<Message>),
+    Text(String),
 }
 
-impl Line {
-    fn read(line: &str) -> Result<Self> {
-        const EXPECTED: &str =
-            "expected an object on each line, of `text` or of `prompt` and `completion`";
-        match serde_json::from_str(line) {
-            // Of JSON that is none of the two it says nothing that helps.
-            Err(error) if error.is_data() => bail!(EXPECTED),
-            read => read.context(EXPECTED),
+/// What a record is told by, one of the three.
+const KINDS: [&str; 3] = ["text", "completion", "messages"];
+
+impl Record {
+    /// Reads a record; what it holds beside its text goes into `others`.
+    fn read(value: Value, others: &mut BTreeSet<String>) -> Result<Self> {
+        const EXPECTED: &str = "expected an object on each line, of `text`, of `prompt` and `completion`, or \
+                                of `messages`";
+        let Value::Object(mut fields) = value else {
+            bail!(EXPECTED);
+        };
+        let found: Vec<&str> = KINDS
+            .into_iter()
+            .filter(|kind| fields.contains_key(*kind))
+            .collect();
+        let [kind] = found[..] else {
+            match found.len() {
+                0 => bail!(EXPECTED),
+                _ => bail!("it has `{}`, {EXPECTED}", found.join("` and `")),
+            }
+        };
+        let mut text = |key: &str| match fields.remove(key) {
+            Some(Value::String(text)) => Ok(text),
+            Some(_) => bail!("`{key}` is no text, {EXPECTED}"),
+            None => bail!(EXPECTED),
+        };
+        let record = match kind {
+            "text" => Self::Text(text("text")?),
+            "completion" => Self::Pair {
+                prompt: text("prompt")?,
+                completion: text("completion")?,
+            },
+            _ => {
+                let messages = fields.remove("messages").unwrap_or_default();
+                let messages = serde_json::from_value::<Vec<Whole>>(messages);
+                let messages = messages.context(
+                    "`messages`: expected a list of objects with `role` and `content`, both text, and no more",
+                )?;
+                Self::Conversation(messages.into_iter().map(Message::from).collect())
+            }
+        };
+        ensure!(
+            kind == "completion" || !fields.contains_key("prompt"),
+            "it has `{kind}` and `prompt`, {EXPECTED}"
+        );
+        others.extend(fields.into_iter().map(|(name, _)| name));
+        Ok(record)
+    }
+}
+
+/// A message with nothing beside its text: a call of a tool, a picture or a name would be lost.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Whole {
+    role: String,
+    content: String,
+}
+
+impl From<Whole> for Message {
+    fn from(Whole { role, content }: Whole) -> Self {
+        Self { role, content }
+    }
+}
+
+/// The JSON that a file is made of, each value with the line that it begins on: a value on each line, values
+/// over several lines, or one list of all. Nothing where it is plain text.
+fn values(content: &str, named: bool) -> Result<Option<Vec<(usize, Value)>>> {
+    let starts = |c| content.trim_start().starts_with(c);
+    if !(named || starts('{') || starts('[')) {
+        return Ok(None);
+    }
+    let mut stream = serde_json::Deserializer::from_str(content).into_iter::<Value>();
+    let (mut found, mut line, mut before) = (Vec::new(), 1, 0);
+    loop {
+        let blank = content[before..].len() - content[before..].trim_start().len();
+        let start = before + blank;
+        line += content[before..start].matches('\n').count();
+        match stream.next() {
+            None => return Ok(Some(found)),
+            Some(Ok(Value::Array(values))) if found.is_empty() && starts('[') => {
+                if !named && !values.iter().all(Value::is_object) {
+                    return Ok(None);
+                }
+                found.extend(values.into_iter().map(|value| (line, value)));
+            }
+            Some(Ok(value)) => found.push((line, value)),
+            // Text may begin with a brace too.
+            Some(Err(_)) if found.is_empty() && !named => return Ok(None),
+            Some(Err(error)) => {
+                let text = error.to_string();
+                let text = text.split(" at line ").next().unwrap_or_default();
+                bail!("line {}: no JSON: {text}", error.line());
+            }
         }
+        before = stream.byte_offset();
+        line += content[start..before].matches('\n').count();
     }
 }
 
 impl Data {
-    /// Reads a file, plain text or JSON lines, or the default. JSON lines are told by the file's name or
-    /// by the first of them.
+    /// Reads a file, plain text or JSON, or the default. JSON is told by what is in the file; one that is
+    /// named as JSON has to be some.
     pub fn open(file: Option<&Path>, text: &Text, length: usize, seed: u64) -> Result<Self> {
         let (name, content) = match file {
             None => {
@@ -86,25 +176,16 @@ impl Data {
                 let bytes = std::fs::read(file).with_context(|| name.clone())?;
                 let content = String::from_utf8(bytes);
                 let content = content.with_context(|| format!("{name} is no UTF-8 text"))?;
-                // Marks of other systems, which no model has to learn.
-                let content = content.strip_prefix('\u{feff}').unwrap_or(&content);
-                let content = content.replace("\r\n", "\n");
-                (name, content)
+                (name, plain(content))
             }
         };
-        let named = file.is_some_and(|f| {
-            f.extension()
-                .is_some_and(|e| e == "jsonl" || e == "ndjson" || e == "json")
+        let named = file.is_none_or(|f| {
+            let ending = f.extension().unwrap_or_default().to_ascii_lowercase();
+            ["jsonl", "ndjson", "json"].iter().any(|e| ending == *e)
         });
-        let first = content.lines().find(|line| !line.trim().is_empty());
-        let object = |line: &str| {
-            serde_json::from_str::<serde_json::Value>(line).is_ok_and(|value| value.is_object())
-        };
-        // JSON of any kind is read or refused, and never trained on as text.
-        let lines = named || first.is_some_and(object);
-        let data = match lines {
-            true => Self::from_lines(&content, text, length, seed),
-            false => Self::from_text(&content, text, length),
+        let data = match values(&content, named).with_context(|| name.clone())? {
+            Some(values) => Self::from_values(values, text, length, seed),
+            None => Self::from_text(&content, text, length),
         };
         data.with_context(|| name)
     }
@@ -135,37 +216,70 @@ impl Data {
         sum.sum()
     }
 
-    fn from_lines(content: &str, text: &Text, length: usize, seed: u64) -> Result<Self> {
-        let mut sequences = Vec::new();
-        for (number, line) in content.lines().enumerate() {
-            if line.trim().is_empty() {
-                continue;
+    fn from_values(
+        values: Vec<(usize, Value)>,
+        text: &Text,
+        length: usize,
+        seed: u64,
+    ) -> Result<Self> {
+        let mut examples = Vec::new();
+        let mut others = BTreeSet::new();
+        let mut cut = Cut::default();
+        let given = values.len();
+        for (line, value) in values {
+            let read = || -> Result<(Vec<Sequence>, Option<String>)> {
+                Ok(match Record::read(value, &mut others)? {
+                    Record::Pair { prompt, completion } => {
+                        let (ids, learned) = pair(&prompt, &completion, text)?;
+                        (vec![cut.one(ids, learned, length)], Some(prompt))
+                    }
+                    Record::Conversation(messages) => {
+                        let (ids, learned) = text.conversation(&messages)?;
+                        let asked = messages.into_iter().find(|m| m.role == "user");
+                        let asked = asked.map(|message| message.content);
+                        (vec![cut.one(ids, learned, length)], asked)
+                    }
+                    Record::Text(line) => (windows(&line, text, length)?, None),
+                })
+            };
+            let (mut sequences, prompt) = read().with_context(|| format!("line {line}"))?;
+            sequences.retain(|sequence| sequence.learned.iter().any(|learned| *learned));
+            if !sequences.is_empty() {
+                examples.push((sequences, prompt));
             }
-            let line = Line::read(line).with_context(|| format!("line {}", number + 1))?;
-            sequences.push(match line {
-                Line::Pair { prompt, completion } => {
-                    (pair(&prompt, &completion, text, length)?, Some(prompt))
-                }
-                Line::Text { text: line } => (whole(&line, text, length)?, None),
-            });
         }
-        let given = sequences.len();
-        sequences.retain(|(sequence, _)| sequence.learned.iter().any(|learned| *learned));
         ensure!(
-            sequences.len() >= 2,
+            examples.len() >= 2,
             "{} usable examples of {given}, expected at least 2, one to train on and one to hold out, \
              each with a completion that begins within --seq {length}",
-            sequences.len()
+            examples.len()
         );
-        let left_out = given - sequences.len();
-        SplitMix64::new(seed).shuffle(&mut sequences);
-        let held = ((sequences.len() as f64 * HELD_OUT) as usize).max(1);
-        let train = sequences.split_off(held);
+        let left_out = given - examples.len();
+        SplitMix64::new(seed).shuffle(&mut examples);
+        // All of a text is on one side.
+        let held = ((examples.len() as f64 * HELD_OUT) as usize).max(1);
+        let train = examples.split_off(held);
+        let prompt = examples.iter().find_map(|(_, prompt)| prompt.clone());
+        let sequences =
+            |examples: Vec<(Vec<Sequence>, _)>| examples.into_iter().flat_map(|(s, _)| s).collect();
+        let mut notes = cut.notes(length);
+        if !others.is_empty() {
+            let others: Vec<String> = others.into_iter().collect();
+            notes.push(format!(
+                "`{}` of the data are not read",
+                others.join("`, `")
+            ));
+        }
+        if left_out > 0 {
+            notes.push(format!(
+                "{left_out} examples have nothing to learn within --seq {length} and are left out"
+            ));
+        }
         Ok(Self {
-            prompt: sequences.iter().find_map(|(_, prompt)| prompt.clone()),
-            train: train.into_iter().map(|(sequence, _)| sequence).collect(),
-            validation: sequences.into_iter().map(|(s, _)| s).collect(),
-            left_out,
+            prompt,
+            train: sequences(train),
+            validation: sequences(examples),
+            notes,
         })
     }
 
@@ -196,33 +310,79 @@ impl Data {
         Ok(Self {
             train,
             validation,
-            left_out: 0,
+            notes: Vec::new(),
             prompt: None,
         })
     }
 }
 
-fn pair(prompt: &str, completion: &str, text: &Text, length: usize) -> Result<Sequence> {
+fn pair(prompt: &str, completion: &str, text: &Text) -> Result<(Vec<u32>, Vec<bool>)> {
     let mut ids = text.prompt(prompt)?;
     let start = ids.len();
     ids.extend(text.encode(completion)?);
     ids.extend(text.end_of_turn());
-    ids.truncate(length);
-    Ok(Sequence {
-        learned: (0..ids.len()).map(|i| i >= start).collect(),
-        ids,
-    })
+    let learned = (0..ids.len()).map(|i| i >= start).collect();
+    Ok((ids, learned))
 }
 
-fn whole(line: &str, text: &Text, length: usize) -> Result<Sequence> {
-    let mut ids: Vec<u32> = text.begin.into_iter().collect();
+/// A text as sequences, one behind the other; a short one is one.
+fn windows(line: &str, text: &Text, length: usize) -> Result<Vec<Sequence>> {
+    let mut ids = text.begin.clone();
     ids.extend(text.encode(line)?);
     ids.extend(text.ends.first());
-    ids.truncate(length);
-    Ok(Sequence {
+    let parts = ids.chunks(length).map(|ids| Sequence {
         learned: (0..ids.len()).map(|i| i > 0).collect(),
-        ids,
-    })
+        ids: ids.to_vec(),
+    });
+    Ok(parts.collect())
+}
+
+/// What does not fit into a sequence, counted.
+#[derive(Default)]
+struct Cut {
+    examples: usize,
+    tokens: usize,
+    all: usize,
+}
+
+impl Cut {
+    fn one(&mut self, mut ids: Vec<u32>, mut learned: Vec<bool>, length: usize) -> Sequence {
+        self.all += ids.len();
+        if ids.len() > length {
+            self.examples += 1;
+            self.tokens += ids.len() - length;
+        }
+        ids.truncate(length);
+        learned.truncate(length);
+        Sequence { ids, learned }
+    }
+
+    fn notes(&self, length: usize) -> Vec<String> {
+        let Self {
+            examples,
+            tokens,
+            all,
+        } = self;
+        match examples {
+            0 => Vec::new(),
+            _ => vec![format!(
+                "{examples} examples are longer than --seq {length}: {tokens} of {all} tokens are cut off"
+            )],
+        }
+    }
+}
+
+/// A text without the marks of other systems, which no model has to learn: a byte order mark at its start, and
+/// carriage returns at the ends of lines.
+fn plain(content: String) -> String {
+    let content = match content.strip_prefix('\u{feff}') {
+        Some(rest) => rest.to_string(),
+        None => content,
+    };
+    match content.contains('\r') {
+        true => content.replace("\r\n", "\n").replace('\r', "\n"),
+        false => content,
+    }
 }
 
 /// Sequences of one step, padded to the longest.

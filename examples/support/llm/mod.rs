@@ -5,10 +5,14 @@
 
 pub mod config;
 pub mod data;
+pub mod gguf;
+pub mod gguf_names;
+pub mod gguf_tokenizer;
 pub mod model;
 pub mod open;
 pub mod recompute;
 pub mod sample;
+pub mod template;
 pub mod tokenizer;
 pub mod train;
 pub mod weights;

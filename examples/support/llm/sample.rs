@@ -35,7 +35,12 @@ pub fn answer(
     let mut logits = model.next(prompt, &mut cache)?;
     let mut ids = Vec::new();
     for _ in 0..sampling.max_tokens.min(room) {
-        let id = choose(&logits.to_vec1::<f32>()?, sampling.temperature, &mut rng);
+        let logits_now = logits.to_vec1::<f32>()?;
+        ensure!(
+            logits_now.iter().all(|logit| logit.is_finite()),
+            "the model computes logits that are not finite: is it, or its adapter, damaged?"
+        );
+        let id = choose(&logits_now, sampling.temperature, &mut rng);
         if text.ends.contains(&id) || text.end_of_turn() == Some(id) {
             break;
         }

@@ -1,57 +1,61 @@
-//! Text to tokens and back, and a conversation to the text that the model was trained on.
+//! Text to tokens and back, with the special tokens that a model was trained with.
 
+use super::gguf::integer;
+use super::gguf_tokenizer;
+use super::template::{Message, Template};
 use super::weights::Weights;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use candle_core::quantized::gguf_file::Value;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io::ErrorKind::NotFound;
 use std::path::Path;
-use tokenizers::decoders::byte_level::ByteLevel as ByteLevelDecoder;
-use tokenizers::models::bpe::{BPE, Vocab};
-use tokenizers::normalizers::unicode::NFC;
-use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::pre_tokenizers::digits::Digits;
-use tokenizers::pre_tokenizers::sequence::Sequence;
-use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
-use tokenizers::{
-    AddedToken, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior, Tokenizer,
-};
+use tokenizers::Tokenizer;
 
-/// Splits of Llama 3's and Qwen2's tokenizers, as their `tokenizer.json` files have them.
-const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+/// Bytes of text that are tokenized at a time: the tokenizer needs more than a hundred for each.
+const PIECE: usize = 1 << 16;
 
-/// A tokenizer, its chat template, and the tokens that end a text.
+/// A tokenizer, its chat template, and the tokens that begin and end a text.
 pub struct Text {
     tokenizer: Tokenizer,
-    template: Option<String>,
-    /// Names of special tokens that templates ask for.
-    names: HashMap<&'static str, String>,
-    pub begin: Option<u32>,
+    template: Option<Template>,
+    /// Names of special tokens that templates ask for, by their keys in a `tokenizer_config.json`.
+    names: BTreeMap<String, String>,
+    /// What stands before a text that no template was applied to.
+    pub begin: Vec<u32>,
+    /// Tokens that end a text; the first is put behind one.
     pub ends: Vec<u32>,
+    end_of_turn: Option<u32>,
 }
 
 impl Text {
     /// The tokenizer of a model: `tokenizer.json` beside it, else the metadata of its GGUF file.
+    ///
+    /// # Errors
+    ///
+    /// A `tokenizer.json` beside a GGUF file that has other tokens than the file itself.
     pub fn open(weights: &Weights) -> Result<Self> {
         let folder = match weights.path.is_dir() {
             true => weights.path.as_path(),
             false => weights.path.parent().unwrap_or(Path::new(".")),
         };
         let file = folder.join("tokenizer.json");
+        let of_gguf = !weights.metadata.is_empty();
         let mut tokenizer = match file.exists() {
-            true => Tokenizer::from_file(&file).map_err(|e| anyhow!("{}: {e}", file.display()))?,
-            false if weights.metadata.is_empty() => bail!("{} is missing", file.display()),
-            false => from_gguf(&weights.metadata)?,
+            true => read(&file).with_context(|| file.display().to_string())?,
+            false if of_gguf => gguf_tokenizer::read(&weights.metadata)?,
+            false => bail!("{} is missing", file.display()),
         };
+        if of_gguf && file.exists() {
+            check_tokens(&tokenizer, &weights.metadata, &file)?;
+        }
         // Left behind by the call before a `tokenizer.json` was saved; lengths are this program's matter.
         tokenizer.with_padding(None);
         tokenizer
             .with_truncation(None)
             .map_err(|e| anyhow!("{e}"))?;
-        match weights.metadata.is_empty() {
-            true => Self::of_folder(tokenizer, folder),
-            false => Self::of_gguf(tokenizer, &weights.metadata),
+        match of_gguf {
+            false => Self::of_folder(tokenizer, folder),
+            true => Self::of_gguf(tokenizer, &weights.metadata),
         }
     }
 
@@ -63,81 +67,168 @@ impl Text {
                 Err(error) => Err(error).context(name.to_string()),
             }
         };
-        let (config, generation) = (
-            read("tokenizer_config.json")?,
-            read("generation_config.json")?,
-        );
-        let model = read("config.json")?;
-        let text = |value: &serde_json::Value| {
-            let content = value.get("content").unwrap_or(value);
-            content.as_str().map(str::to_string)
-        };
+        let config = read("tokenizer_config.json")?;
         let mut ends: Vec<u32> = Vec::new();
-        for ids in [&generation["eos_token_id"], &model["eos_token_id"]] {
+        for file in ["generation_config.json", "config.json"] {
+            let ids = &read(file)?["eos_token_id"];
             let listed = ids.as_array().into_iter().flatten();
-            let listed = listed.chain(ids.is_u64().then_some(ids));
-            ends.extend(listed.filter_map(|id| id.as_u64()).map(|id| id as u32));
+            let listed = listed.chain((!ids.is_null() && !ids.is_array()).then_some(ids));
+            for id in listed {
+                let id = id.as_u64().and_then(|id| u32::try_from(id).ok());
+                ends.push(id.with_context(|| format!("{file}: eos_token_id is no token"))?);
+            }
         }
-        let mut names = HashMap::new();
-        for key in ["bos_token", "eos_token"] {
-            if let Some(name) = text(&config[key]) {
-                names.insert(key, name);
+        let mut names = BTreeMap::new();
+        // The older file of the two; what the newer one says is put over it.
+        for settings in [&read("special_tokens_map.json")?, &config] {
+            for (key, value) in settings.as_object().into_iter().flatten() {
+                let content = value.get("content").unwrap_or(value);
+                if let (true, Some(name)) = (key.ends_with("_token"), content.as_str()) {
+                    names.insert(key.clone(), name.to_string());
+                }
             }
         }
         let of = |key: &str| names.get(key).and_then(|name| tokenizer.token_to_id(name));
         ends.extend(of("eos_token"));
-        ends.dedup();
-        let adds_begin = config["add_bos_token"].as_bool().unwrap_or(false);
-        let template = config["chat_template"].as_str().map(str::to_string);
-        let file = match std::fs::read_to_string(folder.join("chat_template.jinja")) {
-            Ok(template) => Some(template),
-            Err(error) if error.kind() == NotFound => None,
+        let flag = |key: &str| match &config[key] {
+            serde_json::Value::Null => Ok(None),
+            value => {
+                let flag = value.as_bool();
+                let flag = flag.with_context(|| format!("tokenizer_config.json: {key} is {value}"));
+                flag.map(Some)
+            }
+        };
+        let (begins, ended) = (flag("add_bos_token")?, flag("add_eos_token")?);
+        // A flag that is there takes the place of what tokenizer.json says, as in transformers.
+        let (begin, end) = match (begins, ended) {
+            (None, None) => around(&tokenizer)?,
+            _ => {
+                let begin = begins == Some(true);
+                let end = ended == Some(true);
+                let of = |key, added| of(key).into_iter().filter(move |_| added).collect();
+                (of("bos_token", begin), of("eos_token", end))
+            }
+        };
+        ends.splice(0..0, end);
+        let template = match std::fs::read_to_string(folder.join("chat_template.jinja")) {
+            Ok(template) => Some(Template::new(&template).context("chat_template.jinja")?),
+            Err(error) if error.kind() == NotFound => {
+                let setting = Template::of_setting(&config["chat_template"]);
+                setting.context("tokenizer_config.json")?
+            }
             Err(error) => return Err(error).context("chat_template.jinja"),
         };
-        Ok(Self {
-            begin: if adds_begin { of("bos_token") } else { None },
-            template: file.or(template),
-            names,
-            ends,
-            tokenizer,
-        })
+        Self::new(tokenizer, template, names, begin, ends)
     }
 
     fn of_gguf(tokenizer: Tokenizer, metadata: &HashMap<String, Value>) -> Result<Self> {
-        let id = |key: &str| match metadata.get(&format!("tokenizer.ggml.{key}")) {
-            Some(Value::U32(id)) => Some(*id),
-            _ => None,
+        let get = |key: &str| metadata.get(&format!("tokenizer.ggml.{key}"));
+        let id = |key: &str| -> Result<Option<u32>> {
+            let Some(value) = get(key) else {
+                return Ok(None);
+            };
+            let id = integer(value).and_then(|id| u32::try_from(id).ok());
+            id.with_context(|| format!("the GGUF file's {key} is no token"))
+                .map(Some)
         };
-        let mut names = HashMap::new();
-        for (key, id) in [
-            ("bos_token", id("bos_token_id")),
-            ("eos_token", id("eos_token_id")),
-        ] {
+        let (bos, eos) = (id("bos_token_id")?, id("eos_token_id")?);
+        let mut names = BTreeMap::new();
+        for (key, id) in [("bos_token", bos), ("eos_token", eos)] {
             if let Some(name) = id.and_then(|id| tokenizer.id_to_token(id)) {
-                names.insert(key, name);
+                names.insert(key.to_string(), name);
             }
         }
-        let adds_begin = metadata.get("tokenizer.ggml.add_bos_token");
-        let adds_begin = matches!(adds_begin, Some(Value::Bool(true)));
-        let template = match metadata.get("tokenizer.chat_template") {
-            Some(Value::String(template)) => Some(template.clone()),
-            _ => None,
+        let begins = match get("add_bos_token") {
+            None => gguf_tokenizer::begins(metadata),
+            Some(Value::Bool(begins)) => *begins,
+            Some(other) => bail!("the GGUF file's add_bos_token is {other:?}, expected a bool"),
         };
-        let ends = [id("eos_token_id"), id("eot_token_id")];
-        Ok(Self {
-            begin: if adds_begin { id("bos_token_id") } else { None },
-            ends: ends.into_iter().flatten().collect(),
+        let begin = bos.into_iter().filter(|_| begins).collect();
+        let template = match metadata.get("tokenizer.chat_template") {
+            None => None,
+            Some(Value::String(template)) => Some(Template::new(template)?),
+            Some(_) => bail!("the GGUF file's chat template is no text"),
+        };
+        let ends = [eos, id("eot_token_id")?, id("eom_token_id")?];
+        let ends = ends.into_iter().flatten().collect();
+        Self::new(tokenizer, template, names, begin, ends)
+    }
+
+    fn new(
+        tokenizer: Tokenizer,
+        template: Option<Template>,
+        names: BTreeMap<String, String>,
+        begin: Vec<u32>,
+        ends: Vec<u32>,
+    ) -> Result<Self> {
+        let mut distinct: Vec<u32> = Vec::new();
+        for id in ends {
+            if !distinct.contains(&id) {
+                distinct.push(id);
+            }
+        }
+        let mut text = Self {
+            tokenizer,
             template,
             names,
-            tokenizer,
-        })
+            begin,
+            end_of_turn: distinct.first().copied(),
+            ends: distinct,
+        };
+        if let Some(turn) = text.end_of_answer() {
+            text.end_of_turn = Some(turn);
+        }
+        Ok(text)
+    }
+
+    /// The special token that the chat template puts behind an answer, where it can show one.
+    fn end_of_answer(&self) -> Option<u32> {
+        const ANSWER: &str = "0";
+        let answer = Message {
+            role: "assistant".into(),
+            content: ANSWER.into(),
+        };
+        let messages = [Message::user("?"), answer];
+        let template = self.template.as_ref()?;
+        let text = template.render(&messages, false, &self.names).ok()?;
+        let (_, after) = text.rsplit_once(ANSWER)?;
+        let special = self.tokenizer.get_added_tokens_decoder();
+        let ids = self.encode(after).ok()?;
+        let is_special = |id: &u32| special.get(id).is_some_and(|token| token.special);
+        ids.into_iter().find(is_special)
     }
 
     /// The tokens of a text, special tokens in it recognised, none added.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.tokenizer.encode(text, false);
-        let encoding = encoding.map_err(|e| anyhow!("cannot tokenize: {e}"))?;
-        Ok(encoding.get_ids().to_vec())
+        let mut ids = Vec::new();
+        let mut rest = text;
+        while rest.len() > PIECE {
+            let Some(cut) = self.cut(rest)? else { break };
+            ids.extend(encode(&self.tokenizer, &rest[..cut])?);
+            rest = &rest[cut..];
+        }
+        ids.extend(encode(&self.tokenizer, rest)?);
+        Ok(ids)
+    }
+
+    /// Where a long text can be cut between two lines without changing a token.
+    fn cut(&self, text: &str) -> Result<Option<usize>> {
+        let bytes = text.as_bytes();
+        let plain = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_alphanumeric);
+        let ends = (PIECE..bytes.len()).filter(|at| bytes[*at] == b'\n');
+        let clear = ends.filter(|at| plain(bytes.get(at - 1)) && plain(bytes.get(at + 1)));
+        const NEAR: usize = 64;
+        for at in clear.take(8) {
+            let cut = at + 1;
+            let start = boundary(text, cut - NEAR);
+            let end = boundary(text, (cut + NEAR).min(text.len()));
+            let mut parts = encode(&self.tokenizer, &text[start..cut])?;
+            parts.extend(encode(&self.tokenizer, &text[cut..end])?);
+            if parts == encode(&self.tokenizer, &text[start..end])? {
+                return Ok(Some(cut));
+            }
+        }
+        Ok(None)
     }
 
     /// The text of tokens, special ones left out.
@@ -156,13 +247,13 @@ impl Text {
     pub fn settings(&self) -> serde_json::Value {
         let mut settings = serde_json::json!({
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "add_bos_token": self.begin.is_some(),
+            "add_bos_token": !self.begin.is_empty(),
         });
         if let Some(template) = &self.template {
-            settings["chat_template"] = template.clone().into();
+            settings["chat_template"] = template.source().into();
         }
         for (key, name) in &self.names {
-            settings[*key] = name.clone().into();
+            settings[key] = name.clone().into();
         }
         settings
     }
@@ -171,160 +262,114 @@ impl Text {
     /// it has one, else the prompt and a line break.
     pub fn prompt(&self, prompt: &str) -> Result<Vec<u32>> {
         let Some(template) = &self.template else {
-            let mut ids: Vec<u32> = self.begin.into_iter().collect();
+            let mut ids = self.begin.clone();
             ids.extend(self.encode(&format!("{prompt}\n"))?);
             return Ok(ids);
         };
-        let mut environment = minijinja::Environment::new();
-        // Templates are written for Python, with its methods on strings.
-        environment.set_unknown_method_callback(python_method);
-        environment.add_function("raise_exception", |text: String| -> Result<String, _> {
-            Err(minijinja::Error::new(
-                minijinja::ErrorKind::InvalidOperation,
-                text,
-            ))
-        });
-        environment
-            .add_template("chat", template)
-            .context("the chat template")?;
-        let message = serde_json::json!([{"role": "user", "content": prompt}]);
-        let mut context = serde_json::json!({
-            "messages": message,
-            "add_generation_prompt": true,
-            "enable_thinking": false,
-        });
-        for (key, name) in &self.names {
-            context[*key] = name.clone().into();
-        }
-        let text = environment.get_template("chat")?.render(context);
         // The template writes a token to begin with itself, where it wants one.
-        self.encode(&text.context("the chat template")?)
+        self.encode(&template.render(&[Message::user(prompt)], true, &self.names)?)
+    }
+
+    /// A conversation through the chat template, up to where the model's next turn begins.
+    #[allow(dead_code, reason = "for the tests; the programs ask one question")]
+    pub fn chat(&self, messages: &[Message]) -> Result<Vec<u32>> {
+        let template = self.template.as_ref().context("no chat template")?;
+        self.encode(&template.render(messages, true, &self.names)?)
+    }
+
+    /// The tokens of a conversation, and for each whether the model is to learn it: what stands in the
+    /// turns of the assistant, up to the token that ends each.
+    pub fn conversation(&self, messages: &[Message]) -> Result<(Vec<u32>, Vec<bool>)> {
+        let template = self.template.as_ref();
+        let template = template.context(
+            "`messages` needs a chat template, and the model has none; give `prompt` and `completion`",
+        )?;
+        let (mut ids, mut learned) = (Vec::new(), Vec::new());
+        for (part, answered) in template.parts(messages, &self.names)? {
+            let part = self.encode(&part)?;
+            let end = part.iter().position(|id| Some(*id) == self.end_of_turn);
+            let last = end.map_or(part.len(), |end| end + 1);
+            learned.extend((0..part.len()).map(|at| answered && at < last));
+            ids.extend(part);
+        }
+        Ok((ids, learned))
     }
 
     /// The token that ends an answer: the one that the chat template closes a turn with, else the end
     /// of the text.
     pub fn end_of_turn(&self) -> Option<u32> {
-        let turn = ["<|im_end|>", "<|eot_id|>"];
-        let mut turns = turn.iter().filter(|name| {
-            let used = self.template.as_ref();
-            used.is_some_and(|template| template.contains(**name))
-        });
-        let named = turns
-            .next()
-            .and_then(|name| self.tokenizer.token_to_id(name));
-        named.or(self.ends.first().copied())
+        self.end_of_turn
     }
 }
 
-/// The few methods of Python's strings that chat templates call.
-fn python_method(
-    _: &minijinja::State,
-    value: &minijinja::Value,
-    method: &str,
-    arguments: &[minijinja::Value],
-) -> Result<minijinja::Value, minijinja::Error> {
-    let unknown = || minijinja::Error::from(minijinja::ErrorKind::UnknownMethod);
-    let text = value.as_str().ok_or_else(unknown)?;
-    let argument = arguments.first().and_then(|a| a.as_str());
-    Ok(match (method, argument) {
-        ("strip", None) => text.trim().into(),
-        ("lstrip", None) => text.trim_start().into(),
-        ("rstrip", None) => text.trim_end().into(),
-        ("strip", Some(set)) => text.trim_matches(|c| set.contains(c)).into(),
-        ("lstrip", Some(set)) => text.trim_start_matches(|c| set.contains(c)).into(),
-        ("rstrip", Some(set)) => text.trim_end_matches(|c| set.contains(c)).into(),
-        ("startswith", Some(start)) => text.starts_with(start).into(),
-        ("endswith", Some(end)) => text.ends_with(end).into(),
-        ("upper", None) => text.to_uppercase().into(),
-        ("lower", None) => text.to_lowercase().into(),
-        ("split", Some(by)) => text
-            .split(by)
-            .map(minijinja::Value::from)
-            .collect::<Vec<_>>()
-            .into(),
-        _ => return Err(unknown()),
-    })
+/// A `tokenizer.json`. The crate's own reader panics on one that is cut short.
+fn read(file: &Path) -> Result<Tokenizer> {
+    let bytes = std::fs::read(file)?;
+    let json: serde_json::Value = serde_json::from_slice(&bytes).context("not JSON")?;
+    ensure!(json.is_object(), "expected a JSON object");
+    Tokenizer::from_bytes(&bytes).map_err(|e| anyhow!("{e}"))
 }
 
-/// The tokenizer that a GGUF file describes. candle reads such files too, but takes every split it does
-/// not know for that of GPT-2: SmolLM's digits then come out as other tokens.
-fn from_gguf(metadata: &HashMap<String, Value>) -> Result<Tokenizer> {
-    let get = |key: &str| {
-        let key = format!("tokenizer.ggml.{key}");
-        metadata
-            .get(&key)
-            .with_context(|| format!("the GGUF file lacks `{key}`"))
-    };
-    let model = get("model")?.to_string()?;
-    ensure!(
-        model == "gpt2",
-        "the GGUF file has a tokenizer of the kind `{model}`, which is not supported: put the model's \
-         tokenizer.json beside it"
-    );
-    let strings = |key: &str| -> Result<Vec<String>> {
-        let list = get(key)?.to_vec()?;
-        list.iter().map(|v| Ok(v.to_string()?.clone())).collect()
-    };
-    let tokens = strings("tokens")?;
-    let vocabulary: Vocab = tokens.iter().cloned().zip(0u32..).collect();
-    let merges = strings("merges")?;
-    let merges = merges.iter().map(|merge| match merge.split_once(' ') {
-        Some((a, b)) => Ok((a.to_string(), b.to_string())),
-        None => bail!("the GGUF file has a merge `{merge}`"),
-    });
-    let merges = merges.collect::<Result<Vec<_>>>()?;
-    let pre = get("pre")?.to_string()?.as_str();
-    let bpe = BPE::builder()
-        .vocab_and_merges(vocabulary, merges)
-        // Llama 3 takes a whole word that is a token before it merges.
-        .ignore_merges(matches!(pre, "llama-bpe" | "llama3"))
-        .build()
-        .map_err(|e| anyhow!("the GGUF file's tokenizer: {e}"))?;
-    let mut tokenizer = Tokenizer::new(bpe);
-    let (normalizer, split) = pre_tokenizer(pre)?;
-    let failed = |e| anyhow!("the GGUF file's tokenizer: {e}");
-    tokenizer.with_normalizer(normalizer).map_err(failed)?;
-    tokenizer.with_pre_tokenizer(Some(split));
-    tokenizer.with_decoder(Some(ByteLevelDecoder::default()));
-    if let Ok(kinds) = get("token_type") {
-        // 3 is a control token, 4 one that a user defined.
-        let kinds = kinds.to_vec()?;
-        let added = tokens.iter().zip(kinds).filter_map(|(token, kind)| {
-            let kind = match kind {
-                Value::I32(kind) => *kind,
-                Value::U32(kind) => *kind as i32,
-                _ => 0,
-            };
-            let special = kind == 3;
-            (special || kind == 4).then(|| AddedToken::from(token.clone(), special))
-        });
-        tokenizer.add_tokens(added).map_err(failed)?;
+/// The last place up to `at` where a character begins.
+fn boundary(text: &str, mut at: usize) -> usize {
+    while !text.is_char_boundary(at) {
+        at -= 1;
     }
-    Ok(tokenizer)
+    at
 }
 
-/// How a tokenizer cuts text before it merges, by the name that GGUF files have for it.
-fn pre_tokenizer(name: &str) -> Result<(Option<NormalizerWrapper>, PreTokenizerWrapper)> {
-    let split = |regex: &str| -> Result<PreTokenizerWrapper> {
-        let pattern = SplitPattern::Regex(regex.to_string());
-        let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false);
-        let split = split.map_err(|e| anyhow!("a split: {e}"))?;
-        let bytes = ByteLevel::new(false, true, false);
-        Ok(Sequence::new(vec![split.into(), bytes.into()]).into())
+fn encode(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
+    let encoding = tokenizer.encode_fast(text, false);
+    let encoding = encoding.map_err(|e| anyhow!("cannot tokenize: {e}"))?;
+    Ok(encoding.get_ids().to_vec())
+}
+
+/// What the post-processor of a `tokenizer.json` puts before and behind a text.
+fn around(tokenizer: &Tokenizer) -> Result<(Vec<u32>, Vec<u32>)> {
+    const SAMPLE: &str = "a";
+    let bare = encode(tokenizer, SAMPLE)?;
+    let whole = tokenizer.encode_fast(SAMPLE, true);
+    let whole = whole.map_err(|e| anyhow!("cannot tokenize: {e}"))?;
+    let whole = whole.get_ids();
+    let at = whole
+        .windows(bare.len().max(1))
+        .position(|part| part == bare);
+    let at = at.context("tokenizer.json: its post-processor changes the tokens of a text")?;
+    Ok((whole[..at].to_vec(), whole[at + bare.len()..].to_vec()))
+}
+
+/// Two models in one folder share its `tokenizer.json`, which belongs to one of them at most.
+fn check_tokens(
+    tokenizer: &Tokenizer,
+    metadata: &HashMap<String, Value>,
+    file: &Path,
+) -> Result<()> {
+    let Some(Value::Array(tokens)) = metadata.get("tokenizer.ggml.tokens") else {
+        return Ok(());
     };
-    let plain = ByteLevel::new(false, true, true);
-    Ok(match name {
-        // Each digit stands alone, then GPT-2's split.
-        "smollm" => {
-            let parts = vec![Digits::new(true).into(), plain.into()];
-            (None, Sequence::new(parts).into())
+    let mut found = 0;
+    for (id, token) in (0u32..).zip(tokens) {
+        let Value::String(token) = token else {
+            bail!("the GGUF file's token {id} is no text");
+        };
+        match tokenizer.id_to_token(id) {
+            // A GGUF file fills its list up to the rows of the embedding.
+            None => continue,
+            Some(other) => ensure!(
+                other == *token,
+                "{} is the tokenizer of another model: its token {id} is `{other}`, the GGUF file's is \
+                 `{token}`; move one of the two to a folder of its own",
+                file.display()
+            ),
         }
-        "gpt-2" | "gpt2" => (None, plain.into()),
-        "llama-bpe" | "llama3" => (None, split(LLAMA3)?),
-        "qwen2" => (Some(NFC.into()), split(QWEN2)?),
-        other => bail!(
-            "the GGUF file cuts text by `{other}`, which is not known here: put the model's \
-             tokenizer.json beside it"
-        ),
-    })
+        found += 1;
+    }
+    let known = tokenizer.get_vocab_size(true);
+    ensure!(
+        found == known,
+        "{} is the tokenizer of another model: it has {known} tokens, of which the GGUF file knows {found}; \
+         move one of the two to a folder of its own",
+        file.display()
+    );
+    Ok(())
 }

@@ -5,12 +5,14 @@
 //! and adapters know Hugging Face's names and rows alone.
 
 use super::config::{Architecture, Config};
+use super::gguf;
+use super::gguf_names::{hugging_face_name, reordered, to_hugging_face};
 use anyhow::{Context, Result, bail, ensure};
-use candle_core::quantized::gguf_file::{Content, Value};
-use candle_core::quantized::{GgmlDType, QStorage, QTensor};
+use candle_core::quantized::gguf_file::Value;
+use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
-use candle_doft::frozen;
 use candle_doft::merge::Merge;
+use candle_doft::{AdapterBuilder, frozen};
 use safetensors::tensor::Metadata;
 use std::collections::HashMap;
 use std::io::{Read, Seek, SeekFrom};
@@ -22,6 +24,45 @@ use std::sync::Arc;
 enum Stored {
     Dense(Tensor),
     Quantized(Arc<QTensor>),
+}
+
+impl Stored {
+    fn expanded(&self) -> Result<Tensor> {
+        Ok(match self {
+            Self::Dense(tensor) => tensor.clone(),
+            Self::Quantized(tensor) => tensor.dequantize(&tensor.device())?,
+        })
+    }
+}
+
+/// The table of the embedding, and the head that may share it.
+const TABLE: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
+
+/// Whether a stored head differs from the table that it is said to share: then it counts, as in
+/// transformers. One that is equal goes.
+fn untied(tensors: &mut HashMap<String, Stored>) -> Result<bool> {
+    let (Some(Stored::Dense(head)), Some(Stored::Dense(table))) =
+        (tensors.get(HEAD), tensors.get(TABLE))
+    else {
+        return Ok(false);
+    };
+    let same = head.shape() == table.shape()
+        && head.dtype() == table.dtype()
+        && head
+            .ne(table)?
+            .to_dtype(DType::F32)?
+            .sum_all()?
+            .to_scalar::<f32>()?
+            == 0.;
+    if same {
+        tensors.remove(HEAD);
+        return Ok(false);
+    }
+    eprintln!(
+        "note: the configuration ties the head to the embedding, but the model has a head of its own; it is used"
+    );
+    Ok(true)
 }
 
 /// The weights of one model.
@@ -44,6 +85,9 @@ impl Weights {
             false => Self::from_gguf(path, device),
         };
         let mut weights = read.with_context(|| path.display().to_string())?;
+        weights
+            .check_finite()
+            .with_context(|| path.display().to_string())?;
         if dequantize {
             for tensor in weights.tensors.values_mut() {
                 *tensor = Stored::Dense(match tensor {
@@ -70,8 +114,15 @@ impl Weights {
         for file in files {
             let read = read_safetensors(&folder.join(&file), device);
             let read = read.with_context(|| format!("{file} cannot be read; fetch it again"))?;
-            tensors.extend(read.into_iter().map(|(n, t)| (n, Stored::Dense(t))));
+            for (name, tensor) in read {
+                if tensors.contains_key(&name) {
+                    bail!("tensor `{name}` is in two files of the model; fetch it again");
+                }
+                tensors.insert(name, Stored::Dense(tensor));
+            }
         }
+        let mut config = config;
+        config.tied = config.tied && !untied(&mut tensors)?;
         Ok(Self {
             config,
             metadata: HashMap::new(),
@@ -81,51 +132,54 @@ impl Weights {
     }
 
     fn from_gguf(file: &Path, device: &Device) -> Result<Self> {
-        let mut reader = std::fs::File::open(file)?;
-        let mut magic = [0; 4];
-        let long = reader.read_exact(&mut magic).is_ok();
-        ensure!(
-            !long || &magic == b"GGUF",
-            "not a GGUF file; --model takes one, or a folder in Hugging Face layout: config.json, \
-             tokenizer.json and safetensors files"
-        );
-        reader.rewind()?;
-        let content =
-            Content::read(&mut reader).context("not a whole GGUF file; fetch it again")?;
-        let tied = !content.tensor_infos.contains_key("output.weight");
-        let mut config = Config::from_gguf(&content.metadata, tied)?;
-        let mut tensors = HashMap::new();
-        for name in content.tensor_infos.keys() {
-            let tensor = content.tensor(&mut reader, name, device);
-            let tensor = tensor.with_context(|| {
-                format!("tensor `{name}` cannot be read, the file is cut short; fetch it again")
-            })?;
-            if name == "rope_freqs.weight" {
-                config.factors = Some(tensor.dequantize(device)?.to_vec1()?);
-                continue;
+        let (_, first) = gguf::open(file)?;
+        let parts = gguf::parts(file, &first.metadata)?;
+        // The first part has the metadata, whichever was named.
+        let mut metadata = None;
+        let (mut tensors, mut factors) = (HashMap::new(), None);
+        let mut config: Option<Config> = None;
+        for part in &parts {
+            let (mut reader, content) = gguf::open(part)?;
+            let config = match &config {
+                Some(config) => config,
+                None => config.insert(Config::from_gguf(&content.metadata)?),
+            };
+            for name in content.tensor_infos.keys() {
+                let tensor = content.tensor(&mut reader, name, device);
+                let tensor = tensor.with_context(|| format!("tensor `{name}` cannot be read"))?;
+                if name == "rope_freqs.weight" {
+                    factors = Some(tensor.dequantize(device)?.to_vec1()?);
+                    continue;
+                }
+                let Some(path) = hugging_face_name(name) else {
+                    bail!("tensor `{name}` belongs to no layer of this family");
+                };
+                let heads = match (config.architecture, name.rsplit('.').nth(1)) {
+                    (Architecture::Llama, Some("attn_q")) => Some(config.heads),
+                    (Architecture::Llama, Some("attn_k")) => Some(config.kv_heads),
+                    _ => None,
+                };
+                let tensor = match heads {
+                    Some(heads) => reordered(&tensor, heads, device, to_hugging_face)?,
+                    None => tensor,
+                };
+                // What is not quantized is used as it is.
+                let tensor = match tensor.dtype() {
+                    GgmlDType::F32 => Stored::Dense(tensor.dequantize(device)?),
+                    _ => Stored::Quantized(Arc::new(tensor)),
+                };
+                if tensors.insert(path, tensor).is_some() {
+                    bail!("tensor `{name}` is in two parts of the model");
+                }
             }
-            let Some(path) = hugging_face_name(name) else {
-                bail!("tensor `{name}` belongs to no layer of this family");
-            };
-            let heads = match (config.architecture, name.rsplit('.').nth(1)) {
-                (Architecture::Llama, Some("attn_q")) => Some(config.heads),
-                (Architecture::Llama, Some("attn_k")) => Some(config.kv_heads),
-                _ => None,
-            };
-            let tensor = match heads {
-                Some(heads) => reordered(&tensor, heads, device, to_hugging_face)?,
-                None => tensor,
-            };
-            // What is not quantized is used as it is.
-            let tensor = match tensor.dtype() {
-                GgmlDType::F32 => Stored::Dense(tensor.dequantize(device)?),
-                _ => Stored::Quantized(Arc::new(tensor)),
-            };
-            tensors.insert(path, tensor);
+            metadata.get_or_insert(content.metadata);
         }
+        let mut config = config.context("it has no parts")?;
+        config.factors = factors;
+        config.tied = !tensors.contains_key("lm_head.weight");
         Ok(Self {
             config,
-            metadata: content.metadata,
+            metadata: metadata.unwrap_or_default(),
             path: file.to_path_buf(),
             tensors,
         })
@@ -142,25 +196,113 @@ impl Weights {
         }
     }
 
-    /// The same with adapters merged; a quantized weight that one changes is expanded.
+    /// The same with adapters merged and their extra tensors in place; a quantized weight that one changes is
+    /// expanded. A head that shares the table of the embedding gets one of its own where only one of the
+    /// two is changed, as in PEFT.
     pub fn merged(mut self, merge: &Merge) -> Result<Self> {
-        for name in self
-            .names()
-            .into_iter()
-            .map(str::to_string)
-            .collect::<Vec<_>>()
-        {
-            let Some(path) = name.strip_suffix(".weight") else {
-                continue;
-            };
+        let table = match self.config.tied {
+            true => Some(self.tensors[TABLE].clone()),
+            false => None,
+        };
+        let names: Vec<String> = self.names().into_iter().map(str::to_string).collect();
+        let mut changed = false;
+        for name in names {
             let quantized = matches!(self.tensors.get(&name), Some(Stored::Quantized(_)));
             // Rows that a training run on other bits of the same model has are near enough.
-            if let Some(merged) = merge.weight(path, &self.stored(&name)?, quantized)? {
+            if let Some(merged) = merge.tensor(&name, &self.stored(&name)?, quantized)? {
+                changed |= name == TABLE;
                 self.tensors.insert(name, Stored::Dense(merged));
+            }
+        }
+        if let Some(table) = table {
+            let quantized = matches!(table, Stored::Quantized(_));
+            let head = merge.tensor(HEAD, &table.expanded()?, quantized)?;
+            if changed || head.is_some() {
+                let head = head.map_or(table, Stored::Dense);
+                self.tensors.insert(HEAD.to_string(), head);
+                self.config.tied = false;
             }
         }
         merge.check_used()?;
         Ok(self)
+    }
+
+    /// The same with the extra tensors that an adapter trained beside its layers: they take the place of the
+    /// model's own while the adapter runs unmerged.
+    pub fn with_extras(mut self, builder: &AdapterBuilder) -> Result<Self> {
+        for name in builder.unasked_extras() {
+            let known = match (name.as_str(), self.config.tied) {
+                (HEAD, true) => TABLE,
+                (name, _) => name,
+            };
+            let base = self.stored(known)?;
+            let extra = builder.extra(&name, &base.to_dtype(DType::F32)?)?;
+            if name == TABLE && self.config.tied || name == HEAD {
+                if name == TABLE {
+                    let table = self.tensors[TABLE].clone();
+                    self.tensors.entry(HEAD.to_string()).or_insert(table);
+                }
+                self.config.tied = false;
+            }
+            let extra = Stored::Dense(extra.as_tensor().detach());
+            self.tensors.insert(name, extra);
+        }
+        Ok(self)
+    }
+
+    /// Refuses a model whose dense tensors hold what is no number: every answer would be made of it.
+    fn check_finite(&self) -> Result<()> {
+        for name in self.names() {
+            let Some(Stored::Dense(tensor)) = self.tensors.get(name) else {
+                continue;
+            };
+            if !tensor.dtype().is_float() {
+                continue;
+            }
+            let sum: f32 = tensor.to_dtype(DType::F32)?.sum_all()?.to_scalar()?;
+            if sum.is_finite() {
+                continue;
+            }
+            // The sum of finite values may be beyond the range.
+            let values = tensor
+                .to_dtype(DType::F32)?
+                .flatten_all()?
+                .to_vec1::<f32>()?;
+            if let Some(at) = values.iter().position(|value| !value.is_finite()) {
+                bail!(
+                    "tensor `{name}` holds {} at index {at}: the model is damaged; fetch it again",
+                    values[at]
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// A number that tells one model from another of the same shape: of parts of all tensors.
+    pub fn fingerprint(&self) -> Result<u32> {
+        const ROWS: usize = 4;
+        let mut sum = flate2::Crc::new();
+        for name in self.names() {
+            sum.update(name.as_bytes());
+            let part = |tensor: &Tensor| -> Result<Vec<f32>> {
+                let rows = tensor.dim(0)?;
+                let tensor = tensor.narrow(0, rows / 2, ROWS.min(rows - rows / 2))?;
+                Ok(tensor.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?)
+            };
+            match &self.tensors[name] {
+                Stored::Dense(tensor) => {
+                    for value in part(tensor)? {
+                        sum.update(&value.to_le_bytes());
+                    }
+                }
+                Stored::Quantized(tensor) => {
+                    let data = tensor.data()?;
+                    let middle = data.len() / 2;
+                    sum.update(&data[middle..data.len().min(middle + 4096)]);
+                }
+            }
+        }
+        Ok(sum.sum())
     }
 
     pub fn contains(&self, name: &str) -> bool {
@@ -201,8 +343,7 @@ impl Weights {
     /// A tensor as it is held; one that is quantized in f32.
     pub fn stored(&self, name: &str) -> Result<Tensor> {
         match self.tensors.get(name) {
-            Some(Stored::Dense(tensor)) => Ok(tensor.clone()),
-            Some(Stored::Quantized(tensor)) => Ok(tensor.dequantize(&tensor.device())?),
+            Some(tensor) => tensor.expanded(),
             None => bail!("the model lacks the tensor `{name}`"),
         }
     }
@@ -289,86 +430,4 @@ fn read_safetensors(file: &Path, device: &Device) -> Result<Vec<(String, Tensor)
         tensors.push((name, tensor));
     }
     Ok(tensors)
-}
-
-/// `blk.3.attn_q.weight` is `model.layers.3.self_attn.q_proj.weight`.
-pub fn hugging_face_name(name: &str) -> Option<String> {
-    match name {
-        "token_embd.weight" => return Some("model.embed_tokens.weight".into()),
-        "output_norm.weight" => return Some("model.norm.weight".into()),
-        "output.weight" => return Some("lm_head.weight".into()),
-        _ => {}
-    }
-    let (layer, rest) = name.strip_prefix("blk.")?.split_once('.')?;
-    let (part, kind) = rest.rsplit_once('.')?;
-    let path = PARTS.iter().find(|(gguf, _)| *gguf == part)?.1;
-    Some(format!("model.layers.{layer}.{path}.{kind}"))
-}
-
-/// The way back.
-pub fn gguf_name(name: &str) -> Option<String> {
-    match name {
-        "model.embed_tokens.weight" => return Some("token_embd.weight".into()),
-        "model.norm.weight" => return Some("output_norm.weight".into()),
-        "lm_head.weight" => return Some("output.weight".into()),
-        _ => {}
-    }
-    let (layer, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
-    let (path, kind) = rest.rsplit_once('.')?;
-    let part = PARTS
-        .iter()
-        .find(|(_, huggingface)| *huggingface == path)?
-        .0;
-    Some(format!("blk.{layer}.{part}.{kind}"))
-}
-
-/// The parts of a block, GGUF's name and Hugging Face's.
-const PARTS: [(&str, &str); 11] = [
-    ("attn_norm", "input_layernorm"),
-    ("ffn_norm", "post_attention_layernorm"),
-    ("attn_q", "self_attn.q_proj"),
-    ("attn_k", "self_attn.k_proj"),
-    ("attn_v", "self_attn.v_proj"),
-    ("attn_output", "self_attn.o_proj"),
-    ("attn_q_norm", "self_attn.q_norm"),
-    ("attn_k_norm", "self_attn.k_norm"),
-    ("ffn_gate", "mlp.gate_proj"),
-    ("ffn_up", "mlp.up_proj"),
-    ("ffn_down", "mlp.down_proj"),
-];
-
-/// Where row `row` of a Hugging Face head of `size` rows lies in a GGUF file: pair `i`, which is rows
-/// `i` and `i + size/2` there, is rows `2i` and `2i + 1` here.
-pub fn to_hugging_face(row: usize, size: usize) -> usize {
-    let half = size / 2;
-    row % half * 2 + row / half
-}
-
-/// The way back: where row `row` of a GGUF head lies in Hugging Face's.
-pub fn to_gguf(row: usize, size: usize) -> usize {
-    row / 2 + row % 2 * (size / 2)
-}
-
-/// A tensor with the rows of each head taken from `source(row, size of a head)`, nothing requantized.
-pub fn reordered(
-    tensor: &QTensor,
-    heads: usize,
-    device: &Device,
-    source: fn(usize, usize) -> usize,
-) -> Result<QTensor> {
-    let rows = tensor.shape().dims()[0];
-    ensure!(
-        rows.is_multiple_of(heads),
-        "{rows} rows do not make {heads} heads"
-    );
-    let size = rows / heads;
-    let data = tensor.data()?;
-    let width = data.len() / rows;
-    let mut moved = Vec::with_capacity(data.len());
-    for row in 0..rows {
-        let from = row / size * size + source(row % size, size);
-        moved.extend_from_slice(&data[from * width..(from + 1) * width]);
-    }
-    let storage = QStorage::from_data(moved.into(), device, tensor.dtype())?;
-    Ok(QTensor::new(storage, tensor.shape().clone())?)
 }

@@ -13,7 +13,7 @@ use crate::file;
 use candle_core::Tensor;
 use pair::Pair;
 use plan::{Pairs, Planned};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 /// How an adapter is extracted, and who is told of the progress.
@@ -379,6 +379,7 @@ impl Job {
             layers: self.layers,
             extras: self.extras,
             warnings: Vec::new(),
+            unannounced: BTreeSet::new(),
             allow_partial: false,
             allow_changed_base: false,
         };

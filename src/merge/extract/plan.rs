@@ -16,7 +16,7 @@ pub(super) struct Checkpoint {
 impl Checkpoint {
     fn open(path: &Path) -> Result<Self> {
         let (mut sources, mut places) = (Vec::new(), BTreeMap::new());
-        for file in header::files(path)?.0 {
+        for file in header::checkpoints(path)? {
             let source = Source::open(&file)?;
             for name in source.names() {
                 if places.insert(name.clone(), sources.len()).is_some() {

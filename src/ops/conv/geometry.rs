@@ -19,17 +19,39 @@ pub(crate) struct Geometry {
 }
 
 impl Geometry {
-    /// Height and width of the answer, if the kernel fits.
+    /// Height and width of the answer, if the kernel fits. None as well where a size leaves the range.
     pub(crate) fn output(&self, height: usize, width: usize) -> Option<(usize, usize)> {
         let along = |size: usize, kernel: usize, stride: usize, padding: usize, dilation: usize| {
-            let span = dilation * (kernel - 1) + 1;
-            Some((size + 2 * padding).checked_sub(span)? / stride + 1)
+            let span = dilation
+                .checked_mul(kernel.checked_sub(1)?)?
+                .checked_add(1)?;
+            let padded = size.checked_add(padding.checked_mul(2)?)?;
+            padded
+                .checked_sub(span)?
+                .checked_div(stride)?
+                .checked_add(1)
         };
         let (k, s, p, d) = (self.kernel, self.stride, self.padding, self.dilation);
         Some((
             along(height, k.0, s.0, p.0, d.0)?,
             along(width, k.1, s.1, p.1, d.1)?,
         ))
+    }
+}
+
+impl Geometry {
+    /// Whether the answer to an input, and its patches, have as many bytes as a vector can have.
+    pub(crate) fn fits(&self, x: &[usize], outputs: usize) -> bool {
+        let &[images, channels, height, width] = x else {
+            return false;
+        };
+        let product = |sizes: &[usize]| sizes.iter().try_fold(1usize, |all, n| all.checked_mul(*n));
+        let bytes = || {
+            let (rows, columns) = self.output(height, width)?;
+            let patch = product(&[channels, self.kernel.0, self.kernel.1])?;
+            product(&[8, images.max(1), rows, columns, patch.max(outputs)])
+        };
+        bytes().is_some_and(|bytes| bytes <= isize::MAX as usize)
     }
 }
 

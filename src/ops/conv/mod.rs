@@ -27,7 +27,7 @@ mod product;
 
 pub(crate) use geometry::Geometry;
 
-use super::adapted::{FromOutput, Gradients, Kernel, Stored, apply, bias_values, swamped};
+use super::adapted::{FromOutput, Gradients, Kernel, Limits, Stored, apply, bias_values};
 use super::blocks::Blocks;
 use super::real::{Real, elements, has_kernel, narrowed, tensor, tensor_as, with_elements};
 use super::{Weight, composed};
@@ -136,16 +136,16 @@ impl Convolution {
         dy: &[T],
     ) -> Result<Vec<T>> {
         let bias = bias_values::<T>(self.bias.as_ref(), self.weight.out_dim())?;
-        let limit = swamped(y.dtype());
+        let limits = Limits::of(y.dtype());
         let sums = with_elements::<T, _>(y, |y| {
             let outputs = (bias.as_deref(), Some(ratio));
-            Ok(channel_sums((y, dy), s, outputs, limit))
+            Ok(channel_sums((y, dy), s, outputs, limits))
         })?;
         if sums.iter().all(|(_, lost)| !lost) {
             return Ok(sums.into_iter().map(|(sum, _)| sum).collect());
         }
         let product = with_elements::<T, _>(x, |x| self.unscaled(x, s, r))?;
-        let again = channel_sums((&product, dy), s, (None, None), limit);
+        let again = channel_sums((&product, dy), s, (None, None), Limits::of(T::DTYPE));
         let sums = sums.into_iter().zip(again);
         Ok(sums
             .map(|((sum, lost), (again, _))| if lost { again } else { sum })
@@ -256,7 +256,7 @@ fn channel_sums<T: Real>(
     (y, dy): (&[T], &[T]),
     s: &Sizes,
     (bias, ratio): (Option<&[T]>, Option<&[T]>),
-    limit: f64,
+    limits: Limits,
 ) -> Vec<(T, bool)> {
     let (channels, positions) = (s.outputs * s.geometry.groups, s.positions());
     let sum = |o: usize| {
@@ -277,7 +277,7 @@ fn channel_sums<T: Real>(
             bias,
             ratio,
             count: s.images * positions,
-            limit,
+            limits,
         };
         output.gradient()
     };
