@@ -29,7 +29,7 @@ pub enum Target {
     },
     /// A file for readers of OneTrainer's `oft_R.weight` that know no other key, as those of kohya's
     /// sd-scripts: they take it for the unscaled [`Map::SERIES`](crate::Map::SERIES), whatever stands
-    /// beside it. A magnitude that is not 1 throughout is refused, or dropped on request; how far the
+    /// beside it. It holds `Q`, of an exponential the one that turns by the same angles in the series. A magnitude that is not 1 throughout is refused, or dropped on request; how far the
     /// series is from the map of the adapter is a warning.
     Series {
         /// Whether magnitudes may be dropped.

@@ -109,7 +109,7 @@ impl Strength {
 }
 
 impl Merge {
-    /// [`Merge::with_file`] with strengths by layer. A pattern matches the path of a layer in the model;
+    /// [`Merge::with_file`] with strengths by layer. A pattern matches the path of a layer in the model, or its name in a [`NameTable`](super::NameTable);
     /// extra tensors go by [`Strengths::value`].
     ///
     /// # Errors

@@ -6,7 +6,7 @@ use super::{Home, assert_same, f64_config, listing, load, seeded, text};
 use candle_core::Tensor;
 use candle_doft::config::Strengths;
 use candle_doft::file::{Changes, LoadOptions, Target, convert_with};
-use candle_doft::merge::{CheckpointOptions, Merge, Strength, StrengthMode, inspect};
+use candle_doft::merge::{CheckpointOptions, Merge, NameTable, Strength, StrengthMode, inspect};
 use candle_doft::{Adapter, Magnitude, Map, Result};
 use candle_nn::Linear;
 use proptest::prelude::*;
@@ -145,6 +145,60 @@ fn layers_have_strengths_of_their_own_in_files_and_merges() -> Result<()> {
         text(home.convert(&adapter, "wrong", Target::Doft, at(wrong)))
     );
     assert_eq!(listing(&home), before);
+    Ok(())
+}
+
+#[test]
+fn parts_of_a_fused_weight_have_strengths_of_their_own() -> Result<()> {
+    let home = Home::new();
+    let builder = Adapter::builder(f64_config(), &CPU)?;
+    let fused = seeded((24, 16), 1);
+    for (at, name) in ["to_q", "to_k", "to_v"].into_iter().enumerate() {
+        builder.wrap(
+            name,
+            Linear::new(fused.narrow(0, 8 * at, 8)?.contiguous()?, None),
+        )?;
+    }
+    let adapter = builder.finish()?;
+    super::disturb_all(
+        [adapter.rotation_vars(), adapter.magnitude_vars()].concat(),
+        0.3,
+    )?;
+    adapter.save(home.path("parts"))?;
+    let layer = |at: usize| {
+        format!(
+            r#"{{"tensor": "qkv.weight", "rows": [[{at}, {}]]}}"#,
+            at + 8
+        )
+    };
+    let (q, k, v) = (layer(0), layer(8), layer(16));
+    let table = format!(r#"{{"layers": {{"to_q": {q}, "to_k": {k}, "to_v": {v}}}}}"#);
+    let merged = |strengths: &Strengths| -> Result<Tensor> {
+        let (options, mode) = (LoadOptions::default(), StrengthMode::Geodesic);
+        let path = home.path("parts");
+        let merge = Merge::new().with_file_by_layer(path, &options, mode, strengths)?;
+        let merge = merge.with_names(NameTable::from_json(&table)?);
+        let merged = merge.weight("qkv", &fused, false)?.unwrap();
+        merge.check_used()?;
+        Ok(merged)
+    };
+    let mixed = merged(
+        &Strengths::from(1.)
+            .with_rule("to_k", 0.5)
+            .with_rule("to_v", 0.),
+    )?;
+    for (at, strength) in [(0, 1.), (8, 0.5), (16, 0.)] {
+        let expected = merged(&Strengths::from(strength))?.narrow(0, at, 8)?;
+        assert_eq!(
+            bits(&mixed.narrow(0, at, 8)?),
+            bits(&expected),
+            "rows from {at}"
+        );
+    }
+    assert!(
+        text(merged(&Strengths::from(1.).with_rule("to_x", 0.5)))
+            .contains("`to_x` matches no layer")
+    );
     Ok(())
 }
 
