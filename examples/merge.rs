@@ -7,7 +7,8 @@
 mod support;
 
 use anyhow::Result;
-use candle_doft::merge::{CheckpointOptions, Merge, Strength};
+use candle_doft::config::Strengths;
+use candle_doft::merge::{CheckpointOptions, Merge, StrengthMode};
 use clap::{Parser, ValueEnum};
 use std::path::PathBuf;
 use support::cli::say;
@@ -21,7 +22,7 @@ struct Flags {
     /// A safetensors file, or a folder of them
     #[arg(long)]
     base: PathBuf,
-    /// An adapter of this crate, of OneTrainer or of PEFT; several are merged in this order
+    /// An adapter of this crate, of OneTrainer or of PEFT; several run in this order, and the order matters
     #[arg(long, required = true)]
     adapter: Vec<PathBuf>,
     /// Where to write: a file for a file, a folder for a folder; may be the base
@@ -30,6 +31,9 @@ struct Flags {
     /// How much of the adapters to merge
     #[arg(long, default_value_t = 1., allow_negative_numbers = true, value_parser = support::cli::finite)]
     strength: f64,
+    /// The strength of the layers that a pattern matches, PATTERN=S; may be given several times
+    #[arg(long, value_name = "PATTERN=S", value_parser = support::cli::strength_for)]
+    strength_for: Vec<(String, f64)>,
     /// How a strength other than 1 is meant
     #[arg(long, value_enum, default_value_t = Mode::Linear)]
     strength_mode: Mode,
@@ -57,15 +61,19 @@ fn main() -> std::process::ExitCode {
 }
 
 fn run(flags: &Flags) -> Result<()> {
-    let strength = match flags.strength_mode {
-        Mode::Linear => Strength::linear(flags.strength),
-        Mode::Geodesic => Strength::geodesic(flags.strength),
+    let mode = match flags.strength_mode {
+        Mode::Linear => StrengthMode::Linear,
+        Mode::Geodesic => StrengthMode::Geodesic,
     };
+    let mut strengths = Strengths::from(flags.strength);
+    for (pattern, value) in &flags.strength_for {
+        strengths = strengths.with_rule(pattern.as_str(), *value);
+    }
     let mut merge = Merge::new();
     for adapter in &flags.adapter {
         let options = flags.read_as.options_for(adapter, &flags.base)?;
         let options = options.with_allow_partial(flags.allow_partial);
-        merge = merge.with_file(adapter, &options, strength)?;
+        merge = merge.with_file_by_layer(adapter, &options, mode, &strengths)?;
     }
     if let Some(table) = flags.names.table()? {
         merge = merge.with_names(table);

@@ -142,6 +142,14 @@ pub fn not_negative(text: &str) -> Result<f64, String> {
     }
 }
 
+/// A pattern of layers and their strength, `PATTERN=S`.
+pub fn strength_for(text: &str) -> Result<(String, f64), String> {
+    match text.rsplit_once('=') {
+        Some((pattern, value)) if !pattern.is_empty() => Ok((pattern.to_string(), finite(value)?)),
+        _ => Err("expected PATTERN=S, as in `layers.0.*=0.5`".to_string()),
+    }
+}
+
 /// Becomes true on Ctrl-C, or when the system asks the program to end.
 pub fn stop() -> anyhow::Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));

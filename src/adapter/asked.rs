@@ -65,6 +65,13 @@ impl Asked {
         locked(&self.0).insert(name.to_string(), (0, name.to_string()));
     }
 
+    /// The paths by which modules were asked for.
+    pub(crate) fn paths(&self, stored: &Stored) -> Vec<String> {
+        let asked = locked(&self.0);
+        let modules = stored.layers.keys().filter_map(|module| asked.get(module));
+        modules.map(|(_, path)| path.clone()).collect()
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         locked(&self.0).is_empty()
     }

@@ -46,6 +46,7 @@ pub use build::AdapterBuilder;
 pub(crate) use fingerprint::{differs, fingerprint};
 pub(crate) use matching::{PEFT_PREFIX, TRANSLATED, component_named, flat, keys, translated};
 pub use report::{LayerReport, Report};
+pub(crate) use select::{check_patterns, selects};
 pub use set::{Adapters, Pinned};
 pub(crate) use settings::Settings;
 pub use state::{Average, State};

@@ -4,7 +4,7 @@ use crate::config::{DoftConfig, LayerKind, Pattern, Targets};
 use crate::error::{Error, Result, nearest};
 
 /// Whether the configuration adapts the layer at `path`.
-pub(super) fn selects(config: &DoftConfig, path: &str, kind: LayerKind) -> Result<bool> {
+pub(crate) fn selects(config: &DoftConfig, path: &str, kind: LayerKind) -> Result<bool> {
     let wanted = match &config.targets {
         Targets::All => true,
         Targets::AllLinear => kind.is_linear(),
@@ -24,7 +24,7 @@ fn any(patterns: &[Pattern], path: &str) -> Result<bool> {
 }
 
 /// Refuses a pattern that matches none of `paths`.
-pub(super) fn check_patterns<'a>(
+pub(crate) fn check_patterns<'a>(
     config: &DoftConfig,
     paths: impl Iterator<Item = &'a str> + Clone,
 ) -> Result<()> {

@@ -336,6 +336,24 @@ pub(crate) struct Stored {
 type Renamer = dyn Fn(&str) -> Option<String> + Send + Sync;
 
 impl Stored {
+    /// Returns an error for a layer of low-rank matrices, where only rotations can be worked on.
+    pub(crate) fn check_rotations(&self, work: &str) -> Result<()> {
+        let found = self
+            .layers
+            .iter()
+            .find(|(_, layer)| layer.low_rank.is_some());
+        match found {
+            None => Ok(()),
+            Some((path, _)) => Err(Error::file(
+                &self.file,
+                format!(
+                    "layer `{}` is LoRA or DoRA; {work} is for rotations",
+                    shown(path)
+                ),
+            )),
+        }
+    }
+
     /// The components that its layers are of, sorted.
     pub(crate) fn components(&self) -> Vec<String> {
         let found = self.layers.keys().filter_map(|m| component(m).map(shown));

@@ -8,12 +8,14 @@ mod layout;
 mod low_rank;
 mod map;
 mod pattern;
+mod strengths;
 
 pub use kinds::{LayerKind, Magnitude};
 pub use layout::{BlockLayout, Indivisible, nearest_divisor};
 pub use low_rank::LowRank;
 pub use map::Map;
 pub use pattern::{Pattern, Rule, Targets};
+pub use strengths::Strengths;
 
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};

@@ -67,28 +67,36 @@ pub(super) fn to_bytes(stored: &Stored) -> Result<(Vec<u8>, Vec<Warning>)> {
     ))
 }
 
-/// The same adapter with what the format asks for: the packed values of kernels have the other sign,
-/// so a layer that may be one and has another rule must have a kind.
+/// The same adapter with what the format asks for.
 fn settled(stored: &Stored, warnings: &mut Vec<Warning>) -> Result<Stored> {
-    let mut stored = stored.clone();
-    for (path, layer) in &mut stored.layers {
-        if let Some(low_rank) = &layer.low_rank {
-            if low_rank.transposed {
-                let reason = format!(
-                    "layer `{}` is of a weight that is stored `(in, out)`, which a file of this crate does not say",
-                    shown(path)
-                );
-                return refused(&stored.file, reason);
-            }
-            let rank = layer.shape.as_ref().map(Vec::len);
-            layer.kind = layer
-                .kind
-                .or(LayerKind::of_rank(rank.unwrap_or(low_rank.a.rank())));
-            continue;
+    for (path, layer) in &stored.layers {
+        if layer.low_rank.as_ref().is_some_and(|l| l.transposed) {
+            let reason = format!(
+                "layer `{}` is of a weight that is stored `(in, out)`, which a file of this crate does not say",
+                shown(path)
+            );
+            return refused(&stored.file, reason);
         }
         if layer.magnitude == Magnitude::Absolute && layer.norms.is_none() {
             let reason = format!("layer `{}` has no `initial_norm` to write", shown(path));
             return refused(&stored.file, reason + "; load it onto its base and save it");
+        }
+    }
+    in_onetrainers_convention(stored, warnings)
+}
+
+/// The packed values of kernels have the other sign, so a layer that may be one and has another rule must
+/// have a kind.
+pub(super) fn in_onetrainers_convention(
+    stored: &Stored,
+    warnings: &mut Vec<Warning>,
+) -> Result<Stored> {
+    let mut stored = stored.clone();
+    for (path, layer) in &mut stored.layers {
+        if let Some(low_rank) = &layer.low_rank {
+            let rank = layer.shape.as_ref().map_or(low_rank.a.rank(), Vec::len);
+            layer.kind = layer.kind.or(LayerKind::of_rank(rank));
+            continue;
         }
         if layer.kernel_factor == -1. {
             continue;

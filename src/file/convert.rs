@@ -1,6 +1,10 @@
-//! [`convert`]: from any readable adapter to one of this crate or to a PEFT folder.
+//! [`convert`]: from any readable adapter to one of this crate, a PEFT folder or a file for kohya's
+//! readers; and changes on the way.
 
-use super::{LoadOptions, canonical, lora_write, peft_write, read_stored, write};
+use super::changes::{Cause, Changes, Conversion, warning};
+use super::{
+    LoadOptions, canonical, lora_write, peft_write, project, read_stored, series, strength, write,
+};
 use crate::adapter::{Stored, Warning};
 use crate::config::LayerKind;
 use crate::error::Result;
@@ -8,6 +12,12 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 /// What to write.
+///
+/// | target | who reads it |
+/// |---|---|
+/// | [`Doft`](Self::Doft) | this crate; OneTrainer's DOFT branch and the ComfyUI-OFTv2 node where the map is Cayley's, the exponential or the series of five terms |
+/// | [`Peft`](Self::Peft) | PEFT from 0.18 (embeddings from 0.19), and this crate |
+/// | [`Series`](Self::Series) | kohya's sd-scripts (`networks/oft_v2.py`), all that read OneTrainer's OFT, and this crate |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Target {
@@ -16,6 +26,14 @@ pub enum Target {
     /// A folder of PEFT: of OFT, or of LoRA or DoRA where all layers are. OFT has no magnitude there: one that is
     /// not 1 throughout is refused, or dropped on request.
     Peft {
+        /// Whether magnitudes may be dropped.
+        drop_magnitude: bool,
+    },
+    /// A file for readers of OneTrainer's `oft_R.weight` that know no other key, as those of kohya's
+    /// sd-scripts: they take it for the unscaled [`Map::SERIES`](crate::Map::SERIES), whatever stands
+    /// beside it. It holds `Q`, of an exponential the one that turns by the same angles in the series. A magnitude that is not 1 throughout is refused, or dropped on request; how far the
+    /// series is from the map of the adapter is a warning.
+    Series {
         /// Whether magnitudes may be dropped.
         drop_magnitude: bool,
     },
@@ -55,12 +73,65 @@ pub fn convert(
     options: &LoadOptions,
     shapes: &BTreeMap<String, Vec<usize>>,
 ) -> Result<Vec<Warning>> {
+    let changes = Changes::default();
+    Ok(convert_with(input, output, target, options, shapes, &changes)?.warnings)
+}
+
+/// [`convert`] with changes on the way: a projection first, then a strength.
+///
+/// # Errors
+///
+/// Those of [`convert`]; [`Error::Strength`](crate::Error::Strength) for a strength that a layer cannot
+/// have; [`Error::File`](crate::Error::File) for a layer that cannot be projected;
+/// [`Error::NoMatch`](crate::Error::NoMatch) for a pattern of a strength that matches no layer. Nothing is
+/// written then.
+///
+/// # Examples
+///
+/// ```
+/// # use candle_core::{DType, Device, Tensor};
+/// # use candle_doft::{Adapter, DoftConfig};
+/// # let folder = tempfile::tempdir().unwrap();
+/// # let path = folder.path().join("adapter.safetensors");
+/// # let builder = Adapter::builder(DoftConfig::default(), &Device::Cpu)?;
+/// # let weight = Tensor::ones((8, 64), DType::F32, &Device::Cpu)?;
+/// # builder.wrap("head", candle_nn::Linear::new(weight, None))?;
+/// # builder.finish()?.save(&path)?;
+/// use candle_doft::config::Strengths;
+/// use candle_doft::file::{Changes, LoadOptions, Target, convert_with};
+///
+/// let half = Changes::default().with_strength(Strengths::from(1.).with_rule("head", 0.5));
+/// let (options, output) = (LoadOptions::default(), folder.path().join("half.safetensors"));
+/// let done = convert_with(&path, &output, Target::Doft, &options, &Default::default(), &half)?;
+/// assert!(output.exists() && done.warnings.is_empty());
+/// # Ok::<(), candle_doft::Error>(())
+/// ```
+pub fn convert_with(
+    input: impl AsRef<Path>,
+    output: impl AsRef<Path>,
+    target: Target,
+    options: &LoadOptions,
+    shapes: &BTreeMap<String, Vec<usize>>,
+    changes: &Changes,
+) -> Result<Conversion> {
     let (input, output) = (input.as_ref(), output.as_ref());
     let (_, mut stored) = read_stored(input, options)?;
     let mut warnings = std::mem::take(&mut stored.warnings);
     if !shapes.is_empty() {
         settle(&mut stored, shapes)?;
     }
+    let mut changed = Vec::new();
+    if changes.projection {
+        changed = project::apply(&mut stored)?;
+        match warning(&changed, Cause::Projection, "its series was projected:") {
+            Some(warning) => warnings.push(warning),
+            None => {
+                let message = "every map is orthogonal already; nothing was projected";
+                warnings.push(Warning::new("projection", message));
+            }
+        }
+    }
+    strength::apply(&mut stored, &changes.strength, &mut warnings)?;
     match target {
         Target::Doft => {
             let (bytes, more) = canonical::to_bytes(&stored)?;
@@ -73,12 +144,21 @@ pub fn convert(
         Target::Peft { drop_magnitude } => {
             warnings.extend(peft_write::folder(&stored, output, drop_magnitude)?);
         }
+        Target::Series { drop_magnitude } => {
+            let (bytes, of_series, more) = series::to_bytes(&stored, drop_magnitude)?;
+            write::replace(output, &bytes)?;
+            changed.extend(of_series);
+            warnings.extend(more);
+        }
     }
-    Ok(warnings)
+    Ok(Conversion {
+        warnings,
+        changes: changed,
+    })
 }
 
 /// Gives layers the paths, kinds and shapes of the base.
-fn settle(stored: &mut Stored, shapes: &BTreeMap<String, Vec<usize>>) -> Result<()> {
+pub(super) fn settle(stored: &mut Stored, shapes: &BTreeMap<String, Vec<usize>>) -> Result<()> {
     let paths = || shapes.keys().map(String::as_str);
     let mut renamed = BTreeMap::new();
     for (module, path) in stored.matched(paths())? {

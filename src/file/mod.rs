@@ -18,6 +18,8 @@
 //! weight). Equal adapters give equal bytes.
 
 mod canonical;
+mod changes;
+mod combine;
 mod convert;
 mod group;
 mod keys;
@@ -30,11 +32,16 @@ mod onetrainer;
 mod options;
 mod peft;
 mod peft_write;
+mod project;
 mod read;
+mod series;
+mod strength;
 mod tensors;
 mod write;
 
-pub use convert::{Target, convert};
+pub use changes::{Cause, Changes, Conversion, LayerChange};
+pub use combine::{Combination, combine};
+pub use convert::{Target, convert, convert_with};
 pub(crate) use metadata::CHECKPOINT;
 pub use options::{Divisor, LoadOptions, Rename};
 pub use read::Dialect;
@@ -122,6 +129,13 @@ impl Adapter {
         let (_, stored) = read_stored(path.as_ref(), options)?;
         AdapterBuilder::from_stored(stored, device)
     }
+}
+
+/// Writes an adapter as a file of this crate; what its readers should know.
+pub(crate) fn write_stored(stored: &Stored, path: &Path) -> Result<Vec<Warning>> {
+    let (bytes, warnings) = canonical::to_bytes(stored)?;
+    write::replace(path, &bytes)?;
+    Ok(warnings)
 }
 
 impl Adapters {

@@ -8,7 +8,7 @@ use crate::config::{LayerKind, Magnitude, Map, nearest_divisor};
 use crate::error::{Result, shown};
 use crate::params::names;
 use crate::rotation;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
@@ -104,13 +104,7 @@ impl Plan {
         if self.map == Map::Cayley {
             q = q.neg()?;
         }
-        let upper = (0..b).flat_map(|i| (i + 1..b).map(move |j| (i * b + j) as u32));
-        let upper: Vec<u32> = upper.collect();
-        let upper = Tensor::new(upper, &Device::Cpu)?;
-        let packed = q
-            .reshape((rows, b * b))?
-            .index_select(&upper, 1)?
-            .to_dtype(DType::F32)?;
+        let packed = rotation::packed(&q)?.to_dtype(DType::F32)?;
         self.repeated(file, path, layer, packed)
     }
 
@@ -222,7 +216,7 @@ pub(super) fn extra_key(stored: &Stored, name: &str) -> Result<String> {
 }
 
 /// Whether a factor other than 1 would be lost.
-fn scales(layer: &StoredLayer) -> Result<bool> {
+pub(super) fn scales(layer: &StoredLayer) -> Result<bool> {
     if layer.magnitude == Magnitude::None {
         return Ok(false);
     }

@@ -187,6 +187,7 @@ impl Merge {
                 part.asked.insert(&part.stored, path)?;
             }
             let found = self.check_layers(part, shapes)?;
+            part.check_patterns()?;
             let modules = part.stored.layers.keys();
             let unused = part.asked.unused(&part.stored);
             let missing: Vec<&String> = modules.filter(|name| unused.contains(name)).collect();

@@ -225,11 +225,17 @@ impl Source {
     }
 
     /// Bytes of a tensor.
-    pub(super) fn bytes(&mut self, name: &str) -> Result<Vec<u8>> {
+    pub(super) fn bytes(&self, name: &str) -> Result<Vec<u8>> {
         let (start, end) = self.info(name)?.data_offsets;
-        let mut bytes = vec![0; end - start];
-        let start = (self.head.len() + start) as u64;
-        let file = &mut self.file;
+        self.bytes_at(name, 0, end - start)
+    }
+
+    /// So many bytes of a tensor, from its byte `from` on.
+    pub(super) fn bytes_at(&self, name: &str, from: usize, count: usize) -> Result<Vec<u8>> {
+        let (start, end) = self.info(name)?.data_offsets;
+        let mut bytes = vec![0; count.min((end - start).saturating_sub(from))];
+        let start = (self.head.len() + start + from) as u64;
+        let mut file = &self.file;
         let read = file
             .seek(SeekFrom::Start(start))
             .and_then(|_| file.read_exact(&mut bytes));
@@ -238,7 +244,7 @@ impl Source {
     }
 
     /// A float tensor.
-    pub(super) fn tensor(&mut self, name: &str) -> Result<Tensor> {
+    pub(super) fn tensor(&self, name: &str) -> Result<Tensor> {
         let info = self.info(name)?.clone();
         let Some(dtype) = float(info.dtype) else {
             let found = format!("`{}` has dtype {:?}", shown(name), info.dtype);

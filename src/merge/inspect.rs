@@ -134,7 +134,7 @@ pub fn inspect_with(
         trainable_parameters: extras,
         layers: Vec::new(),
     };
-    let part = Part::new(stored, Strength::default());
+    let part = Part::new(stored, Strength::default(), Vec::new());
     let mut weights = base.map(Weights::open).transpose()?;
     let mut places = match &weights {
         Some(weights) => weights.places(&part, names, &mut found.warnings)?,

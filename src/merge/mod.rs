@@ -1,5 +1,8 @@
 //! [`Merge`]: base weights with one or more adapters in them, for models that know no adapter and for
-//! checkpoints on disk.
+//! checkpoints on disk; and back, the adapter that is closest to a finished fine-tune.
+//!
+//! Several adapters run in sequence: the second turns what the first one made of a weight, and so on.
+//! Rotations do not commute, so their order matters.
 //!
 //! # Strength
 //!
@@ -12,6 +15,7 @@
 //!   a ratio of 0 or below.
 //!
 //! Extra tensors are not scaled: they are there in full for every strength but 0.
+//! [`Merge::with_file_by_layer`] gives layers strengths of their own.
 //!
 //! # Files that leave something open
 //!
@@ -38,6 +42,7 @@
 mod added;
 mod backend;
 mod checkpoint;
+mod extract;
 mod header;
 mod inspect;
 mod names;
@@ -46,11 +51,13 @@ mod strength;
 mod target;
 
 pub use checkpoint::{CheckpointOptions, MergeReport};
+pub use extract::{ExtractOptions, Extraction, LayerExtraction, LeftTensor, extract};
 pub use inspect::{Inspection, LayerInspection, inspect, inspect_with, weight_shapes};
 pub use names::{NameTable, NamedRows};
 pub use strength::{Strength, StrengthMode};
 
 use crate::adapter::{Adapter, Stored, Warning, locked};
+use crate::config::Strengths;
 use crate::error::{Error, Result, shown};
 use crate::file::{self, LoadOptions};
 use crate::params::row_norms;
@@ -140,10 +147,17 @@ impl Merge {
     }
 
     fn with_stored(self, stored: Stored, strength: Strength) -> Result<Self> {
+        self.with_part(stored, strength.mode, Strengths::from(strength.value))
+    }
+
+    fn with_part(self, stored: Stored, mode: StrengthMode, strengths: Strengths) -> Result<Self> {
+        strengths.check_values()?;
+        let value = strengths.value;
+        let strength = Strength { value, mode };
         strength.check(&stored)?;
         let names = self.names.clone();
         let mut parts = self.into_parts();
-        parts.push(Part::new(stored, strength));
+        parts.push(Part::new(stored, strength, strengths.rules));
         Ok(Self {
             parts: Arc::new(parts),
             names,
@@ -320,7 +334,10 @@ impl Merge {
             return Ok(None);
         }
         // Several steps over a half weight are made in f32, and rounded once.
-        let steps: usize = found.iter().map(|(part, ..)| part.strength.steps()).sum();
+        let mut steps = 0;
+        for (part, target, _) in &found {
+            steps += part.strength_of(&target.path)?.steps();
+        }
         let half = matches!(tensor.dtype(), DType::F16 | DType::BF16);
         let mut merged = match half && steps > 1 {
             true => tensor.to_dtype(DType::F32)?,
@@ -338,7 +355,7 @@ impl Merge {
             None => Ok(Some(merged)),
             Some(last) => {
                 let rounded = merged.to_dtype(tensor.dtype())?;
-                last.check_range(name, &rounded)?;
+                last.check_range(name.strip_suffix(".weight").unwrap_or(name), &rounded)?;
                 Ok(Some(rounded))
             }
         }

@@ -7,7 +7,7 @@ use crate::adapter::{
     Asked, NORMS_DIFFER, Stored, StoredLayer, StoredLowRank, TRANSLATED, Warning, locked,
     translated,
 };
-use crate::config::LayerKind;
+use crate::config::{LayerKind, Pattern, Strengths};
 use crate::error::{Error, Result, shown};
 use crate::params::{low_rank_rows, row_norms};
 use crate::rotation;
@@ -20,6 +20,8 @@ use std::sync::Mutex;
 pub(super) struct Part {
     pub(super) stored: Stored,
     pub(super) strength: Strength,
+    /// Strengths of single layers.
+    rules: Vec<(Pattern, f64)>,
     pub(super) asked: Asked,
     pub(super) index: Index,
     /// What came up when it met its weights.
@@ -27,11 +29,12 @@ pub(super) struct Part {
 }
 
 impl Part {
-    pub(super) fn new(stored: Stored, strength: Strength) -> Self {
+    pub(super) fn new(stored: Stored, strength: Strength, rules: Vec<(Pattern, f64)>) -> Self {
         Self {
             index: Index::new(&stored),
             stored,
             strength,
+            rules,
             asked: Asked::default(),
             met: Mutex::default(),
         }
@@ -39,7 +42,7 @@ impl Part {
 
     /// The same adapter, of which nothing was asked for.
     pub(super) fn fresh(&self) -> Self {
-        Self::new(self.stored.clone(), self.strength)
+        Self::new(self.stored.clone(), self.strength, self.rules.clone())
     }
 
     pub(super) fn warn(&self, path: &str, message: &str) {
@@ -60,6 +63,7 @@ impl Part {
 
     /// Refuses when a module or an extra tensor was asked for by no weight.
     pub(super) fn check_used<'a>(&self, names: impl Iterator<Item = &'a str>) -> Result<()> {
+        self.check_patterns()?;
         let mut unused = self.asked.unused(&self.stored);
         if self.strength.value == 0. {
             unused.retain(|name| self.stored.layers.contains_key(*name));
@@ -68,6 +72,30 @@ impl Part {
             true => Ok(()),
             false => Err(self.stored.unused(&unused, names)),
         }
+    }
+
+    /// Refuses a strength of layers of which none was asked for.
+    pub(super) fn check_patterns(&self) -> Result<()> {
+        let paths = self.asked.paths(&self.stored);
+        self.strengths()
+            .check_patterns(paths.iter().map(String::as_str))
+    }
+
+    /// The strength of a layer by its path in the model.
+    pub(super) fn strength_of(&self, path: &str) -> Result<Strength> {
+        let value = self.strengths().of(path)?;
+        Ok(Strength {
+            value,
+            ..self.strength
+        })
+    }
+
+    fn strengths(&self) -> Strengths {
+        let strengths = Strengths::from(self.strength.value);
+        let rules = self.rules.iter().cloned();
+        rules.fold(strengths, |all, (pattern, value)| {
+            all.with_rule(pattern, value)
+        })
     }
 
     /// Refuses an extra tensor of a layer that a table names, as its bias: the checkpoint calls it otherwise,
@@ -175,7 +203,7 @@ impl Part {
         weight: &Tensor,
         norms: Option<&Tensor>,
     ) -> Result<Tensor> {
-        let Strength { value: s, mode } = self.strength;
+        let Strength { value: s, mode } = self.strength_of(path)?;
         if s == 0. {
             return Ok(weight.clone());
         }

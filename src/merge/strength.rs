@@ -1,8 +1,12 @@
-//! [`Strength`]: how much of an adapter is merged.
+//! [`Strength`]: how much of an adapter is merged, of all its layers or by layer.
 
+use super::Merge;
 use crate::adapter::Stored;
+use crate::config::Strengths;
 use crate::error::{Error, Result};
+use crate::file::{self, LoadOptions};
 use candle_core::{DType, Tensor};
+use std::path::Path;
 
 /// How a strength other than 1 is meant.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -106,6 +110,49 @@ impl Strength {
             }
         }
         Ok(())
+    }
+}
+
+impl Merge {
+    /// [`Merge::with_file`] with strengths by layer. A pattern matches the path of a layer in the model, or its name in a [`NameTable`](super::NameTable);
+    /// extra tensors go by [`Strengths::value`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Merge::with_file`]. A pattern that matches no layer is an error of [`Merge::build`],
+    /// [`Merge::checkpoint`] and [`Merge::check_used`], [`Error::NoMatch`].
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor};
+    /// # use candle_doft::{Adapter, DoftConfig};
+    /// # let folder = tempfile::tempdir().unwrap();
+    /// # let path = folder.path().join("adapter.safetensors");
+    /// # let weight = Tensor::ones((8, 64), DType::F32, &Device::Cpu)?;
+    /// # let builder = Adapter::builder(DoftConfig::default(), &Device::Cpu)?;
+    /// # builder.wrap("head", candle_nn::Linear::new(weight.clone(), None))?;
+    /// # builder.finish()?.save(&path)?;
+    /// use candle_doft::config::Strengths;
+    /// use candle_doft::file::LoadOptions;
+    /// use candle_doft::merge::{Merge, StrengthMode};
+    ///
+    /// let strengths = Strengths::from(1.).with_rule("head", 0.);
+    /// let options = LoadOptions::default();
+    /// let merge =
+    ///     Merge::new().with_file_by_layer(&path, &options, StrengthMode::Geodesic, &strengths)?;
+    /// assert!(merge.weight("head", &weight, false)?.is_some());
+    /// # Ok::<(), candle_doft::Error>(())
+    /// ```
+    pub fn with_file_by_layer(
+        self,
+        path: impl AsRef<Path>,
+        options: &LoadOptions,
+        mode: StrengthMode,
+        strengths: &Strengths,
+    ) -> Result<Self> {
+        let (_, stored) = file::read_stored(path.as_ref(), options)?;
+        self.with_part(stored, mode, strengths.clone())
     }
 }
 

@@ -26,8 +26,12 @@ mod clip;
 mod effective;
 mod exponential;
 mod geodesic;
+mod inverse;
+mod nearest;
 mod neumann;
+mod planes;
 mod skew;
+mod svd;
 
 pub use angles::{angles, orthogonality_error};
 pub use cayley::cayley;
@@ -35,7 +39,11 @@ pub use clip::clip;
 pub(crate) use effective::effective_weight;
 pub use exponential::exponential;
 pub use geodesic::geodesic;
+pub use inverse::inverse_cayley;
+pub(crate) use inverse::{WIDEST_TURN, short_of_half_turns};
+pub(crate) use nearest::nearest_rotation;
 pub use neumann::cayley_neumann;
+pub(crate) use planes::Planes;
 pub use skew::skew;
 
 use crate::config::{BlockLayout, Map};
@@ -84,6 +92,28 @@ pub fn rotation(theta: &Tensor, layout: &BlockLayout) -> Result<Tensor> {
     })
 }
 
+/// The blocks of a map for skew blocks that have divisor and cap in them already.
+pub(crate) fn of_generator(map: Map, q: &Tensor) -> Result<Tensor> {
+    match map {
+        Map::Cayley => cayley(q),
+        Map::CayleyNeumann {
+            terms,
+            last_coefficient,
+        } => cayley_neumann(q, terms, last_coefficient),
+        Map::Exponential => exponential(q),
+    }
+}
+
+/// `||A||` of each block of `(D, b, b)`, the largest of all: how far it may move a vector of length 1.
+pub(crate) fn spectral_norm(a: &Tensor) -> Result<f64> {
+    let b = a.dim(1)?;
+    let squares = maps::on_host(&a.transpose(1, 2)?.matmul(a)?)?;
+    let values = squares
+        .chunks_exact(b * b)
+        .flat_map(|square| maps::eigen::eigenvalues(square.to_vec(), b));
+    Ok(values.fold(0f64, f64::max).max(0.).sqrt())
+}
+
 fn check_theta(function: &'static str, theta: &Tensor, layout: &BlockLayout) -> Result<()> {
     if theta.dims() != [layout.rows(), layout.entries()] {
         return Err(Error::argument(
@@ -102,6 +132,28 @@ pub(crate) fn generator(theta: &Tensor, layout: &BlockLayout) -> Result<Tensor> 
     match layout.max_norm {
         Some(max_norm) => clip(&q, max_norm),
         None => Ok(q),
+    }
+}
+
+/// The strict upper triangles of blocks `(D, b, b)`, row by row: `(D, n)`.
+pub(crate) fn packed(q: &Tensor) -> Result<Tensor> {
+    let (blocks, b, _) = q.dims3()?;
+    if b == 1 {
+        return Ok(Tensor::zeros((blocks, 0), q.dtype(), q.device())?);
+    }
+    let upper = (0..b).flat_map(|i| (i + 1..b).map(move |j| (i * b + j) as u32));
+    let upper = Tensor::new(upper.collect::<Vec<u32>>(), q.device())?;
+    Ok(q.reshape((blocks, b * b))?.index_select(&upper, 1)?)
+}
+
+/// What the series of a map makes of the eigenvalue `il` of `Q`: real and imaginary part.
+pub(crate) fn series_at(map: Map, l: f64) -> Option<(f64, f64)> {
+    match map {
+        Map::CayleyNeumann {
+            terms,
+            last_coefficient,
+        } => Some(maps::Series::cayley_neumann(terms, last_coefficient).at(l)),
+        Map::Cayley | Map::Exponential => None,
     }
 }
 

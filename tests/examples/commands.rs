@@ -102,7 +102,14 @@ fn inspect_answers_json_and_warns_of_the_ambiguous_divisor() {
 fn errors_are_one_line_and_codes_are_those_of_the_table() {
     let home = tempfile::tempdir().unwrap();
     let missing = home.path().join("missing.safetensors");
-    for example in ["inspect", "merge", "convert", "quickstart"] {
+    for example in [
+        "inspect",
+        "merge",
+        "convert",
+        "combine",
+        "extract",
+        "quickstart",
+    ] {
         let Some(help) = run(example, &["--help"]) else {
             return;
         };

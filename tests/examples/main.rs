@@ -12,6 +12,7 @@ mod results;
 #[path = "../../examples/support/mod.rs"]
 mod support;
 
+mod arithmetic;
 mod benches;
 mod bert;
 mod commands;

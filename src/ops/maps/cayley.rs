@@ -56,6 +56,23 @@ impl Blockwise for Cayley {
     }
 }
 
+/// The skew `Q` of which an orthogonal `R` without half turns is the transform: `I - 2 (I + R)^-1`. Not
+/// finite, or huge, where a plane turns by 180 degrees.
+pub(crate) fn generator_of(r: &[f64], b: usize) -> Vec<f64> {
+    let mut a = r.to_vec();
+    add_diagonal(&mut a, b, 1.);
+    invert(&mut a, b);
+    let mut q = vec![0.; b * b];
+    for i in 0..b {
+        for j in i + 1..b {
+            // Skew to the bit, whatever `r` lacks.
+            q[i * b + j] = a[j * b + i] - a[i * b + j];
+            q[j * b + i] = -q[i * b + j];
+        }
+    }
+    q
+}
+
 /// Steps until `(g / (2 + g))^(2^k)` is below the rounding of the dtype.
 fn newton_steps(g: f64, dtype: DType) -> usize {
     let digits = match dtype {
@@ -113,6 +130,16 @@ mod tests {
         for (i, v) in product.iter().enumerate() {
             let expected = f64::from(u8::from(i % 4 == 0));
             assert!((v - expected).abs() < 1e-15, "entry {i} is {v}");
+        }
+    }
+
+    #[test]
+    fn the_generator_gives_its_rotation() {
+        let q = [0., 0.3, -2., -0.3, 0., 0.7, 2., -0.7, 0.];
+        let mut r = vec![0.; 9];
+        Cayley.forward(&q, 3, &mut r);
+        for (found, expected) in generator_of(&r, 3).iter().zip(q) {
+            assert!((found - expected).abs() < 1e-14, "{found}, not {expected}");
         }
     }
 }

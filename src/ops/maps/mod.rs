@@ -13,7 +13,7 @@ mod exponential;
 mod packed;
 mod series;
 
-pub(crate) use cayley::Cayley;
+pub(crate) use cayley::{Cayley, generator_of};
 pub(crate) use clip::Clip;
 pub(crate) use composed::on_host;
 pub(crate) use exponential::Exponential;

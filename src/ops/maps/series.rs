@@ -12,6 +12,12 @@ impl Series {
     pub(crate) fn cayley_neumann(terms: usize, last_coefficient: u8) -> Self {
         Self(coefficients(terms, last_coefficient))
     }
+
+    /// Real and imaginary part at the eigenvalue `il` of `Q`.
+    pub(crate) fn at(&self, l: f64) -> (f64, f64) {
+        let higher = self.0.iter().rev();
+        higher.fold((0., 0.), |(re, im), c| (c - l * im, l * re))
+    }
 }
 
 /// | terms | last coefficient 1 | last coefficient 2 |
@@ -82,7 +88,14 @@ impl Blockwise for Series {
 
 #[cfg(test)]
 mod tests {
-    use super::coefficients;
+    use super::{Series, coefficients};
+
+    #[test]
+    fn an_eigenvalue_is_mapped_as_the_formula_says() {
+        // I + 2Q + 2Q^2 + 2Q^3 + Q^4 at 0.5i.
+        let (re, im) = Series::cayley_neumann(5, 1).at(0.5);
+        assert_eq!((re, im), (0.5625, 0.75));
+    }
 
     #[test]
     fn every_number_of_terms_has_its_coefficients() {
