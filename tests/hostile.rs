@@ -245,12 +245,12 @@ fn a_peft_folder_with_a_config_that_means_nothing_is_refused() {
         (
             "bias",
             serde_json::json!("some"),
-            "expected none, oft_only or all",
+            "expected none, oft_only (lora_only",
         ),
         (
             "bias",
             serde_json::json!(3),
-            "expected none, oft_only or all",
+            "expected none, oft_only (lora_only",
         ),
         (
             "peft_version",

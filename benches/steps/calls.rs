@@ -135,7 +135,7 @@ pub fn map(step: Step) -> Result<Timed> {
         Layers::Modules(mut layers) => layers.pop(),
         Layers::Products(_) => None,
     };
-    let Some(Layer::Crate(Tuned::Doft(layer))) = layer else {
+    let Some(Layer::Crate(Tuned::Adapted(layer))) = layer else {
         candle_core::bail!("`{}` has no rotation", step.method)
     };
     let dr = seeded(layer.rotation()?.shape().clone(), 5)?;

@@ -148,7 +148,7 @@ fn finite(value: f64) -> f64 {
 pub fn look(net: &Net<Tuned>, step: usize) -> Result<Option<Look>> {
     let (mut orthogonality, mut drifts) = (0f64, Vec::new());
     for (_, layer) in net.layers() {
-        let Tuned::Doft(layer) = layer else {
+        let Tuned::Adapted(layer) = layer else {
             return Ok(None);
         };
         orthogonality = orthogonality.max(rotation::orthogonality_error(&layer.rotation()?)?);

@@ -134,7 +134,7 @@ fn first_step(task: &DigitsTask, job: &Job) -> Result<(f64, f64)> {
     adapted.step(&images, &labels, job.lr)?;
     let (mut turns, mut changes) = (Vec::new(), Vec::new());
     for ((_, base), (_, layer)) in prepared.base.layers().zip(adapted.net.layers()) {
-        let crate::support::methods::Tuned::Doft(layer) = layer else {
+        let crate::support::methods::Tuned::Adapted(layer) = layer else {
             continue;
         };
         let r = layer.rotation()?.to_dtype(DType::F64)?;

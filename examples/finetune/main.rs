@@ -94,8 +94,7 @@ pub(crate) struct Flags {
     /// Dictionary]
     #[arg(long)]
     pub(crate) data: Option<PathBuf>,
-    /// How the frozen layers are adapted; no other example reads what lora and dora train, so merge it
-    /// (--merge-to)
+    /// How the frozen layers are adapted
     #[arg(long, value_enum, default_value_t = MethodName::Doft)]
     pub(crate) method: MethodName,
     /// Width of a rotation block

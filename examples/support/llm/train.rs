@@ -40,7 +40,7 @@ impl Trainer {
         device: &Device,
     ) -> Result<Self> {
         let nothing = matches!(method, Method::Frozen);
-        let builder = TunerBuilder::new(method, seed, device)?.with_targets(targets);
+        let builder = TunerBuilder::new(method, seed, device)?.with_targets(targets)?;
         let model = Model::new(weights, &builder, device)?;
         let tuner = builder.finish()?;
         let params = ParamsAdamW {
