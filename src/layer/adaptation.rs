@@ -1,6 +1,7 @@
 //! [`Adaptation`]: the adapter of one layer. Its parameters, and what they are in one pass.
 
 use super::mode::{Factors, Pass};
+use super::replay;
 use crate::config::{BlockLayout, DoftConfig, LayerKind};
 use crate::error::{Error, Result};
 use crate::frozen::Base;
@@ -167,9 +168,11 @@ impl Adaptation {
 
     // Each block becomes the identity with probability p; nothing is rescaled.
     fn drop_blocks(&self, r: &Tensor) -> Result<Tensor> {
-        let pass = self.passes.fetch_add(1, Ordering::Relaxed);
-        let step = self.step.load(Ordering::Relaxed);
-        let mut rng = SplitMix64::stream(self.seed, &self.path, [step, pass]);
+        let at = replay::drawn(self.id, || {
+            let pass = self.passes.fetch_add(1, Ordering::Relaxed);
+            [self.step.load(Ordering::Relaxed), pass]
+        });
+        let mut rng = SplitMix64::stream(self.seed, &self.path, at);
         let (blocks, b, _) = r.dims3()?;
         let keep: Vec<f32> = (0..blocks)
             .map(|_| f32::from(u8::from(rng.uniform() >= self.dropout)))

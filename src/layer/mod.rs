@@ -15,6 +15,7 @@ mod embedding;
 mod linear;
 mod mixed;
 mod mode;
+mod replay;
 
 pub(crate) use adaptation::{Adaptation, check_finite};
 pub use adapted::Doft;
@@ -25,3 +26,4 @@ pub use linear::DoftLinear;
 pub(crate) use mixed::Rows;
 pub(crate) use mode::{Active, Beside, Control, Pin};
 pub use mode::{Mode, Scope};
+pub(crate) use replay::{Log, recorded, replayed};

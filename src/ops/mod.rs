@@ -8,6 +8,7 @@ pub(crate) mod composed;
 pub(crate) mod conv;
 pub(crate) mod embedding;
 mod gemm;
+pub(crate) mod graft;
 pub(crate) mod linear;
 pub(crate) mod loss;
 mod magnitude;

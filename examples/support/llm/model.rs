@@ -12,11 +12,11 @@
 
 use super::super::methods::{Tuned, TunerBuilder};
 use super::config::{Architecture, Config};
-use super::recompute::recomputed;
 use super::weights::Weights;
 use anyhow::Result;
-use candle_core::{Device, Tensor, Var};
+use candle_core::{Device, Tensor};
 use candle_doft::frozen::{self, RmsNorm};
+use candle_doft::train::recomputed;
 use candle_nn::Module;
 use candle_nn::kv_cache::KvCache;
 use std::sync::Arc;
@@ -249,36 +249,20 @@ impl Model {
             .to_dtype(candle_core::DType::F32)
     }
 
-    /// The hidden states behind the last norm, `(B, T, hidden)`, for embedded tokens. With `again`, the
-    /// trainable tensors of each block, a block's activations are made again in the backward pass
-    /// instead of kept.
-    pub fn hidden(
-        &self,
-        embedded: &Tensor,
-        again: Option<&[Vec<Var>]>,
-    ) -> candle_core::Result<Tensor> {
+    /// The hidden states behind the last norm, `(B, T, hidden)`, for embedded tokens. With `again`, a
+    /// block's activations are made again in the backward pass instead of kept.
+    pub fn hidden(&self, embedded: &Tensor, again: bool) -> candle_core::Result<Tensor> {
         let mut x = embedded.clone();
-        for (index, block) in self.blocks.iter().enumerate() {
+        for block in &self.blocks {
             x = match again {
-                None => block.forward(&x, &self.rotary, None)?,
-                Some(vars) => {
+                false => block.forward(&x, &self.rotary, None)?,
+                true => {
                     let (block, rotary) = (block.clone(), self.rotary.clone());
-                    let run = move |x: &Tensor| block.forward(x, &rotary, None);
-                    recomputed(&x, &vars[index], Arc::new(run))?
+                    recomputed(&x, move |x| block.forward(x, &rotary, None))?
                 }
             };
         }
         self.norm.forward(&x)
-    }
-
-    /// Of named trainable tensors, those of each block.
-    pub fn by_block(&self, vars: &[(String, Var)]) -> Vec<Vec<Var>> {
-        let of = |layer: usize| {
-            let prefix = format!("model.layers.{layer}.");
-            let own = vars.iter().filter(|(name, _)| name.starts_with(&prefix));
-            own.map(|(_, var)| var.clone()).collect()
-        };
-        (0..self.blocks.len()).map(of).collect()
     }
 
     /// The linear layers that can be adapted, by path.
