@@ -57,10 +57,10 @@ fn a_cache_of_keys_changes_nothing() -> Result<()> {
         let all = logits(&model, &ids()?)?;
         let row: Vec<u32> = ids()?.get(0)?.to_vec1()?;
         let mut cache = Cache::default();
-        let mut next = model.next(&row[..7], &mut cache)?;
+        let mut next = model.next(&[&row[..7]], &mut cache)?.get(0)?;
         for (t, id) in row.iter().enumerate().skip(7) {
             assert!(relative(&next, &all.get(0)?.get(t - 1)?) < 5e-6);
-            next = model.next(&[*id], &mut cache)?;
+            next = model.next(&[&[*id]], &mut cache)?.get(0)?;
         }
         assert_eq!(cache.len(), row.len());
     }
