@@ -74,6 +74,13 @@ impl Adaptable for frozen::Linear {
     fn mixed(&self, path: &str, x: &Tensor, groups: &[Group]) -> candle_core::Result<Tensor> {
         self.check(path, x)?;
         let Base { weight, bias, .. } = self.as_base();
+        if ops::mixed::has_kernel(x, weight) {
+            let mut parts = Vec::with_capacity(groups.len());
+            for Group { rows, factors } in groups {
+                parts.push((rows.as_slice(), factors.map(|f| (&f.r, f.ratio.as_ref()))));
+            }
+            return ops::mixed::linear(x, &parts, weight, bias);
+        }
         let turned = mixed::each(x, groups, |x, factors| match factors {
             Some(factors) => ops::linear::rotated(x, &factors.r),
             None => ops::linear::in_computed(x),

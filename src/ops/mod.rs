@@ -13,6 +13,7 @@ pub(crate) mod linear;
 pub(crate) mod loss;
 mod magnitude;
 pub(crate) mod maps;
+pub(crate) mod mixed;
 pub(crate) mod norm;
 pub(crate) mod pointwise;
 pub(crate) mod real;
