@@ -3,7 +3,7 @@
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_doft::train::{AdamW, recomputed};
-use candle_doft::{Adapter, DoftConfig, DoftLinear, frozen};
+use candle_doft::{Adapter, Adapters, DoftConfig, DoftLinear, frozen};
 use candle_nn::{Linear, Module, ParamsAdamW, VarBuilder, VarMap};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
@@ -305,5 +305,34 @@ fn recomputed_blocks_need_the_memory_of_one() -> candle_doft::Result<()> {
     let all = BLOCKS * 2 * rows * wide * 4;
     assert!(plain > all, "{plain} bytes of {all} were kept");
     assert!(3 * again < plain, "{again} bytes, plain {plain}");
+    Ok(())
+}
+
+/// Eight adapters on one layer, each with its rotations made, against eight layers.
+#[test]
+fn eight_adapters_take_less_than_a_fifth_of_eight_merged_layers() -> candle_doft::Result<()> {
+    let _alone = ALONE.lock();
+    let width = 1024;
+    let before = LIVE.load(SeqCst);
+    let weight = Tensor::randn(0f32, 0.02, (width, width), &Device::Cpu)?;
+    let builder = Adapter::builder(DoftConfig::default(), &Device::Cpu)?;
+    let layer = builder.wrap("layer", Linear::new(weight, None))?;
+    let adapters = Adapters::new("0", builder.finish()?);
+    let mut pins = vec![adapters.get("0")?.pin()?];
+    for i in 1..8 {
+        pins.push(adapters.add(&i.to_string(), DoftConfig::default())?.pin()?);
+    }
+    let rows: Vec<_> = pins.iter().map(Some).collect();
+    let scope = adapters.rows_of(&rows);
+    let x = Tensor::ones((8, width), DType::F32, &Device::Cpu)?;
+    let y = scope.run(|| layer.forward(&x))?;
+    let taken = LIVE.load(SeqCst) - before;
+    let merged = 8 * width * width * 4;
+    assert!(5 * taken < merged, "{taken} bytes, eight layers {merged}");
+    assert!(
+        taken > width * width * 4,
+        "{taken} bytes: the weight is not counted"
+    );
+    assert_eq!(y.dims(), [8, width]);
     Ok(())
 }
