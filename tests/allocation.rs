@@ -2,8 +2,8 @@
 
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_doft::train::AdamW;
-use candle_doft::{Adapter, DoftConfig, DoftLinear, frozen};
+use candle_doft::train::{AdamW, recomputed};
+use candle_doft::{Adapter, Adapters, DoftConfig, DoftLinear, frozen};
 use candle_nn::{Linear, Module, ParamsAdamW, VarBuilder, VarMap};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
@@ -261,5 +261,78 @@ fn training_for_long_keeps_no_more_than_training_for_short() -> candle_doft::Res
     // A thread gets a buffer when it first has work; one tensor a step would be 50 x 150 bytes.
     let more = late.saturating_sub(early);
     assert!(more <= 4096, "{more} bytes more after 50 steps");
+    Ok(())
+}
+
+/// Of sixteen blocks the plain step holds all activations, and the other one those of one block.
+#[test]
+fn recomputed_blocks_need_the_memory_of_one() -> candle_doft::Result<()> {
+    let _alone = ALONE.lock();
+    const BLOCKS: usize = 16;
+    let (rows, width, wide) = (256, 64, 512);
+    let config = DoftConfig::default().with_block_size(4).with_dropout(0.1);
+    let builder = Adapter::builder(config, &Device::Cpu)?;
+    let layer = |path: String, out: usize, width: usize| {
+        let weight = Tensor::randn(0f32, 0.05, (out, width), &Device::Cpu)?;
+        builder.wrap(&path, Linear::new(weight, None))
+    };
+    let mut blocks = Vec::new();
+    for i in 0..BLOCKS {
+        let up = layer(format!("up{i}"), wide, width)?;
+        blocks.push((up, layer(format!("down{i}"), width, wide)?));
+    }
+    let adapter = builder.finish()?;
+    let x = Tensor::randn(0f32, 1., (rows, width), &Device::Cpu)?;
+    let step = |again: bool| -> Result<()> {
+        let mut y = x.clone();
+        for (up, down) in &blocks {
+            let (up, down) = (up.clone(), down.clone());
+            let block = move |x: &Tensor| x + down.forward(&up.forward(x)?.tanh()?)?;
+            y = match again {
+                true => recomputed(&y, block)?,
+                false => block(&y)?,
+            };
+        }
+        let grads = y.sqr()?.mean_all()?.backward()?;
+        assert!(adapter.vars().iter().all(|var| grads.get(var).is_some()));
+        Ok(())
+    };
+    let (kept, plain) = median_step(|| step(false))?;
+    assert!(kept <= 4096, "the plain step kept {kept} bytes");
+    let (kept, again) = median_step(|| step(true))?;
+    assert!(kept <= 4096, "the step kept {kept} bytes");
+    // Two activations of a block are `wide`.
+    let all = BLOCKS * 2 * rows * wide * 4;
+    assert!(plain > all, "{plain} bytes of {all} were kept");
+    assert!(3 * again < plain, "{again} bytes, plain {plain}");
+    Ok(())
+}
+
+/// Eight adapters on one layer, each with its rotations made, against eight layers.
+#[test]
+fn eight_adapters_take_less_than_a_fifth_of_eight_merged_layers() -> candle_doft::Result<()> {
+    let _alone = ALONE.lock();
+    let width = 1024;
+    let before = LIVE.load(SeqCst);
+    let weight = Tensor::randn(0f32, 0.02, (width, width), &Device::Cpu)?;
+    let builder = Adapter::builder(DoftConfig::default(), &Device::Cpu)?;
+    let layer = builder.wrap("layer", Linear::new(weight, None))?;
+    let adapters = Adapters::new("0", builder.finish()?);
+    let mut pins = vec![adapters.get("0")?.pin()?];
+    for i in 1..8 {
+        pins.push(adapters.add(&i.to_string(), DoftConfig::default())?.pin()?);
+    }
+    let rows: Vec<_> = pins.iter().map(Some).collect();
+    let scope = adapters.rows_of(&rows);
+    let x = Tensor::ones((8, width), DType::F32, &Device::Cpu)?;
+    let y = scope.run(|| layer.forward(&x))?;
+    let taken = LIVE.load(SeqCst) - before;
+    let merged = 8 * width * width * 4;
+    assert!(5 * taken < merged, "{taken} bytes, eight layers {merged}");
+    assert!(
+        taken > width * width * 4,
+        "{taken} bytes: the weight is not counted"
+    );
+    assert_eq!(y.dims(), [8, width]);
     Ok(())
 }

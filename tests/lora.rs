@@ -3,14 +3,14 @@
 
 mod support;
 
-use candle_core::{DType, Module, Tensor, safetensors};
+use candle_core::{DType, Module, Tensor};
 use candle_doft::config::{LowRank, Rule, Strengths};
 use candle_doft::file::{Changes, LoadOptions, Target, convert, convert_with};
 use candle_doft::merge::{CheckpointOptions, Merge, Strength, inspect};
 use candle_doft::train::AdamW;
 use candle_doft::{Adapter, AdapterBuilder, Adapters, DoftConfig, DoftLinear, Mode};
 use candle_nn::{Conv2d, Conv2dConfig, Embedding, Linear, ParamsAdamW};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::Path;
 use support::golden::{golden, load};
 use support::programs::python;

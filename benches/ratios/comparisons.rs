@@ -1,7 +1,7 @@
 //! What is compared with what.
 
 use crate::steps::interleave::timed;
-use crate::steps::{self, Run, Shape, Timed, calls, conv, llm, parts, quantized};
+use crate::steps::{self, Run, Shape, Timed, calls, conv, llm, parts, quantized, serving};
 use candle_core::Result;
 
 /// Methods on one linear layer: numerator, denominator.
@@ -88,6 +88,7 @@ pub fn all(quick: bool) -> Vec<Comparison> {
     all.extend(small_parts());
     all.extend(quantized_steps());
     all.extend(conv_steps());
+    all.extend(served());
     all.extend(llm_steps(quick));
     all
 }
@@ -186,6 +187,19 @@ fn conv_steps() -> Vec<Comparison> {
         for pair in [("doft", "frozen"), ("candle", "doft")] {
             let make = move |method| conv::run(method, setting);
             all.push(Comparison::alike("conv_step", setting.name, pair, make));
+        }
+    }
+    all
+}
+
+/// Eight rows under eight adapters: a decoded token each, and 64 of a prompt.
+fn served() -> Vec<Comparison> {
+    let mut all = Vec::new();
+    for tokens in [1, 64] {
+        for pair in [("mixed", "one"), ("mixed", "merged")] {
+            let make = move |way| serving::run(way, tokens);
+            let shape = serving::name(tokens);
+            all.push(Comparison::alike("serving", shape, pair, make));
         }
     }
     all

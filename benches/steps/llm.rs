@@ -109,7 +109,7 @@ pub fn run(method: &str, weights: &Weights) -> anyhow::Result<Run> {
         if frozen {
             embedded = tokens.as_tensor().clone();
         }
-        let hidden = model.hidden(&embedded, None)?.flatten_to(1)?;
+        let hidden = model.hidden(&embedded, false)?.flatten_to(1)?;
         let grads = model.loss(&hidden, &targets)?.backward()?;
         let missing = vars.iter().find(|(_, var)| grads.get(var).is_none());
         assert!(missing.is_none() && (!frozen || grads.get(&tokens).is_some()));

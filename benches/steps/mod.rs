@@ -10,6 +10,7 @@ pub mod llm;
 pub mod parts;
 mod plain;
 pub mod quantized;
+pub mod serving;
 
 use crate::support::methods::{Method, Tuned, TunerBuilder};
 use candle_core::{Device, Module, Result, Tensor, Var};

@@ -50,7 +50,7 @@ const CALLS: &str = "linear_calls";
 const SQUARE: &str = "512x1024x1024";
 
 /// On 2 cores, medians of interleaved pairs.
-pub const BOUNDS: [Bound; 15] = [
+pub const BOUNDS: [Bound; 17] = [
     Bound {
         what: "`doft` against `frozen`, b = 32, 512x1024x1024",
         at_most: "1.10",
@@ -124,6 +124,22 @@ pub const BOUNDS: [Bound; 15] = [
         what: "one decoded token, unmerged cached against merged, 1x1024x1024",
         at_most: "1.25",
         checks: &[at("decode", "1x1024x1024", ("cached", "merged"), 1.25)],
+    },
+    Bound {
+        what: "eight rows of 1 and of 64 tokens under eight adapters against one adapter for all, 1024x1024",
+        at_most: "1.25",
+        checks: &[
+            at("serving", "8x1x1024x1024", ("mixed", "one"), 1.25),
+            at("serving", "8x64x1024x1024", ("mixed", "one"), 1.25),
+        ],
+    },
+    Bound {
+        what: "the same against eight merged layers in turn",
+        at_most: "0.25 and 1.10",
+        checks: &[
+            at("serving", "8x1x1024x1024", ("mixed", "merged"), 0.25),
+            at("serving", "8x64x1024x1024", ("mixed", "merged"), 1.10),
+        ],
     },
     Bound {
         what: "`llm_step` (SmolLM2's shape, 4x128 tokens, all linear layers adapted) against the bare \

@@ -2,6 +2,7 @@
 
 use super::low_rank::LowRankParams;
 use super::mode::{Acts, Factors, Pass};
+use super::replay;
 use crate::config::{BlockLayout, DoftConfig, LayerKind};
 use crate::error::{Error, Result};
 use crate::frozen::Base;
@@ -221,9 +222,11 @@ impl Adaptation {
 
     // Each block becomes the identity with probability p; nothing is rescaled.
     fn drop_blocks(&self, r: &Tensor) -> Result<Tensor> {
-        let pass = self.passes.fetch_add(1, Ordering::Relaxed);
-        let step = self.step.load(Ordering::Relaxed);
-        let mut rng = SplitMix64::stream(self.seed, &self.path, [step, pass]);
+        let at = replay::drawn(self.id, || {
+            let pass = self.passes.fetch_add(1, Ordering::Relaxed);
+            [self.step.load(Ordering::Relaxed), pass]
+        });
+        let mut rng = SplitMix64::stream(self.seed, &self.path, at);
         let (blocks, b, _) = r.dims3()?;
         let keep: Vec<f32> = (0..blocks)
             .map(|_| f32::from(u8::from(rng.uniform() >= self.dropout)))

@@ -83,6 +83,17 @@ impl Adaptable for frozen::Linear {
     fn mixed(&self, path: &str, x: &Tensor, groups: &[Group]) -> candle_core::Result<Tensor> {
         self.check(path, x)?;
         let Base { weight, bias, .. } = self.as_base();
+        let rotation = |group: &Group| !matches!(group.factors, Some(Factors::LowRank(_)));
+        if groups.iter().all(rotation) && ops::mixed::has_kernel(x, weight) {
+            let parts = groups.iter().map(|Group { rows, factors }| {
+                let factors = match factors {
+                    Some(Factors::Rotation { r, ratio }) => Some((r, ratio.as_ref())),
+                    _ => None,
+                };
+                (rows.as_slice(), factors)
+            });
+            return ops::mixed::linear(x, &parts.collect::<Vec<_>>(), weight, bias);
+        }
         let turned = mixed::each(x, groups, |x, factors| match factors {
             Some(Factors::Rotation { r, .. }) => ops::linear::rotated(x, r),
             _ => ops::linear::in_computed(x),

@@ -16,6 +16,7 @@ mod linear;
 mod low_rank;
 mod mixed;
 mod mode;
+mod replay;
 
 pub(crate) use adaptation::{Adaptation, Form, check_finite};
 pub use adapted::Doft;
@@ -26,3 +27,4 @@ pub use linear::DoftLinear;
 pub(crate) use mixed::Rows;
 pub(crate) use mode::{Active, Beside, Control, Pin};
 pub use mode::{Mode, Scope};
+pub(crate) use replay::{Log, recorded, replayed};

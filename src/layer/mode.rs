@@ -3,6 +3,7 @@
 use super::Adaptation;
 use super::low_rank::LowRankPass;
 use super::mixed::Rows;
+use super::replay;
 use crate::error::{Error, Result};
 use crate::params::Params;
 use candle_core::Tensor;
@@ -127,6 +128,10 @@ impl Control {
 
     /// What acts in this thread.
     pub(crate) fn active(self: &Arc<Self>) -> Active {
+        replay::active(self, || self.active_now())
+    }
+
+    fn active_now(self: &Arc<Self>) -> Active {
         let scoped = SCOPES.with_borrow(|scopes| {
             let mut inner = scopes.iter().rev();
             let scope = inner.find(|scope| Arc::ptr_eq(&scope.control, self));

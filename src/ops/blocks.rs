@@ -8,7 +8,7 @@ use std::mem::MaybeUninit;
 
 /// Rows that are rotated together at most. They stay in cache, and are as many streams of memory as the
 /// processor can follow: with 64 a rotation of 512x1024 took 1.2 times as long.
-const ROWS: usize = 16;
+pub(super) const ROWS: usize = 16;
 
 /// Square blocks of size `b`, one after the other; one alone acts everywhere.
 #[derive(Clone, Copy)]
@@ -70,6 +70,16 @@ fn rows_of_task(rows: usize) -> usize {
 /// Multiplications below which waking other threads costs more than they save.
 const ALONE: usize = 1 << 18;
 
+/// `x . blockdiag(r)` into as many elements, row-major, on the calling thread.
+pub(super) fn rotate_rows<T: Real>(out: &mut [MaybeUninit<T>], x: Mat<T>, r: Blocks<T>) {
+    let (rows, width) = (x.rows(), x.cols());
+    for d in 0..width / r.b {
+        let from = x.part((0, rows), (d * r.b, r.b));
+        let to = &mut MatMut::unset(&mut out[d * r.b..], (rows, r.b), width);
+        multiply_small(to, from, r.get(d), false);
+    }
+}
+
 /// `x . blockdiag(r)`, row-major.
 #[allow(unsafe_code, reason = "zeros would cost a pass")]
 pub(crate) fn rotate<T: Real>(x: Mat<T>, r: Blocks<T>) -> Vec<T> {
@@ -77,11 +87,7 @@ pub(crate) fn rotate<T: Real>(x: Mat<T>, r: Blocks<T>) -> Vec<T> {
     let step = rows_of_task(rows);
     let turn = |(task, out): (usize, &mut [MaybeUninit<T>])| {
         let count = out.len() / width;
-        for d in 0..width / r.b {
-            let from = x.part((task * step, count), (d * r.b, r.b));
-            let to = &mut MatMut::unset(&mut out[d * r.b..], (count, r.b), width);
-            multiply_small(to, from, r.get(d), false);
-        }
+        rotate_rows(out, x.part((task * step, count), (0, width)), r);
     };
     assert!(width.is_multiple_of(r.b), "blocks that do not fill a row");
     let fill = |out: &mut [MaybeUninit<T>]| match rows * width * r.b <= ALONE {

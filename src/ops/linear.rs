@@ -28,7 +28,7 @@ use super::real::{
     with_slice,
 };
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, DType, Layout, Result, Shape, Storage, Tensor};
+use candle_core::{CpuStorage, Layout, Result, Shape, Storage, Tensor};
 use rayon::prelude::*;
 
 /// Rows up to which candle's quantized product beats dequantizing, where it is allowed.
@@ -69,23 +69,7 @@ pub(crate) fn doft(
 
 /// `x . blockdiag(r)`, without a graph, in the dtype that products are computed in.
 pub(crate) fn rotated(x: &Tensor, r: &Tensor) -> Result<Tensor> {
-    let x = in_computed(x)?;
-    match (has_kernel(&x), x.dtype()) {
-        (true, DType::F32) => rotated_by_kernel::<f32>(&x, r),
-        (true, DType::F64) => rotated_by_kernel::<f64>(&x, r),
-        _ => composed::rotate(&x, r),
-    }
-}
-
-fn rotated_by_kernel<T: Real>(x: &Tensor, r: &Tensor) -> Result<Tensor> {
-    let width = x.dim(candle_core::D::Minus1)?;
-    let rows = x.elem_count() / width.max(1);
-    let x = x.contiguous()?;
-    let turned = with_elements(r, |blocks: &[T]| {
-        let r = Blocks::new(blocks, r.shape())?;
-        with_elements(&x, |x: &[T]| Ok(rotate(Mat::row_major(x, rows, width), r)))
-    })?;
-    tensor(turned, x.shape())
+    composed::rotate(&in_computed(x)?, r)
 }
 
 /// `x` in the dtype that products are computed in: f32 for half types.
@@ -94,7 +78,7 @@ pub(crate) fn in_computed(x: &Tensor) -> Result<Tensor> {
 }
 
 /// Whether candle's quantized product may answer: asked for, few rows, nothing to train.
-fn decodes(x: &Tensor, weight: &Weight) -> bool {
+pub(super) fn decodes(x: &Tensor, weight: &Weight) -> bool {
     let rows = x.elem_count() / weight.in_dim().max(1);
     weight.decoder().is_some() && !x.track_op() && (1..=DECODE_ROWS).contains(&rows)
 }
@@ -117,13 +101,13 @@ fn flattened(
 }
 
 /// The kernel.
-struct Product {
+pub(super) struct Product {
     weight: Weight,
     bias: Option<Tensor>,
 }
 
 impl Product {
-    fn new(weight: &Weight, bias: Option<&Tensor>) -> Self {
+    pub(super) fn new(weight: &Weight, bias: Option<&Tensor>) -> Self {
         Self {
             weight: weight.clone(),
             bias: bias.map(Tensor::detach),
@@ -131,7 +115,7 @@ impl Product {
     }
 
     /// `a W^T`, or `a W`: as candle computes it, or in panels of the weight.
-    fn times_weight<T: Real>(
+    pub(super) fn times_weight<T: Real>(
         &self,
         a: &CpuStorage,
         layout: &Layout,

@@ -1,5 +1,6 @@
 //! What candle lacks for a real run: gradients summed over micro-batches and clipped together, AdamW
-//! with groups and a state that can be saved, schedules, and checkpoints.
+//! with groups and a state that can be saved, schedules, checkpoints, and activations that are made again
+//! instead of kept.
 //!
 //! # Examples
 //!
@@ -41,9 +42,11 @@
 mod checkpoint;
 mod gradients;
 mod optimizer;
+mod recomputed;
 mod schedule;
 
 pub use checkpoint::Checkpoint;
 pub use gradients::Gradients;
 pub use optimizer::{AdamW, Group};
+pub use recomputed::recomputed;
 pub use schedule::{Decay, Schedule};

@@ -18,6 +18,7 @@ mod readers;
 mod real;
 mod refusals;
 mod runs;
+mod serving;
 mod small;
 mod text;
 mod texts;

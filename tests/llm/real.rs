@@ -35,7 +35,7 @@ fn the_real_model_has_the_tokens_loss_and_logits_of_transformers() -> Result<()>
     let ids = list(&reference["ids"]);
     let model = frozen(&weights)?;
     let input = Tensor::new(ids.as_slice(), &CPU)?.unsqueeze(0)?;
-    let hidden = model.hidden(&model.embed(&input)?, None)?;
+    let hidden = model.hidden(&model.embed(&input)?, false)?;
     let learned = ids.len() - start.len();
     let rows = hidden.get(0)?.narrow(0, start.len() - 1, learned)?;
     let targets = Tensor::new(&ids[start.len()..], &CPU)?;

@@ -261,5 +261,5 @@ pub fn ids() -> Result<Tensor> {
 }
 
 pub fn logits(model: &Model, ids: &Tensor) -> Result<Tensor> {
-    Ok(model.logits(&model.hidden(&model.embed(ids)?, None)?)?)
+    Ok(model.logits(&model.hidden(&model.embed(ids)?, false)?)?)
 }

@@ -10,7 +10,6 @@ pub mod gguf_names;
 pub mod gguf_tokenizer;
 pub mod model;
 pub mod open;
-pub mod recompute;
 pub mod sample;
 pub mod template;
 pub mod tokenizer;

@@ -12,11 +12,11 @@
 
 use super::super::methods::{Tuned, TunerBuilder};
 use super::config::{Architecture, Config};
-use super::recompute::recomputed;
 use super::weights::Weights;
 use anyhow::Result;
-use candle_core::{Device, Tensor, Var};
+use candle_core::{Device, Tensor, bail};
 use candle_doft::frozen::{self, RmsNorm};
+use candle_doft::train::recomputed;
 use candle_nn::Module;
 use candle_nn::kv_cache::KvCache;
 use std::sync::Arc;
@@ -46,6 +46,13 @@ impl Rotary {
         let part = |table: &Tensor| table.narrow(0, start, steps);
         Ok((part(&self.cos)?, part(&self.sin)?))
     }
+
+    /// Those of one position for each row, `(B, 1, head_dim / 2)`.
+    fn tables_at(&self, positions: &[u32]) -> candle_core::Result<(Tensor, Tensor)> {
+        let positions = Tensor::new(positions, self.cos.device())?;
+        let part = |table: &Tensor| table.index_select(&positions, 0)?.unsqueeze(1);
+        Ok((part(&self.cos)?, part(&self.sin)?))
+    }
 }
 
 /// Tokens by which a cache grows.
@@ -53,16 +60,28 @@ const ROOM: usize = 256;
 
 /// Keys and values of the tokens so far, for each block. They are written into room that is there, so
 /// that a token copies none of those before it, and they hold no graph.
+///
+/// Rows of a batch may differ in length: shorter ones are padded behind their tokens. No token sees what comes
+/// after it, so padding matters only to tokens that are decoded later, and these leave it out by `keep`.
 #[derive(Default)]
 pub struct Cache {
     blocks: Vec<KvCache>,
-    tokens: usize,
+    /// For each row, which of the keys are those of its tokens.
+    keep: Vec<Vec<u8>>,
+}
+
+/// Where the tokens of a pass stand.
+struct Places {
+    cos: Tensor,
+    sin: Tensor,
+    /// Which keys are no padding, where some are.
+    keep: Option<Tensor>,
 }
 
 impl Cache {
-    /// Tokens so far.
+    /// Keys of each row so far, with padding.
     pub fn len(&self) -> usize {
-        self.tokens
+        self.keep.first().map_or(0, Vec::len)
     }
 
     /// All keys and values of a block, the new ones behind those that are known.
@@ -77,7 +96,70 @@ impl Cache {
         }
         self.blocks[block].append(&k.contiguous()?, &v.contiguous()?)
     }
+
+    /// Goes on with some rows alone, in this order.
+    pub fn retain(&mut self, rows: &[usize]) -> candle_core::Result<()> {
+        let ids: Vec<u32> = rows.iter().map(|row| *row as u32).collect();
+        for block in &mut self.blocks {
+            if let (Some(k), Some(v)) = (block.k()?, block.v()?) {
+                let ids = Tensor::new(ids.as_slice(), k.device())?;
+                let kept = |of: Tensor| of.contiguous()?.index_select(&ids, 0);
+                block.reset();
+                block.append(&kept(k)?, &kept(v)?)?;
+            }
+        }
+        self.keep = rows.iter().map(|row| self.keep[*row].clone()).collect();
+        Ok(())
+    }
+
+    /// Takes in how many tokens each row gets of `steps`, and says where they stand.
+    fn place(
+        &mut self,
+        tokens: &[usize],
+        steps: usize,
+        rotary: &Rotary,
+    ) -> candle_core::Result<Places> {
+        if self.keep.is_empty() {
+            self.keep = vec![Vec::new(); tokens.len()];
+        }
+        let before = self.len();
+        let count = |row: &Vec<u8>| row.iter().map(|kept| u32::from(*kept)).sum::<u32>();
+        let positions: Vec<u32> = self.keep.iter().map(count).collect();
+        for (row, tokens) in self.keep.iter_mut().zip(tokens) {
+            row.resize(before + tokens, 1);
+            row.resize(before + steps, 0);
+        }
+        let padded = positions
+            .iter()
+            .any(|position| *position as usize != before);
+        if !padded {
+            let (cos, sin) = rotary.tables(before, steps)?;
+            return Ok(Places {
+                cos,
+                sin,
+                keep: None,
+            });
+        }
+        let one_each = steps == 1 && tokens.iter().all(|tokens| *tokens == 1);
+        if !one_each || self.keep.len() != tokens.len() {
+            bail!("rows of different lengths go on with one token each");
+        }
+        let (cos, sin) = rotary.tables_at(&positions)?;
+        let keep = Tensor::from_vec(
+            self.keep.concat(),
+            (tokens.len(), before + 1),
+            rotary.cos.device(),
+        )?;
+        Ok(Places {
+            cos,
+            sin,
+            keep: Some(keep),
+        })
+    }
 }
+
+/// The cache, where to find the block in it, and the places of the new tokens.
+type Cached<'a> = (&'a mut Cache, usize, &'a Places);
 
 struct Attention {
     q: Tuned,
@@ -119,7 +201,7 @@ impl Attention {
         &self,
         x: &Tensor,
         rotary: &Rotary,
-        cache: Option<(&mut Cache, usize)>,
+        cache: Option<Cached>,
     ) -> candle_core::Result<Tensor> {
         let (batch, steps, _) = x.dims3()?;
         let heads = |y: Tensor, count| y.reshape((batch, steps, count, self.head_dim));
@@ -136,11 +218,14 @@ impl Attention {
                 let (cos, sin) = rotary.tables(0, steps)?;
                 frozen::rotary_causal_attention(&q, &k, &v, (&cos, &sin), scale)?
             }
-            Some((cache, block)) => {
-                let (cos, sin) = rotary.tables(cache.len(), steps)?;
-                let turned = |x| frozen::rope(x, &cos, &sin);
+            Some((cache, block, places)) => {
+                let turned = |x| frozen::rope(x, &places.cos, &places.sin);
                 let (k, v) = cache.extend(block, turned(&k)?, v)?;
-                frozen::causal_attention(&turned(&q)?, &k, &v, scale)?
+                match &places.keep {
+                    None => frozen::causal_attention(&turned(&q)?, &k, &v, scale)?,
+                    // One query, which sees all keys.
+                    Some(keep) => frozen::attention(&turned(&q)?, &k, &v, Some(keep), scale)?,
+                }
             }
         };
         // The answer lies in memory as the projection wants it.
@@ -197,7 +282,7 @@ impl Block {
         &self,
         x: &Tensor,
         rotary: &Rotary,
-        cache: Option<(&mut Cache, usize)>,
+        cache: Option<Cached>,
     ) -> candle_core::Result<Tensor> {
         let normed = self.before_attention.forward(x)?;
         let attended = self.attention.forward(&normed, rotary, cache)?;
@@ -249,36 +334,20 @@ impl Model {
             .to_dtype(candle_core::DType::F32)
     }
 
-    /// The hidden states behind the last norm, `(B, T, hidden)`, for embedded tokens. With `again`, the
-    /// trainable tensors of each block, a block's activations are made again in the backward pass
-    /// instead of kept.
-    pub fn hidden(
-        &self,
-        embedded: &Tensor,
-        again: Option<&[Vec<Var>]>,
-    ) -> candle_core::Result<Tensor> {
+    /// The hidden states behind the last norm, `(B, T, hidden)`, for embedded tokens. With `again`, a
+    /// block's activations are made again in the backward pass instead of kept.
+    pub fn hidden(&self, embedded: &Tensor, again: bool) -> candle_core::Result<Tensor> {
         let mut x = embedded.clone();
-        for (index, block) in self.blocks.iter().enumerate() {
+        for block in &self.blocks {
             x = match again {
-                None => block.forward(&x, &self.rotary, None)?,
-                Some(vars) => {
+                false => block.forward(&x, &self.rotary, None)?,
+                true => {
                     let (block, rotary) = (block.clone(), self.rotary.clone());
-                    let run = move |x: &Tensor| block.forward(x, &rotary, None);
-                    recomputed(&x, &vars[index], Arc::new(run))?
+                    recomputed(&x, move |x| block.forward(x, &rotary, None))?
                 }
             };
         }
         self.norm.forward(&x)
-    }
-
-    /// Of named trainable tensors, those of each block.
-    pub fn by_block(&self, vars: &[(String, Var)]) -> Vec<Vec<Var>> {
-        let of = |layer: usize| {
-            let prefix = format!("model.layers.{layer}.");
-            let own = vars.iter().filter(|(name, _)| name.starts_with(&prefix));
-            own.map(|(_, var)| var.clone()).collect()
-        };
-        (0..self.blocks.len()).map(of).collect()
     }
 
     /// The linear layers that can be adapted, by path.
@@ -311,16 +380,29 @@ impl Model {
         self.head.forward(hidden)
     }
 
-    /// The logits of the last of some more tokens, `(vocabulary)`; the cache grows by them.
-    pub fn next(&self, ids: &[u32], cache: &mut Cache) -> candle_core::Result<Tensor> {
-        let steps = ids.len();
-        let ids = Tensor::new(ids, &self.device)?.unsqueeze(0)?;
+    /// The logits behind the last of some more tokens of each row, `(B, vocabulary)`; the cache grows by them.
+    /// The first call may bring rows of any lengths; later ones bring as many tokens for each row, one if the
+    /// lengths differ.
+    pub fn next(&self, rows: &[&[u32]], cache: &mut Cache) -> candle_core::Result<Tensor> {
+        let tokens: Vec<usize> = rows.iter().map(|row| row.len()).collect();
+        let steps = tokens.iter().copied().max().unwrap_or(0);
+        if tokens.contains(&0) || steps == 0 {
+            bail!("every row needs a token");
+        }
+        let places = cache.place(&tokens, steps, &self.rotary)?;
+        let padded = rows.iter().flat_map(|row| {
+            let padding = std::iter::repeat_n(row[0], steps - row.len());
+            row.iter().copied().chain(padding)
+        });
+        let ids = Tensor::from_vec(padded.collect(), (rows.len(), steps), &self.device)?;
         let mut x = self.embed(&ids)?;
         for (index, block) in self.blocks.iter().enumerate() {
-            x = block.forward(&x, &self.rotary, Some((&mut *cache, index)))?;
+            x = block.forward(&x, &self.rotary, Some((&mut *cache, index, &places)))?;
         }
-        cache.tokens += steps;
-        let last = x.narrow(1, x.dim(1)? - 1, 1)?;
-        self.logits(&self.norm.forward(&last)?)?.flatten_all()
+        let last = tokens.iter().enumerate();
+        let last: Vec<u32> = last.map(|(row, n)| (row * steps + n - 1) as u32).collect();
+        let last = Tensor::new(last, &self.device)?;
+        let last = x.flatten_to(1)?.index_select(&last, 0)?;
+        self.logits(&self.norm.forward(&last)?)
     }
 }

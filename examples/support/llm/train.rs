@@ -59,13 +59,8 @@ impl Trainer {
         })
     }
 
-    pub fn loss(
-        &self,
-        batch: &Batch,
-        embedded: &Tensor,
-        blocks: Option<&[Vec<Var>]>,
-    ) -> Result<Tensor> {
-        let hidden = self.model.hidden(embedded, blocks)?;
+    pub fn loss(&self, batch: &Batch, embedded: &Tensor, again: bool) -> Result<Tensor> {
+        let hidden = self.model.hidden(embedded, again)?;
         let hidden = hidden.flatten_to(1)?.index_select(&batch.rows, 0)?;
         Ok(self.model.loss(&hidden, &batch.targets)?)
     }
@@ -77,11 +72,6 @@ impl Trainer {
         if let Some(adapter) = self.tuner.adapter() {
             adapter.set_step(options.step);
         }
-        let blocks = match (&self.optimizer, options.again) {
-            (_, false) => None,
-            (Some(optimizer), true) => Some(self.model.by_block(&optimizer.named_vars())),
-            (None, true) => Some(self.model.by_block(&[])),
-        };
         let mut gradients = self.optimizer.as_ref().map(AdamW::gradients);
         let mut total = 0.;
         for batch in batches {
@@ -89,7 +79,7 @@ impl Trainer {
             if self.optimizer.is_none() {
                 embedded = Var::from_tensor(&embedded)?.as_tensor().clone();
             }
-            let loss = self.loss(batch, &embedded, blocks.as_deref())?;
+            let loss = self.loss(batch, &embedded, options.again)?;
             let share = batch.tokens as f64 / learned as f64;
             total += share * f64::from(loss.to_scalar::<f32>()?);
             match &mut gradients {
@@ -131,7 +121,7 @@ impl Trainer {
             let sequences: Vec<&Sequence> = sequences.iter().collect();
             for chunk in sequences.chunks(batch) {
                 let batch = Batch::new(chunk, &self.device)?;
-                let loss = self.loss(&batch, &self.model.embed(&batch.ids)?, None)?;
+                let loss = self.loss(&batch, &self.model.embed(&batch.ids)?, false)?;
                 total += f64::from(loss.to_scalar::<f32>()?) * batch.tokens as f64;
                 tokens += batch.tokens;
             }
