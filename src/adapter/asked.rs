@@ -50,6 +50,26 @@ impl Asked {
         Ok(())
     }
 
+    /// Enters the module that means a path, which must not have been taken for another path meanwhile: layers may
+    /// be built by several threads.
+    pub(super) fn claim(&self, stored: &Stored, path: &str) -> Result<()> {
+        let Some((rule, module, _)) = stored.rank(path)? else {
+            return Ok(());
+        };
+        let mut asked = locked(&self.0);
+        match asked.get(module) {
+            Some((_, other)) if other != path => {
+                let other = other.clone();
+                drop(asked);
+                stored.ambiguous([&other, path], module, "rename")
+            }
+            _ => {
+                asked.insert(module.to_string(), (rule, path.to_string()));
+                Ok(())
+            }
+        }
+    }
+
     /// Enters a module that means a path under some rule.
     pub(crate) fn enter(&self, module: &str, rule: u8, path: &str) {
         locked(&self.0).insert(module.to_string(), (rule, path.to_string()));

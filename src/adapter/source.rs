@@ -100,7 +100,7 @@ impl Source {
             }
             (Form::LowRank(_), None) => {}
         }
-        self.asked.insert(&self.stored, layer.path())
+        self.asked.claim(&self.stored, layer.path())
     }
 
     /// The value of an extra tensor in a dtype, once it is asked for.
