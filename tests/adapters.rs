@@ -164,6 +164,30 @@ fn rows_under_their_own_adapters_are_what_each_is_alone() -> candle_doft::Result
     Ok(())
 }
 
+/// candle's quantized product, which rounds activations row by row, so that rows do not meet in it either.
+#[test]
+fn fast_decoding_of_mixed_rows_is_that_of_each_row() -> candle_doft::Result<()> {
+    let rows = QTensor::quantize(&seeded((64, 32), 3).to_dtype(DType::F32)?, GgmlDType::Q8_0)?;
+    let base = frozen::Linear::from_qmatmul(QMatMul::from_qtensor(rows)?, None)?;
+    let builder = Adapter::builder(DoftConfig::default().with_block_size(8), &CPU)?;
+    let layer = builder.wrap("layer", base.with_fast_decode(true))?;
+    let adapters = Adapters::new("a", builder.finish()?);
+    adapters.add("b", DoftConfig::oft().with_block_size(4))?;
+    for name in adapters.names() {
+        disturb_all(adapters.get(&name)?.vars(), 0.3)?;
+    }
+    let x = seeded((3, 1, 32), 6).to_dtype(DType::F32)?;
+    let names = [Some("b"), None, Some("a")];
+    let mixed = adapters.rows(&names)?.run(|| layer.forward(&x))?;
+    for (row, name) in names.into_iter().enumerate() {
+        let x = x.narrow(0, row, 1)?;
+        let alone = adapters.rows(&[name])?.run(|| layer.forward(&x))?;
+        let off = relative(&mixed.narrow(0, row, 1)?, &alone);
+        assert!(off < 1e-6, "row {row}: {off:e}");
+    }
+    Ok(())
+}
+
 #[test]
 fn rows_that_do_not_fit_their_scope_are_errors() -> candle_doft::Result<()> {
     let (model, adapters) = eight(Weights::Dense(DType::F32))?;

@@ -356,6 +356,21 @@ fn a_second_run_that_differs_is_refused() -> candle_doft::Result<()> {
     disturb_all(adapter.vars(), 0.5)?;
     refused(y, &["off by", "no step of an optimizer"]);
 
+    // Layers in threads that the block starts are not seen, so that their masks would be others.
+    let builder = Adapter::builder(
+        DoftConfig::default().with_block_size(2).with_dropout(0.5),
+        &CPU,
+    )?;
+    let dropping = builder.wrap("dropping", linear(8, 32, false, DType::F64)?)?;
+    let dropped = builder.finish()?;
+    disturb_all(dropped.vars(), 0.5)?;
+    let wide = Var::from_tensor(&seeded((2, 32), 1))?;
+    let elsewhere = recomputed(&wide, move |x| {
+        let run = || dropping.forward(x);
+        std::thread::scope(|threads| threads.spawn(run).join().unwrap())
+    });
+    refused(elsewhere, &["the second answer of the block is off by"]);
+
     // A mode that is set between the two changes nothing: the second run is like the first.
     let y = recomputed(&x, move |x| layer.forward(x))?;
     adapter.set_mode(Mode::Off)?;

@@ -15,6 +15,7 @@ use candle_core::Device;
 use candle_doft::merge::{Merge, Strength};
 use candle_doft::{Adapter, Adapters, DoftConfig, Mode, Targets};
 use clap::Parser;
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use named::Named;
 use prompts::Prompt;
 use std::collections::BTreeMap;
@@ -40,7 +41,7 @@ struct Flags {
     model: String,
     /// An adapter file or folder of any dialect that this crate reads; it runs unmerged. NAME=FILE gives it a
     /// name, and may be given several times; a FILE alone is called `adapter`
-    #[arg(long, value_name = "[NAME=]FILE")]
+    #[arg(long, value_name = "[NAME=]FILE", value_parser = OsStringValueParser::new().try_map(Named::parse))]
     adapter: Vec<Named>,
     /// Of several adapters, the one that answers --prompt
     #[arg(

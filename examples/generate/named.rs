@@ -1,7 +1,7 @@
 //! Adapters by name, as flags have them.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 
 /// The name of an adapter that was given none.
 const UNNAMED: &str = "adapter";
@@ -15,18 +15,17 @@ pub struct Named {
     named: bool,
 }
 
-impl FromStr for Named {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
+impl Named {
+    /// Reads the value of a flag. A path that is no Unicode has no name.
+    pub fn parse(value: OsString) -> Result<Self, String> {
         let unnamed = || Self {
             name: UNNAMED.to_string(),
-            file: text.into(),
+            file: value.clone().into(),
             named: false,
         };
-        match text.split_once('=') {
-            // A path may have an equals sign in it.
-            _ if Path::new(text).exists() => Ok(unnamed()),
+        // A path may have an equals sign in it.
+        let text = value.to_str().filter(|_| !Path::new(&value).exists());
+        match text.and_then(|text| text.split_once('=')) {
             None => Ok(unnamed()),
             Some(("", _)) => Err("expected a name before `=`".to_string()),
             Some((_, "")) => Err("expected a file behind `=`".to_string()),

@@ -15,18 +15,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 /// ([`Adapters::activate`]), or each row of a batch runs under its own ([`Adapters::rows`]). Each is an
 /// [`Adapter`] like any other: it is trained, checked, saved and merged by the methods that it has.
 ///
-/// # Memory and time
-///
-/// An adapter costs its parameters and, while it acts outside training, its rotations: `in * b` values a layer
-/// beside the `in * out` of the frozen weight. In mixed rows of a linear layer the product is made once for all
-/// rows; each row pays for its own rotation (`in * b` multiplications) and scaling (`out`). Convolutions run once
-/// for each adapter in the batch.
-///
-/// # Swaps
-///
-/// A model runs layer by layer, so an adapter that is swapped by another thread could act in one half of a
-/// pass. [`Adapters::pass`] pins what acts for the length of a closure, as every scope does.
-///
 /// Clones share everything.
 ///
 /// # Examples
@@ -54,6 +42,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 /// let y = rows.run(|| layer.forward(&x))?;
 /// # Ok::<(), candle_doft::Error>(())
 /// ```
+///
+#[doc = include_str!("../serving.md")]
 #[derive(Clone, Debug)]
 pub struct Adapters {
     first: Adapter,

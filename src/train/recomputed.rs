@@ -17,7 +17,8 @@ const NAME: &str = "recomputed";
 ///
 /// The second run is like the first: dropout of adapted layers draws the same masks, each layer runs under the adapter
 /// and [`Mode`](crate::Mode) that it ran under, whatever scope or thread the backward pass is in, and blocks may be
-/// nested. Layers that the block runs in threads of its own are not covered.
+/// nested. Layers that the block runs in threads that it starts are not seen: with dropout the backward pass returns an
+/// error.
 ///
 /// Without a graph, as in [`Mode::Eval`](crate::Mode::Eval) over a plain input, this is `block(x)`.
 ///

@@ -92,6 +92,29 @@ fn recomputed_activations_give_the_same_loss_and_gradients() -> Result<()> {
 }
 
 #[test]
+fn recomputed_activations_give_every_method_its_gradients() -> Result<()> {
+    let (rank, alpha) = (4, 4.);
+    for method in [
+        Method::Lora { rank, alpha },
+        Method::Dora { rank, alpha },
+        Method::Full,
+    ] {
+        let builder = TunerBuilder::new(method.clone(), 0, &CPU)?;
+        let model = Model::new(&weights(&configurations()[2])?, &builder, &CPU)?;
+        let tuner = builder.finish()?;
+        disturb(&tuner)?;
+        let kept = loss(&model, false)?.backward()?;
+        let again = loss(&model, true)?.backward()?;
+        for (name, var) in tuner.named_vars() {
+            let (kept, again) = (kept.get(&var).expect(&name), again.get(&var).expect(&name));
+            let off = relative(again, kept);
+            assert!(off < 2e-6, "{method:?}: {name}: off by {off:e}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn every_method_trains_every_variable_and_merges_to_what_it_computes() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let file = folder.path().join("model.gguf");

@@ -1,6 +1,6 @@
 //! Prompts of different lengths under different adapters, answered in one batch as each is alone.
 
-use crate::common::tensors::{CPU, disturb_all, relative};
+use crate::common::tensors::{CPU, disturb_all, relative, seeded};
 use crate::programs::{Ended, Home};
 use crate::small::{configurations, logits, model_folder, weights};
 use crate::support::llm::model::{Cache, Model};
@@ -13,14 +13,20 @@ use candle_core::Tensor;
 use candle_doft::{Adapters, DoftConfig, Map, Mode, Targets};
 use serde_json::Value;
 
-/// A model with three adapters that differ in what can differ, away from their start.
-fn served(weights: &Weights) -> Result<(Model, Adapters)> {
+/// A model that adapts nothing itself.
+fn untuned(weights: &Weights) -> Result<(Model, Adapters)> {
     let nothing = DoftConfig::default().with_targets(Targets::None);
     let method = Method::Doft(Box::new(nothing));
     let builder = TunerBuilder::new(method, 0, &CPU)?;
     let model = Model::new(weights, &builder, &CPU)?;
     let tuner = builder.finish()?;
     let adapters = Adapters::new("", tuner.adapter().unwrap().clone());
+    Ok((model, adapters))
+}
+
+/// A model with three adapters that differ in what can differ, away from their start.
+fn served(weights: &Weights) -> Result<(Model, Adapters)> {
+    let (model, adapters) = untuned(weights)?;
     let config = DoftConfig::default();
     for (name, config) in [
         ("fr", config.clone().with_block_size(8)),
@@ -202,6 +208,48 @@ fn padding_changes_no_logits() -> Result<()> {
                 .starts_with("rows of different lengths")
         );
     }
+    Ok(())
+}
+
+/// Eight rows under eight adapters on SmolLM2, where its file is at hand.
+#[test]
+fn the_real_model_answers_eight_rows_under_eight_adapters_as_each_alone() -> Result<()> {
+    let Some(file) = std::env::var_os("CANDLE_DOFT_SMOLLM2") else {
+        println!("SKIPPED: CANDLE_DOFT_SMOLLM2 does not name SmolLM2-135M-Instruct.Q4_1.gguf");
+        return Ok(());
+    };
+    let weights = Weights::open(std::path::Path::new(&file), true, &CPU)?;
+    let text = Text::open(&weights)?;
+    let (model, adapters) = untuned(&weights)?;
+    let names: Vec<String> = (0..8).map(|i| format!("a{i}")).collect();
+    for (i, name) in names.iter().enumerate() {
+        let adapter = adapters.add(name, DoftConfig::default())?;
+        for (at, var) in adapter.vars().into_iter().enumerate() {
+            let noise = seeded(var.dims(), (1000 * i + at) as u64).to_dtype(var.dtype())?;
+            var.set(&var.add(&(noise * 0.02)?)?)?;
+        }
+    }
+    let sampling = Sampling {
+        temperature: 0.,
+        seed: 0,
+        max_tokens: 10,
+    };
+    let asked = ["Define Happiness.", "Hi", "What is the capital of France?"];
+    let prompts: Vec<Vec<u32>> = (0..8)
+        .map(|row| text.prompt(asked[row % 3]))
+        .collect::<Result<_>>()?;
+    let rows: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
+    let under = |rows: &[usize], run: &mut Pass| {
+        let rows: Vec<_> = rows.iter().map(|row| Some(names[*row].as_str())).collect();
+        adapters.rows(&rows)?.run(run)
+    };
+    let found = answers(&model, &text, &rows, sampling, under, |_, _| Ok(()))?;
+    for (row, found) in found.iter().enumerate() {
+        let run = || answer(&model, &text, rows[row], sampling, |_| Ok(()));
+        let alone = adapters.get(&names[row])?.with_mode(Mode::Eval, run)?;
+        assert_eq!(*found, alone, "row {row}");
+    }
+    assert_ne!(found[0], found[3], "the adapters change nothing");
     Ok(())
 }
 
