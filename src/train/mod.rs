@@ -41,6 +41,7 @@
 mod checkpoint;
 mod gradients;
 mod optimizer;
+pub mod parallel;
 mod schedule;
 
 pub use checkpoint::Checkpoint;
