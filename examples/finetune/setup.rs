@@ -9,6 +9,7 @@ use crate::support::methods::Method;
 use crate::{Flags, MethodName};
 use anyhow::{Result, ensure};
 use candle_doft::train::Checkpoint;
+use candle_doft::train::parallel::{Group, same};
 use candle_doft::{DoftConfig, Pattern, Targets};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -74,6 +75,29 @@ pub(crate) fn identity(flags: &Flags, weights: &Weights, data: &Data) -> Result<
         "sequences": data.train.len(),
         "data_checksum": data.checksum(),
     }))
+}
+
+/// Refuses processes that were started on other files or with other flags, and other threads: products then
+/// round otherwise.
+pub(crate) fn check_same(
+    group: &dyn Group,
+    flags: &Flags,
+    weights: &Weights,
+    data: &Data,
+) -> Result<()> {
+    let run = json!({
+        "identity": identity(flags, weights, data)?,
+        "stop_after": flags.stop_after,
+        "every": flags.every,
+        "held_out": flags.held_out,
+        "sample_tokens": flags.sample_tokens,
+        "checkpoint_activations": flags.checkpoint_activations,
+        "resume": flags.resume,
+        "merge": flags.merge_to.is_some(),
+    });
+    same(group, "the run", &run.to_string())?;
+    let threads = rayon::current_num_threads().to_string();
+    Ok(same(group, "threads (RAYON_NUM_THREADS)", &threads)?)
 }
 
 pub(crate) fn targets(flags: &Flags) -> Vec<Pattern> {
