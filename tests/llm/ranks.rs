@@ -36,6 +36,7 @@ fn processes_that_would_not_know_of_one_another_are_refused() -> Result<()> {
 #[cfg(all(feature = "mpi", unix))]
 mod mpi {
     use super::{Ended, Home, Result};
+    use crate::common::programs::mpirun;
     use std::path::Path;
     use std::process::{Child, Command, Stdio};
     use std::time::{Duration, Instant};
@@ -50,15 +51,9 @@ mod mpi {
     const COMMON: [&str; 6] = ["--batch", "1", "--accumulate", "4", "--steps", "6"];
 
     fn finetune(home: &Home, ranks: usize, parts: &[&[&str]]) -> Command {
-        let mut command = Command::new("mpirun");
+        let mut command = mpirun().expect("it was there");
         let program = home.command("finetune");
-        command
-            .args(["--bind-to", "none"])
-            .env("OMPI_ALLOW_RUN_AS_ROOT", "1")
-            .env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
-            .env("OMPI_MCA_rmaps_base_oversubscribe", "1")
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
         for (name, value) in program.get_envs() {
             command.env(name, value.unwrap_or_default());
         }
@@ -91,11 +86,10 @@ mod mpi {
     }
 
     fn home() -> Result<Option<Home>> {
-        if Command::new("mpirun").arg("--version").output().is_err() {
-            println!("SKIPPED: there is no mpirun here");
-            return Ok(None);
+        match mpirun() {
+            Some(_) => Home::new(),
+            None => Ok(None),
         }
-        Home::new()
     }
 
     #[test]

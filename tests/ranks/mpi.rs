@@ -1,9 +1,10 @@
 //! The same under `mpirun`, whose processes are this test program again.
 
+use crate::common::programs::mpirun;
 use crate::run::{Fault, Plan, train};
 use candle_doft::train::parallel::{Alone, open};
 use std::io::Read;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 /// A run that takes longer hangs.
@@ -11,22 +12,6 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 /// From what befalls one rank to the end of all.
 const END: Duration = Duration::from_secs(5);
-
-/// `mpirun`, where there is one; says so where there is not.
-fn mpirun(ranks: usize) -> Option<Command> {
-    let mut command = Command::new("mpirun");
-    command
-        .args(["-n", &ranks.to_string(), "--bind-to", "none"])
-        .env("OMPI_ALLOW_RUN_AS_ROOT", "1")
-        .env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
-        .env("OMPI_MCA_rmaps_base_oversubscribe", "1");
-    let found = Command::new("mpirun").arg("--version").output();
-    if found.is_err() {
-        println!("SKIPPED: there is no mpirun here");
-        return None;
-    }
-    Some(command)
-}
 
 fn ended(child: &mut Child, patience: Duration) -> ExitStatus {
     let start = Instant::now();
@@ -45,8 +30,9 @@ fn ended(child: &mut Child, patience: Duration) -> ExitStatus {
 /// Runs `child` on this many ranks: exit code, all that was printed, and how long the end took after the
 /// fault.
 fn run(ranks: usize, settings: &str) -> Option<(Option<i32>, String, Duration)> {
-    let mut command = mpirun(ranks)?;
+    let mut command = mpirun()?;
     let mut child = command
+        .args(["-n", &ranks.to_string()])
         .arg(std::env::current_exe().unwrap())
         .args(["--exact", "mpi::child", "--ignored", "--nocapture"])
         .env("CANDLE_DOFT_RANKS", settings)
