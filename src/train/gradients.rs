@@ -141,6 +141,24 @@ impl Gradients {
     /// # Errors
     ///
     /// Those of candle's copies.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor, Var};
+    /// # use candle_doft::train::{AdamW, Group};
+    /// let var = Var::new(&[1f32, 2.], &Device::Cpu)?;
+    /// let groups = vec![Group::new(vec![("a".to_string(), var.clone())])];
+    /// let optimizer = AdamW::new(groups, Default::default())?;
+    /// let mut gradients = optimizer.gradients();
+    /// gradients.backward(&var.sqr()?.sum_all()?, 1.)?;
+    /// let mut flat: Vec<f32> = gradients.flat()?;
+    /// assert_eq!(flat, [2., 4.]);
+    /// flat[0] = 3.;
+    /// gradients.set_flat(&flat)?;
+    /// assert_eq!(gradients.norm()?, 5.);
+    /// # Ok::<(), candle_doft::Error>(())
+    /// ```
     pub fn flat<T: WithDType>(&self) -> Result<Vec<T>> {
         let mut flat = Vec::with_capacity(self.vars.iter().map(|(_, v)| v.elem_count()).sum());
         for ((_, var), sum) in self.vars.iter().zip(&self.sums) {

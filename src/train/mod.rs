@@ -1,5 +1,6 @@
 //! What candle lacks for a real run: gradients summed over micro-batches and clipped together, AdamW
-//! with groups and a state that can be saved, schedules, and checkpoints.
+//! with groups and a state that can be saved, schedules, and checkpoints. [`parallel`] shares the
+//! micro-batches of a step among several processes.
 //!
 //! # Examples
 //!

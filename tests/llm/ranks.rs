@@ -301,7 +301,9 @@ mod mpi {
         let (child, _) = under_way(&home, &out)?;
         signal("-INT", child.id())?;
         let ended = end(child, END);
-        assert_ne!(ended.code, Some(0), "{}", ended.err);
+        // Open MPI's launcher fails then, MPICH's says how its processes ended.
+        let told = ended.err.contains("stopped after step");
+        assert!(told || ended.code != Some(0), "{}", ended.err);
         assert!(processes(&out).is_empty());
         goes_on(&home, &out)
     }

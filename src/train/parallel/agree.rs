@@ -66,6 +66,14 @@ pub(super) fn rank(rank: usize, reason: impl Into<String>) -> Error {
 /// # Errors
 ///
 /// Those of the engine.
+///
+/// # Examples
+///
+/// ```
+/// # use candle_doft::train::parallel::{Alone, any};
+/// assert!(any(&Alone, true)? && !any(&Alone, false)?);
+/// # Ok::<(), candle_doft::Error>(())
+/// ```
 pub fn any(group: &dyn Group, said: bool) -> Result<bool> {
     let said = gather(group, &[u8::from(said)])?;
     Ok(said.iter().any(|said| said != &[0]))
@@ -76,6 +84,18 @@ pub fn any(group: &dyn Group, said: bool) -> Result<bool> {
 /// # Errors
 ///
 /// That of `work` on rank 0, [`Error::Rank`] with it on the others.
+///
+/// # Examples
+///
+/// ```
+/// # use candle_doft::train::parallel::{Alone, lead};
+/// # let group = Alone;
+/// let folder = tempfile::tempdir()?;
+/// let file = folder.path().join("metrics.jsonl");
+/// lead(&group, || anyhow::Ok(std::fs::write(&file, "{}")?))?;
+/// assert!(file.exists());
+/// # anyhow::Ok(())
+/// ```
 pub fn lead<E: From<Error> + Display>(
     group: &dyn Group,
     work: impl FnOnce() -> Result<(), E>,
@@ -93,6 +113,15 @@ pub fn lead<E: From<Error> + Display>(
 /// # Errors
 ///
 /// [`Error::Rank`] with the first rank that has another than rank 0, and both.
+///
+/// # Examples
+///
+/// ```
+/// # use candle_doft::train::parallel::{Alone, same};
+/// # let (group, settings) = (Alone, 1);
+/// same(&group, "the settings", &format!("{settings:?}"))?;
+/// # Ok::<(), candle_doft::Error>(())
+/// ```
 pub fn same(group: &dyn Group, what: &str, value: &str) -> Result<()> {
     let lengths = gather(group, &(value.len() as u64).to_le_bytes())?;
     let length = |bytes: &Vec<u8>| bytes.iter().rev().fold(0, |n, b| n << 8 | usize::from(*b));
@@ -132,6 +161,16 @@ fn differing(a: &[u8], b: &[u8]) -> (String, String) {
 /// # Errors
 ///
 /// As [`agree`].
+///
+/// # Examples
+///
+/// ```
+/// # use candle_doft::{Error, train::parallel::{Alone, each}};
+/// # let group = Alone;
+/// let losses = each(&group, 3, |chunk| Ok::<_, Error>(chunk as f64))?;
+/// assert_eq!(losses, [0., 1., 2.]);
+/// # Ok::<(), Error>(())
+/// ```
 pub fn each<E: From<Error> + Display>(
     group: &dyn Group,
     count: usize,

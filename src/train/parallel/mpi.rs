@@ -4,6 +4,10 @@ use super::Group;
 use super::agree::rank;
 use crate::error::{Error, Result};
 use ferrompi::{Communicator, ThreadLevel};
+use std::time::Duration;
+
+/// How long the launcher has for what was printed before all are ended.
+const LAST_WORDS: Duration = Duration::from_millis(300);
 
 /// All processes of an `mpirun`.
 pub(super) struct Mpi {
@@ -64,6 +68,8 @@ impl Drop for Mpi {
     fn drop(&mut self) {
         if self.library.is_some() {
             let code = if std::thread::panicking() { 101 } else { 1 };
+            // MPICH's launcher loses what was printed just before, and other ranks may be about to tell more.
+            std::thread::sleep(LAST_WORDS);
             self.world.abort(code);
         }
     }

@@ -41,8 +41,8 @@ pub struct Reduced {
 /// at once.
 ///
 /// Sums go through a tree over the numbers of micro-batches, in one process too: bits are the same for every
-/// power-of-two number of ranks that divides `micro_batches`, and the one before the last place of a float
-/// for another number. Every rank sends and receives `2 (N - 1) / N` of the bytes of the gradients.
+/// power-of-two number of ranks that divides `micro_batches`; for another number they differ by rounding.
+/// Every rank sends and receives `2 (N - 1) / N` of the bytes of the gradients.
 ///
 /// # Errors
 ///
@@ -59,11 +59,10 @@ pub struct Reduced {
 /// use std::sync::atomic::AtomicBool;
 ///
 /// # let builder = Adapter::builder(Default::default(), &Device::Cpu)?;
-/// # let layer = builder.linear(32, 8, VarBuilder::zeros(DType::F64, &Device::Cpu))?;
+/// # let vb = VarBuilder::zeros(DType::F64, &Device::Cpu).pp("layer");
+/// # let layer = builder.linear(32, 8, vb)?;
 /// # let adapter = builder.finish()?;
-/// # let mut optimizer = AdamW::for_adapter(&adapter, Default::default()).or_else(|_| {
-/// #     AdamW::for_adapter(&adapter, candle_nn::ParamsAdamW { weight_decay: 0., ..Default::default() })
-/// # })?;
+/// # let mut optimizer = AdamW::for_adapter(&adapter, Default::default())?;
 /// # let data = vec![Tensor::ones((2, 32), DType::F64, &Device::Cpu)?; 4];
 /// let group = parallel::open()?;
 /// let stop = AtomicBool::new(false); // set on Ctrl-C

@@ -12,6 +12,22 @@ use candle_core::{DType, Device, Tensor};
 /// # Errors
 ///
 /// [`Error::Rank`](crate::Error::Rank) with the first rank that differs from rank 0, and the tensor.
+///
+/// # Examples
+///
+/// ```
+/// # use candle_core::{DType, Device, Var};
+/// # use candle_doft::train::{AdamW, Checkpoint, Group, parallel::{Alone, check_replicas, lead}};
+/// # let group = Alone;
+/// # let folder = tempfile::tempdir().unwrap();
+/// # let file = folder.path().join("checkpoint.safetensors");
+/// # let vars = vec![("a".to_string(), Var::zeros(1, DType::F32, &Device::Cpu)?)];
+/// # let optimizer = AdamW::new(vec![Group::new(vars)], Default::default())?;
+/// check_replicas(&group, &optimizer)?;
+/// lead(&group, || Checkpoint::save(&file, &optimizer, &(), &()))?;
+/// assert!(file.exists());
+/// # Ok::<(), candle_doft::Error>(())
+/// ```
 pub fn check_replicas(group: &dyn Group, optimizer: &AdamW) -> Result<()> {
     if group.size() == 1 {
         return Ok(());
