@@ -1,7 +1,8 @@
 //! The run: model, data, steps, and what is left behind.
 
 use crate::setup::{
-    check_memory, check_same, check_targets, identity, method, targets, warn_of_another_run,
+    check_memory, check_same, check_targets, identity, method, note_shares, targets,
+    warn_of_another_run,
 };
 use crate::support::cli::{say, stop};
 use crate::support::llm::data::{Batch, Data, Order, Prompt, Sequence};
@@ -34,10 +35,13 @@ struct Curves {
 
 pub(crate) fn run(flags: &Flags, group: &dyn Group) -> Result<()> {
     lead(group, || files::make_folder(&flags.out))?;
+    // The first one downloads what is on the hub.
+    lead(group, || open::locate(&flags.model).map(drop))?;
     let (weights, text, data) = agree(group, read(flags))?;
     let session = Session::new(flags, group, weights, text, data);
     let mut session = agree(group, session)?;
     check_same(group, flags, &session.weights, &session.data)?;
+    note_shares(group, flags);
     if let Some(optimizer) = &session.trainer.optimizer {
         check_replicas(group, optimizer)?;
     }

@@ -100,6 +100,26 @@ pub(crate) fn check_same(
     Ok(same(group, "threads (RAYON_NUM_THREADS)", &threads)?)
 }
 
+/// Tells of processes that have nothing to do, or that end with other bits than one would.
+pub(crate) fn note_shares(group: &dyn Group, flags: &Flags) {
+    let (size, all) = (group.size(), flags.accumulate);
+    if group.rank() > 0 || size == 1 {
+        return;
+    }
+    if all < size {
+        let idle = size - all;
+        eprintln!(
+            "note: --accumulate {all} makes {all} micro-batches a step, so {idle} of {size} processes have \
+             nothing to do; give {size} or a multiple of it"
+        );
+    } else if !size.is_power_of_two() || all % size != 0 {
+        eprintln!(
+            "note: --accumulate {all} over {size} processes ends near the bytes of one process and not at \
+             them, as a power of two that divides it would"
+        );
+    }
+}
+
 pub(crate) fn targets(flags: &Flags) -> Vec<Pattern> {
     flags
         .targets

@@ -187,6 +187,34 @@ mod mpi {
         Ok(())
     }
 
+    #[test]
+    fn processes_that_cannot_end_with_the_bytes_of_one_are_told() -> Result<()> {
+        let Some(home) = home()? else {
+            return Ok(());
+        };
+        let out = home.at("out");
+        for (ranks, accumulate, said) in [
+            (3, "4", Some("over 3 processes ends near the bytes of one")),
+            (
+                2,
+                "1",
+                Some("so 1 of 2 processes have nothing to do; give 2"),
+            ),
+            (2, "2", None),
+        ] {
+            let ended = on(&home, ranks, &["--out", &out, "--accumulate", accumulate]);
+            assert_eq!(ended.code, Some(0), "{}", ended.err);
+            let notes: Vec<&str> = ended
+                .err
+                .lines()
+                .filter(|l| l.contains("--accumulate"))
+                .collect();
+            assert_eq!(notes.len(), usize::from(said.is_some()), "{}", ended.err);
+            assert!(said.is_none_or(|said| notes[0].contains(said)), "{notes:?}");
+        }
+        Ok(())
+    }
+
     /// The processes of a run, by what they were started with.
     fn processes(out: &str) -> Vec<u32> {
         let of = |entry: std::fs::DirEntry| -> Option<u32> {
