@@ -9,5 +9,6 @@ mod failures;
 #[cfg(feature = "mpi")]
 mod mpi;
 mod run;
+mod sharded;
 mod talk;
 mod threads;

@@ -3,7 +3,7 @@
 use candle_doft::Result;
 use candle_doft::train::parallel::Group;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 /// Longer than any exchange of a test; a rank that waits for this was left alone.
@@ -25,16 +25,17 @@ pub struct Shared {
     pub rounds: AtomicU64,
 }
 
-pub struct Rank<'a> {
+#[derive(Clone)]
+pub struct Rank {
     rank: usize,
     size: usize,
-    shared: &'a Shared,
+    shared: Arc<Shared>,
 }
 
-impl Rank<'_> {
+impl Rank {
     /// Hands `send` to all and `take` what all have handed out.
     fn exchange(&self, send: &[u8], mut take: impl FnMut(usize, &[u8])) {
-        let shared = self.shared;
+        let shared = &self.shared;
         let mut board = shared.board.lock().unwrap();
         if self.rank == 0 {
             shared.rounds.fetch_add(1, Ordering::Relaxed);
@@ -65,7 +66,7 @@ impl Rank<'_> {
     }
 }
 
-impl Group for Rank<'_> {
+impl Group for Rank {
     fn rank(&self) -> usize {
         self.rank
     }
@@ -109,8 +110,13 @@ impl Group for Rank<'_> {
 }
 
 /// What `work` answers on each of `size` ranks, and what they shared.
-pub fn on<T: Send>(size: usize, work: impl Fn(&dyn Group) -> T + Sync) -> (Vec<T>, Shared) {
-    let shared = Shared {
+pub fn on<T: Send>(size: usize, work: impl Fn(&dyn Group) -> T + Sync) -> (Vec<T>, Arc<Shared>) {
+    on_ranks(size, |rank| work(rank))
+}
+
+/// The same for work that keeps its rank.
+pub fn on_ranks<T: Send>(size: usize, work: impl Fn(&Rank) -> T + Sync) -> (Vec<T>, Arc<Shared>) {
+    let shared = Arc::new(Shared {
         board: Mutex::new(Board {
             said: vec![None; size],
             read: 0,
@@ -119,12 +125,12 @@ pub fn on<T: Send>(size: usize, work: impl Fn(&dyn Group) -> T + Sync) -> (Vec<T
         changed: Condvar::new(),
         bytes: AtomicU64::new(0),
         rounds: AtomicU64::new(0),
-    };
+    });
     let (work, held) = (&work, &shared);
     let answers = std::thread::scope(|scope| {
         let ranks: Vec<_> = (0..size)
             .map(|rank| {
-                let shared = held;
+                let shared = held.clone();
                 scope.spawn(move || work(&Rank { rank, size, shared }))
             })
             .collect();
