@@ -16,7 +16,7 @@ use crate::{Flags, MethodName, draw, merged};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::Device;
 use candle_doft::file::save_tensors;
-use candle_doft::train::parallel::{Group, agree, any, check_replicas, lead};
+use candle_doft::train::parallel::{Processes, agree, any, check_replicas, lead};
 use candle_doft::train::{AdamW, Checkpoint, Schedule};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -33,7 +33,7 @@ struct Curves {
     held_out: Vec<(u64, f64)>,
 }
 
-pub(crate) fn run(flags: &Flags, group: &dyn Group) -> Result<()> {
+pub(crate) fn run(flags: &Flags, group: &dyn Processes) -> Result<()> {
     lead(group, || files::make_folder(&flags.out))?;
     // The first one downloads what is on the hub.
     lead(group, || open::locate(&flags.model).map(drop))?;
@@ -100,7 +100,7 @@ const TOLD: u64 = 10;
 
 struct Session<'a> {
     flags: &'a Flags,
-    group: &'a dyn Group,
+    group: &'a dyn Processes,
     weights: Weights,
     text: Text,
     data: Data,
@@ -119,7 +119,7 @@ struct Session<'a> {
 impl<'a> Session<'a> {
     fn new(
         flags: &'a Flags,
-        group: &'a dyn Group,
+        group: &'a dyn Processes,
         weights: Weights,
         text: Text,
         data: Data,

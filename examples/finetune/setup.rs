@@ -9,7 +9,7 @@ use crate::support::methods::Method;
 use crate::{Flags, MethodName};
 use anyhow::{Result, ensure};
 use candle_doft::train::Checkpoint;
-use candle_doft::train::parallel::{Group, same};
+use candle_doft::train::parallel::{Processes, same};
 use candle_doft::{DoftConfig, Pattern, Targets};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -80,7 +80,7 @@ pub(crate) fn identity(flags: &Flags, weights: &Weights, data: &Data) -> Result<
 /// Refuses processes that were started on other files or with other flags, and other threads: products then
 /// round otherwise.
 pub(crate) fn check_same(
-    group: &dyn Group,
+    group: &dyn Processes,
     flags: &Flags,
     weights: &Weights,
     data: &Data,
@@ -101,7 +101,7 @@ pub(crate) fn check_same(
 }
 
 /// Tells of processes that have nothing to do, or that end with other bits than one would.
-pub(crate) fn note_shares(group: &dyn Group, flags: &Flags) {
+pub(crate) fn note_shares(group: &dyn Processes, flags: &Flags) {
     let (size, all) = (group.size(), flags.accumulate);
     if group.rank() > 0 || size == 1 {
         return;

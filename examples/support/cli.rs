@@ -6,7 +6,7 @@ use candle_core::Device;
 use candle_doft::Map;
 use candle_doft::file::{Divisor, LoadOptions, components, is_component};
 use candle_doft::merge::NameTable;
-use candle_doft::train::parallel::{self, Group};
+use candle_doft::train::parallel::{self, Processes};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -160,7 +160,7 @@ pub fn wrong_arguments(what: &str) -> ExitCode {
 
 /// Runs an example in the processes that the launcher started. An error on one ends them all; each tells its
 /// own, and the first also those of others.
-pub fn run_in_group(main: impl FnOnce(&dyn Group) -> anyhow::Result<()>) -> ExitCode {
+pub fn run_in_group(main: impl FnOnce(&dyn Processes) -> anyhow::Result<()>) -> ExitCode {
     let group = match parallel::open() {
         Ok(group) => group,
         Err(error) => return run(|| Err(error.into())),

@@ -4,8 +4,8 @@ use crate::common::tensors::seeded;
 use crate::run::{Plan, Run, train};
 use crate::threads::on;
 use candle_core::{DType, Var};
-use candle_doft::train::parallel::{Alone, Group, reduce};
-use candle_doft::train::{AdamW, Gradients, Group as Vars};
+use candle_doft::train::parallel::{Alone, Processes, reduce};
+use candle_doft::train::{AdamW, Gradients, Group};
 use candle_doft::{Error, Result};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -43,7 +43,7 @@ fn every_power_of_two_that_divides_the_micro_batches_ends_with_the_same_bits() {
 
 /// Of one step, on each rank.
 fn reduced(size: usize, plan: &Plan) -> Vec<Vec<f64>> {
-    let work = |group: &dyn Group| -> Result<Vec<f64>> {
+    let work = |group: &dyn Processes| -> Result<Vec<f64>> {
         let mut run = Run::new(plan)?;
         run.step(group)?.gradients.flat()
     };
@@ -149,7 +149,7 @@ fn a_checkpoint_of_four_ranks_goes_on_on_any_number_to_the_same_bits() -> std::i
 fn optimizer(numbers: usize) -> Result<AdamW> {
     let var = |seed| Var::from_tensor(&seeded(numbers, seed).to_dtype(DType::F32)?);
     let vars = vec![("a".into(), var(1)?), ("b".into(), var(2)?)];
-    AdamW::new(vec![Vars::new(vars)], Default::default())
+    AdamW::new(vec![Group::new(vars)], Default::default())
 }
 
 fn sum_of_squares(optimizer: &AdamW, which: usize) -> Result<candle_core::Tensor> {
@@ -159,7 +159,7 @@ fn sum_of_squares(optimizer: &AdamW, which: usize) -> Result<candle_core::Tensor
 /// More numbers than go out at once, of a length that no number of ranks divides.
 #[test]
 fn gradients_of_several_blocks_come_back_in_their_places() -> Result<()> {
-    let work = |group: &dyn Group| -> Result<(Vec<f32>, Vec<f32>)> {
+    let work = |group: &dyn Processes| -> Result<(Vec<f32>, Vec<f32>)> {
         let optimizer = optimizer(2_500_003)?;
         let made = reduce(group, optimizer.gradients(), 3, &NEVER, |gradients, _| {
             gradients.backward(&sum_of_squares(&optimizer, 0)?, 1.)?;
@@ -184,7 +184,7 @@ fn gradients_of_several_blocks_come_back_in_their_places() -> Result<()> {
 #[test]
 fn a_rank_sends_two_parts_in_n_minus_one_of_n() -> Result<()> {
     for size in [2, 4] {
-        let work = |group: &dyn Group| -> Result<()> {
+        let work = |group: &dyn Processes| -> Result<()> {
             let optimizer = optimizer(100_000)?;
             let made = reduce(
                 group,
@@ -212,7 +212,7 @@ fn a_rank_sends_two_parts_in_n_minus_one_of_n() -> Result<()> {
 
 #[test]
 fn a_gradient_that_one_rank_alone_has_counts_and_one_that_none_has_is_missed() -> Result<()> {
-    let work = |group: &dyn Group| -> Result<String> {
+    let work = |group: &dyn Processes| -> Result<String> {
         let mut optimizer = optimizer(4)?;
         let both = |optimizer: &AdamW, last: bool| {
             reduce(

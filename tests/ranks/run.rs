@@ -2,7 +2,7 @@
 
 use crate::common::tensors::{CPU, seeded};
 use candle_core::{DType, Tensor, Var};
-use candle_doft::train::parallel::{Group, Micro, Reduced, check_replicas, lead, reduce};
+use candle_doft::train::parallel::{Micro, Processes, Reduced, check_replicas, lead, reduce};
 use candle_doft::train::{AdamW, Checkpoint, Gradients, Schedule};
 use candle_doft::{Adapter, DoftConfig, DoftLinear, Error, Result};
 use candle_nn::{Linear, Module, ParamsAdamW};
@@ -146,7 +146,7 @@ impl Run {
         Ok(share * loss.to_dtype(DType::F64)?.to_scalar::<f64>()?)
     }
 
-    pub fn step(&mut self, group: &dyn Group) -> Result<Reduced> {
+    pub fn step(&mut self, group: &dyn Processes) -> Result<Reduced> {
         let step = self.optimizer.steps();
         let due = self
             .plan
@@ -194,7 +194,7 @@ impl Run {
     }
 
     /// The steps of the plan.
-    pub fn go(&mut self, group: &dyn Group) -> Left {
+    pub fn go(&mut self, group: &dyn Processes) -> Left {
         let (mut losses, mut stopped) = (Vec::new(), false);
         let mut steps = || -> Result<()> {
             let schedule = Schedule::cosine(2, 10);
@@ -226,6 +226,6 @@ impl Run {
 }
 
 /// The run of a plan in a group.
-pub fn train(group: &dyn Group, plan: &Plan) -> Left {
+pub fn train(group: &dyn Processes, plan: &Plan) -> Left {
     Run::new(plan).unwrap().go(group)
 }

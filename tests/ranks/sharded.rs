@@ -5,7 +5,7 @@ use crate::common::tensors::{CPU, disturb, named, seeded, wrapped};
 use crate::threads::{Rank, on_ranks};
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Module, Result, Shape, Tensor, Var};
 use candle_doft::DoftConfig;
-use candle_doft::train::parallel::Group;
+use candle_doft::train::parallel::Processes;
 use candle_nn::Linear;
 use std::collections::BTreeMap;
 

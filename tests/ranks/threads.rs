@@ -1,7 +1,7 @@
 //! An engine whose ranks are threads.
 
 use candle_doft::Result;
-use candle_doft::train::parallel::Group;
+use candle_doft::train::parallel::Processes;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
@@ -66,7 +66,7 @@ impl Rank {
     }
 }
 
-impl Group for Rank {
+impl Processes for Rank {
     fn rank(&self) -> usize {
         self.rank
     }
@@ -110,7 +110,10 @@ impl Group for Rank {
 }
 
 /// What `work` answers on each of `size` ranks, and what they shared.
-pub fn on<T: Send>(size: usize, work: impl Fn(&dyn Group) -> T + Sync) -> (Vec<T>, Arc<Shared>) {
+pub fn on<T: Send>(
+    size: usize,
+    work: impl Fn(&dyn Processes) -> T + Sync,
+) -> (Vec<T>, Arc<Shared>) {
     on_ranks(size, |rank| work(rank))
 }
 

@@ -7,7 +7,7 @@ use super::weights::Weights;
 use anyhow::{Result, ensure};
 use candle_core::{Device, Tensor, Var};
 use candle_doft::Pattern;
-use candle_doft::train::parallel::{Group, each, reduce};
+use candle_doft::train::parallel::{Processes, each, reduce};
 use candle_doft::train::{AdamW, Gradients};
 use candle_nn::ParamsAdamW;
 use std::sync::atomic::AtomicBool;
@@ -35,7 +35,7 @@ pub struct StepOptions {
 /// Who makes a step together, and whether this process was asked to stop.
 #[derive(Clone, Copy)]
 pub struct Team<'a> {
-    pub group: &'a dyn Group,
+    pub group: &'a dyn Processes,
     pub stop: &'a AtomicBool,
 }
 
@@ -164,7 +164,12 @@ impl Trainer {
 
     /// The mean loss of a token of some sequences, `batch` of them at a time, of which each process takes
     /// its share.
-    pub fn held_out(&self, group: &dyn Group, sequences: &[Sequence], batch: usize) -> Result<f64> {
+    pub fn held_out(
+        &self,
+        group: &dyn Processes,
+        sequences: &[Sequence],
+        batch: usize,
+    ) -> Result<f64> {
         let learned = |s: &Sequence| s.learned.iter().skip(1).filter(|learned| **learned).count();
         let tokens: usize = sequences.iter().map(learned).sum();
         let sequences: Vec<&Sequence> = sequences.iter().collect();

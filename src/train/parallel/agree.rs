@@ -1,6 +1,6 @@
 //! What ranks say to one another outside a step: that a phase went well, that they are about the same thing.
 
-use super::{Group, gather, share};
+use super::{Processes, gather, share};
 use crate::error::{Error, Result};
 use std::fmt::Display;
 
@@ -23,7 +23,10 @@ const TEXT: usize = 512;
 /// let text = std::fs::read_to_string("nowhere").map_err(anyhow::Error::from);
 /// assert!(agree(&group, text).is_err());
 /// ```
-pub fn agree<T, E: From<Error> + Display>(group: &dyn Group, result: Result<T, E>) -> Result<T, E> {
+pub fn agree<T, E: From<Error> + Display>(
+    group: &dyn Processes,
+    result: Result<T, E>,
+) -> Result<T, E> {
     if group.size() == 1 {
         return result;
     }
@@ -36,7 +39,7 @@ pub fn agree<T, E: From<Error> + Display>(group: &dyn Group, result: Result<T, E
 
 /// The error on all ranks, when all know that rank `first` has one.
 pub(super) fn other<T, E: From<Error> + Display>(
-    group: &dyn Group,
+    group: &dyn Processes,
     first: usize,
     result: Result<(), E>,
 ) -> Result<T, E> {
@@ -74,7 +77,7 @@ pub(super) fn rank(rank: usize, reason: impl Into<String>) -> Error {
 /// assert!(any(&Alone, true)? && !any(&Alone, false)?);
 /// # Ok::<(), candle_doft::Error>(())
 /// ```
-pub fn any(group: &dyn Group, said: bool) -> Result<bool> {
+pub fn any(group: &dyn Processes, said: bool) -> Result<bool> {
     let said = gather(group, &[u8::from(said)])?;
     Ok(said.iter().any(|said| said != &[0]))
 }
@@ -97,7 +100,7 @@ pub fn any(group: &dyn Group, said: bool) -> Result<bool> {
 /// # anyhow::Ok(())
 /// ```
 pub fn lead<E: From<Error> + Display>(
-    group: &dyn Group,
+    group: &dyn Processes,
     work: impl FnOnce() -> Result<(), E>,
 ) -> Result<(), E> {
     let result = match group.rank() {
@@ -122,7 +125,7 @@ pub fn lead<E: From<Error> + Display>(
 /// same(&group, "the settings", &format!("{settings:?}"))?;
 /// # Ok::<(), candle_doft::Error>(())
 /// ```
-pub fn same(group: &dyn Group, what: &str, value: &str) -> Result<()> {
+pub fn same(group: &dyn Processes, what: &str, value: &str) -> Result<()> {
     let lengths = gather(group, &(value.len() as u64).to_le_bytes())?;
     let length = |bytes: &Vec<u8>| bytes.iter().rev().fold(0, |n, b| n << 8 | usize::from(*b));
     let longest = lengths.iter().map(length).max().unwrap_or(0);
@@ -172,7 +175,7 @@ fn differing(a: &[u8], b: &[u8]) -> (String, String) {
 /// # Ok::<(), Error>(())
 /// ```
 pub fn each<E: From<Error> + Display>(
-    group: &dyn Group,
+    group: &dyn Processes,
     count: usize,
     work: impl FnMut(usize) -> Result<f64, E>,
 ) -> Result<Vec<f64>, E> {

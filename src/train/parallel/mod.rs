@@ -21,7 +21,7 @@ use std::ops::Range;
 ///
 /// Every function but `abort` is called by all ranks, in the same order and with buffers of the same length.
 /// [`open`] answers the engine that the program was started under, [`Alone`] where that is none.
-pub trait Group {
+pub trait Processes {
     /// The number of this process, from 0.
     fn rank(&self) -> usize;
 
@@ -58,7 +58,7 @@ pub trait Group {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Alone;
 
-impl Group for Alone {
+impl Processes for Alone {
     fn rank(&self) -> usize {
         0
     }
@@ -87,13 +87,13 @@ impl Group for Alone {
 }
 
 /// Which of `count` pieces of work are this rank's: contiguous, and one more at most than another's.
-pub fn share(group: &dyn Group, count: usize) -> Range<usize> {
+pub fn share(group: &dyn Processes, count: usize) -> Range<usize> {
     let at = |rank: usize| count * rank / group.size();
     at(group.rank())..at(group.rank() + 1)
 }
 
 /// What every rank sends, in the order of ranks.
-fn gather(group: &dyn Group, send: &[u8]) -> Result<Vec<Vec<u8>>> {
+fn gather(group: &dyn Processes, send: &[u8]) -> Result<Vec<Vec<u8>>> {
     let mut received = vec![0; send.len() * group.size()];
     group.all_gather(send, &mut received)?;
     let rows = received.chunks_exact(send.len().max(1));

@@ -1,6 +1,6 @@
 //! The engine on MPI.
 
-use super::Group;
+use super::Processes;
 use super::agree::rank;
 use crate::error::{Error, Result};
 use ferrompi::{Communicator, ThreadLevel};
@@ -35,7 +35,7 @@ impl Mpi {
     }
 }
 
-impl Group for Mpi {
+impl Processes for Mpi {
     fn rank(&self) -> usize {
         self.world.rank() as usize
     }

@@ -1,6 +1,6 @@
 //! [`open`]: the group that the program was started in.
 
-use super::{Alone, Group};
+use super::{Alone, Processes};
 use crate::error::{Error, Result};
 
 /// Where launchers say how many processes they started: Open MPI's and MPICH's `mpirun`, `srun`.
@@ -13,7 +13,7 @@ const SIZES: [&str; 3] = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TA
 ///
 /// [`Error::Argument`] where several processes were started that would not know of one another: by a build
 /// without the feature `mpi`, or with another MPI than that of the launcher.
-pub fn open() -> Result<Box<dyn Group>> {
+pub fn open() -> Result<Box<dyn Processes>> {
     let started = started(|name| std::env::var(name).ok());
     let group = group(&started)?;
     match started {
@@ -32,7 +32,7 @@ fn started(variable: impl Fn(&str) -> Option<String>) -> Option<(&'static str, u
 }
 
 #[cfg(feature = "mpi")]
-fn group(started: &Option<(&'static str, usize)>) -> Result<Box<dyn Group>> {
+fn group(started: &Option<(&'static str, usize)>) -> Result<Box<dyn Processes>> {
     match started {
         Some(_) => Ok(Box::new(super::mpi::Mpi::new()?)),
         None => Ok(Box::new(Alone)),
@@ -40,7 +40,7 @@ fn group(started: &Option<(&'static str, usize)>) -> Result<Box<dyn Group>> {
 }
 
 #[cfg(not(feature = "mpi"))]
-fn group(started: &Option<(&'static str, usize)>) -> Result<Box<dyn Group>> {
+fn group(started: &Option<(&'static str, usize)>) -> Result<Box<dyn Processes>> {
     match started {
         Some((_, count)) if *count > 1 => {
             Err(unconnected(started, "a build with `--features mpi`"))

@@ -2,7 +2,7 @@
 
 use super::agree::{other, rank};
 use super::tree::Tree;
-use super::{Group, share};
+use super::{Processes, share};
 use crate::error::{Error, Result};
 use crate::train::Gradients;
 use candle_core::{DType, WithDType};
@@ -80,7 +80,7 @@ pub struct Reduced {
 /// # Ok::<(), Error>(())
 /// ```
 pub fn reduce<E: From<Error> + Display>(
-    group: &dyn Group,
+    group: &dyn Processes,
     gradients: Gradients,
     micro_batches: usize,
     stop: &AtomicBool,
@@ -208,7 +208,7 @@ const BLOCK: usize = 1 << 22;
 
 /// Sums over ranks: each receives a part of every rank's numbers, sums it in the order of the tree, and
 /// sends the sum to all.
-fn exchange<T: Wire>(group: &dyn Group, mut sum: Gradients, said: Said) -> Result<Exchanged> {
+fn exchange<T: Wire>(group: &dyn Processes, mut sum: Gradients, said: Said) -> Result<Exchanged> {
     let ranks = group.size();
     let mut flat: Vec<T> = sum.flat()?;
     // A variable that no rank has a gradient of stays without one.

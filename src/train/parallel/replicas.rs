@@ -1,7 +1,7 @@
 //! Whether all ranks still hold the same.
 
 use super::agree::rank;
-use super::{Group, gather};
+use super::{Processes, gather};
 use crate::error::Result;
 use crate::train::AdamW;
 use candle_core::{DType, Device, Tensor};
@@ -28,7 +28,7 @@ use candle_core::{DType, Device, Tensor};
 /// assert!(file.exists());
 /// # Ok::<(), candle_doft::Error>(())
 /// ```
-pub fn check_replicas(group: &dyn Group, optimizer: &AdamW) -> Result<()> {
+pub fn check_replicas(group: &dyn Processes, optimizer: &AdamW) -> Result<()> {
     if group.size() == 1 {
         return Ok(());
     }
