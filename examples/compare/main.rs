@@ -1,6 +1,9 @@
 //! LoRA, DoRA, OFT and DOFT on the same tasks, each at its best learning rate.
 //!
 //!     cargo run --release --example compare -- --out target/compare
+//!
+//! Over many machines: `--shard 2/8 --out D2` on each, then `--merge D1 D2 .. --out D` and, on what that leaves,
+//! `--out D`.
 
 mod cost;
 mod draw;
@@ -8,6 +11,7 @@ mod method;
 mod pool;
 mod record;
 mod run;
+mod shard;
 mod studies;
 mod summary;
 #[path = "../support/mod.rs"]
@@ -22,6 +26,7 @@ use clap::Parser;
 use method::{Entry, MAIN, Name, Wanted, entry};
 use record::{Run, Store};
 use serde_json::json;
+use shard::Shard;
 use std::path::PathBuf;
 use summary::TaskSummary;
 use support::cli::positive;
@@ -83,6 +88,13 @@ struct Flags {
     /// Runs side by side, each on one core [default: all cores]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
     jobs: Option<u32>,
+    /// Makes the K-th of N parts of the runs at the given rates and seeds and nothing else, for a sweep over
+    /// many machines, each with an --out of its own
+    #[arg(long, value_name = "K/N", conflicts_with = "merge")]
+    shard: Option<Shard>,
+    /// Takes in the runs of the --out of each shard, and says which rates the sweep lacks
+    #[arg(long, num_args = 1.., value_name = "DIR")]
+    merge: Vec<PathBuf>,
     /// Times one method in this process
     #[arg(long, hide = true)]
     probe: Option<String>,
@@ -208,6 +220,9 @@ fn run(flags: &Flags) -> Result<()> {
         (true, Some(_)) => vec![TaskName::Text],
         (true, None) => vec![TaskName::Turned, TaskName::Pairs],
     };
+    if flags.shard.is_some() || !flags.merge.is_empty() {
+        return names.into_iter().try_for_each(|name| part(flags, name));
+    }
     let (mut runs, mut summaries) = (Vec::new(), Vec::new());
     for name in names {
         let (made, summary) = match name {
@@ -233,18 +248,43 @@ fn run(flags: &Flags) -> Result<()> {
     Ok(())
 }
 
-/// The methods on the language model, at seven rates over three decades.
-fn on_text(flags: &Flags) -> Result<(Vec<Run>, TaskSummary)> {
+/// A sweep that is made or joined in parts.
+fn part(flags: &Flags, name: TaskName) -> Result<()> {
+    let work = |task: &dyn Task, plan: &Plan, entries: &[Entry]| -> Result<()> {
+        let bench = bench(flags, task, plan)?;
+        let lines = match flags.shard {
+            Some(shard) => vec![shard.make(&bench, entries)?],
+            None => shard::merge(&bench, entries, &flags.merge)?,
+        };
+        say(format_args!("{}", lines.join("\n")));
+        Ok(())
+    };
+    let kind = match name {
+        TaskName::Turned => Kind::Turned,
+        TaskName::Pairs => Kind::Pairs,
+        TaskName::Text => return work(&text(flags)?, &text_plan(flags)?, &text_entries(flags)),
+    };
+    let task = DigitsTask::new(kind, length(flags, kind));
+    work(&task, &digits_plan(flags)?, &entries(flags, &task))
+}
+
+fn bench<'a>(flags: &Flags, task: &'a dyn Task, plan: &'a Plan) -> Result<Bench<'a>> {
+    let store = Store::open(&flags.out, task.name(), &task.settings())?;
+    Ok(Bench { task, store, plan })
+}
+
+fn text(flags: &Flags) -> Result<text::TextTask> {
     let model = flags.model.as_deref().context("text has no --model")?;
     let steps = flags.steps.map_or(60, |steps| steps as usize);
-    let task = text::TextTask::new(model, steps, if flags.quick { 4 } else { 24 })?;
+    text::TextTask::new(model, steps, if flags.quick { 4 } else { 24 })
+}
+
+fn text_plan(flags: &Flags) -> Result<Plan> {
     let rates = [1e-4, 3.2e-4, 1e-3, 3.2e-3, 1e-2, 3.2e-2, 1e-1];
-    let plan = plan(flags, &rates, 2, 2)?;
-    let bench = Bench {
-        task: &task,
-        store: Store::open(&flags.out, task.name(), &task.settings())?,
-        plan: &plan,
-    };
+    plan(flags, &rates, 2, 2)
+}
+
+fn text_entries(flags: &Flags) -> Vec<Entry> {
     let mut entries: Vec<Entry> = match flags.methods.is_empty() {
         false => flags.methods.iter().flat_map(Wanted::entries).collect(),
         // What a language model has memory and time for.
@@ -252,23 +292,31 @@ fn on_text(flags: &Flags) -> Result<(Vec<Run>, TaskSummary)> {
     };
     entries.sort();
     entries.dedup();
+    entries
+}
+
+/// The methods on the language model, at seven rates over three decades.
+fn on_text(flags: &Flags) -> Result<(Vec<Run>, TaskSummary)> {
+    let (task, plan) = (text(flags)?, text_plan(flags)?);
+    let bench = bench(flags, &task, &plan)?;
+    let entries = text_entries(flags);
     let swept = bench.sweep("text", &entries)?;
     let summary = summary::summarise(&bench, "perplexity", &swept);
     Ok((bench.store.runs(), summary))
 }
 
+fn digits_plan(flags: &Flags) -> Result<Plan> {
+    let rates: Vec<f64> = (0..11).map(|k| 0.0005 * f64::from(1 << k)).collect();
+    match flags.quick {
+        true => plan(flags, &[0.002, 0.016, 0.128], 2, 2),
+        false => plan(flags, &rates, 5, 20),
+    }
+}
+
 fn on_digits(flags: &Flags, kind: Kind) -> Result<(Vec<Run>, TaskSummary)> {
     let task = &DigitsTask::new(kind, length(flags, kind));
-    let rates: Vec<f64> = (0..11).map(|k| 0.0005 * f64::from(1 << k)).collect();
-    let plan = match flags.quick {
-        true => plan(flags, &[0.002, 0.016, 0.128], 2, 2)?,
-        false => plan(flags, &rates, 5, 20)?,
-    };
-    let bench = Bench {
-        task,
-        store: Store::open(&flags.out, task.name(), &task.settings())?,
-        plan: &plan,
-    };
+    let plan = digits_plan(flags)?;
+    let bench = bench(flags, task, &plan)?;
     let entries = entries(flags, task);
     let swept = bench.sweep("runs", &entries)?;
     let mut summary = summary::summarise(&bench, "accuracy", &swept);

@@ -34,7 +34,7 @@ impl Job {
     }
 
     /// Rates that went through a file may have lost their last bit.
-    fn same(&self, other: &Self) -> bool {
+    pub fn same(&self, other: &Self) -> bool {
         let close = |a: f64, b: f64| (a - b).abs() <= 1e-12 * a.abs();
         close(self.lr, other.lr)
             && close(self.magnitude_rate, other.magnitude_rate)
@@ -96,25 +96,14 @@ pub struct Store {
 impl Store {
     /// Opens what an earlier call left, or begins.
     pub fn open(folder: &Path, task: &str, settings: &Value) -> Result<Self> {
-        let path = folder.join(format!("runs-{task}.jsonl"));
+        let path = file(folder, task);
         let name = path.display().to_string();
         let text = match std::fs::read_to_string(&path) {
             Ok(text) => text,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
             Err(error) => return Err(error).context(name),
         };
-        // A line that a killed call did not finish is dropped.
-        let whole = &text[..text.rfind('\n').map_or(0, |end| end + 1)];
-        let mut lines = whole.lines();
-        let mut runs = Vec::new();
-        if let Some(first) = lines.next() {
-            let found: Value = serde_json::from_str(first).with_context(|| name.clone())?;
-            same(&name, &found, settings)?;
-            for (number, line) in lines.enumerate() {
-                let run = serde_json::from_str(line);
-                runs.push(run.with_context(|| format!("{name}, line {}", number + 2))?);
-            }
-        }
+        let (whole, runs) = read(&name, &text, settings)?;
         let kept = match runs.is_empty() {
             true => format!("{settings}\n"),
             false => whole.to_string(),
@@ -137,6 +126,21 @@ impl Store {
         Ok(())
     }
 
+    /// Adds the runs that another folder has beside these; answers how many.
+    pub fn take(&self, folder: &Path, task: &str, settings: &Value) -> Result<usize> {
+        let name = file(folder, task).display().to_string();
+        let text = std::fs::read_to_string(&name).with_context(|| name.clone())?;
+        let (_, runs) = read(&name, &text, settings)?;
+        let mut taken = 0;
+        for run in runs {
+            if self.find(&run.job).is_none() {
+                self.add(run)?;
+                taken += 1;
+            }
+        }
+        Ok(taken)
+    }
+
     /// All runs, those of earlier calls first.
     pub fn runs(&self) -> Vec<Run> {
         let inner = self.inner.lock().unwrap_or_else(|e| e.into_inner());
@@ -147,6 +151,27 @@ impl Store {
         let inner = self.inner.lock().unwrap_or_else(|e| e.into_inner());
         inner.1.iter().find(|run| run.job.same(job)).cloned()
     }
+}
+
+fn file(folder: &Path, task: &str) -> PathBuf {
+    folder.join(format!("runs-{task}.jsonl"))
+}
+
+/// The whole lines of a file, and the runs in them.
+fn read<'a>(name: &str, text: &'a str, settings: &Value) -> Result<(&'a str, Vec<Run>)> {
+    // A line that a killed call did not finish is dropped.
+    let whole = &text[..text.rfind('\n').map_or(0, |end| end + 1)];
+    let mut lines = whole.lines();
+    let mut runs = Vec::new();
+    if let Some(first) = lines.next() {
+        let found: Value = serde_json::from_str(first).with_context(|| name.to_string())?;
+        same(name, &found, settings)?;
+        for (number, line) in lines.enumerate() {
+            let run = serde_json::from_str(line);
+            runs.push(run.with_context(|| format!("{name}, line {}", number + 2))?);
+        }
+    }
+    Ok((whole, runs))
 }
 
 fn same(name: &str, found: &Value, settings: &Value) -> Result<()> {

@@ -124,7 +124,7 @@ impl Bench<'_> {
 
     fn collect(&self, entry: Entry, rates: &[f64], runs: &[Run]) -> Swept {
         let of = |rate: f64| {
-            let at = |run: &&Run| run.job.entry == entry && run.job.lr == rate;
+            let at = |run: &&Run| run.job.same(&Job::new(entry, rate, run.job.seed));
             runs.iter().filter(at).cloned().collect::<Vec<_>>()
         };
         let tried: Vec<(f64, Vec<Run>)> = rates.iter().map(|rate| (*rate, of(*rate))).collect();
@@ -138,6 +138,32 @@ impl Bench<'_> {
             tried,
             finals: Vec::new(),
         }
+    }
+
+    /// The rates of the plan, and others at which a method was run in a sweep; ascending.
+    pub fn rates(&self, entry: Entry) -> Vec<f64> {
+        let mut rates = self.plan.rates.clone();
+        for run in self.store.runs() {
+            let Job { lr, seed, .. } = run.job;
+            let swept = Job::new(entry, lr, seed).same(&run.job);
+            let known = |rate: &f64| (rate - lr).abs() <= 1e-12 * lr;
+            if swept && !rates.iter().any(known) {
+                rates.push(lr);
+            }
+        }
+        rates.sort_by(f64::total_cmp);
+        rates
+    }
+
+    /// The next rates at the ends of these, whose runs are all there, where an end is as good as the best.
+    pub fn beyond(&self, entry: Entry, rates: &[f64]) -> Vec<f64> {
+        let runs: Vec<Run> = self.store.runs();
+        let swept = |run: &&Run| run.job.seed < self.plan.seeds;
+        let runs: Vec<Run> = runs.iter().filter(swept).cloned().collect();
+        let ends = self.open_ends(&self.collect(entry, rates, &runs));
+        let next = [rates[0] / 2., rates[rates.len() - 1] * 2.];
+        let open = next.into_iter().zip(ends).filter(|(_, open)| *open);
+        open.map(|(rate, _)| rate).collect()
     }
 
     /// The mean validation score.

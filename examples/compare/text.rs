@@ -4,13 +4,15 @@ use crate::record::{Job, Quality, Run};
 use crate::support::llm::data::{Batch, Data, Order, Sequence};
 use crate::support::llm::open;
 use crate::support::llm::tokenizer::Text;
-use crate::support::llm::train::{StepOptions, Trainer};
+use crate::support::llm::train::{StepOptions, Team, Trainer};
 use crate::support::llm::weights::Weights;
 use crate::task::Task;
 use anyhow::{Result, ensure};
 use candle_core::Device;
 use candle_doft::train::Schedule;
+use candle_doft::train::parallel::Alone;
 use serde_json::{Value, json};
+use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 /// Sequences of a step, and tokens of a sequence at most.
@@ -96,7 +98,7 @@ impl TextTask {
 }
 
 fn perplexity(trainer: &Trainer, sequences: &[Sequence]) -> Result<f64> {
-    let perplexity = trainer.held_out(sequences, BATCH)?.exp();
+    let perplexity = trainer.held_out(&Alone, sequences, BATCH)?.exp();
     Ok(if perplexity < WORST {
         perplexity
     } else {
@@ -137,6 +139,10 @@ impl Task for TextTask {
         let mut order = Order::new(job.seed, self.train.len());
         let mut curve = vec![(0, self.frozen.validation, self.frozen.test)];
         let (mut made, mut seconds) = (0, 0.);
+        let team = Team {
+            group: &Alone,
+            stop: &AtomicBool::new(false),
+        };
         for step in 0..self.steps as u64 {
             let start = Instant::now();
             let positions = step * BATCH as u64..(step + 1) * BATCH as u64;
@@ -149,7 +155,8 @@ impl Task for TextTask {
                 clip: CLIP,
                 again: false,
             };
-            match trainer.step(&[Batch::new(&chosen, &Device::Cpu)?], options) {
+            let batch = Batch::new(&chosen, &Device::Cpu)?;
+            match trainer.step(team, &[batch], options) {
                 Ok(_) => made += 1,
                 Err(error) if is_divergence(&error) => break,
                 Err(error) => return Err(error),

@@ -1,6 +1,9 @@
 //! Adapts a language model of the Llama family: SmolLM2, Llama 2 and 3, Qwen2, 2.5 and 3.
 //!
 //!     cargo run --release --example finetune -- --model SmolLM2-135M-Instruct.Q4_1.gguf --out target/devil
+//!
+//! Built with `--features mpi`, `mpirun -n 4 --bind-to none target/release/examples/finetune ..` shares the
+//! micro-batches of `--accumulate 4` among four processes.
 
 mod draw;
 mod merged;
@@ -125,7 +128,7 @@ pub(crate) struct Flags {
     /// Rate of the magnitudes of doft, over that of the rotations
     #[arg(long, default_value_t = 1., value_parser = positive)]
     pub(crate) magnitude_rate: f64,
-    /// Micro-batches of a step
+    /// Micro-batches of a step, of all processes together
     #[arg(long, default_value_t = 1, value_parser = count())]
     pub(crate) accumulate: usize,
     /// How the rate falls after the warm-up
@@ -181,5 +184,5 @@ fn main() -> std::process::ExitCode {
     if flags.magnitude_rate != 1. && flags.method != MethodName::Doft {
         return support::cli::wrong_arguments("--magnitude-rate is for --method doft");
     }
-    support::cli::run(|| run::run(&flags))
+    support::cli::run_in_group(|group| run::run(&flags, group))
 }

@@ -1,18 +1,22 @@
 //! The run: model, data, steps, and what is left behind.
 
-use crate::setup::{check_memory, check_targets, identity, method, targets, warn_of_another_run};
+use crate::setup::{
+    check_memory, check_same, check_targets, identity, method, note_shares, targets,
+    warn_of_another_run,
+};
 use crate::support::cli::{say, stop};
 use crate::support::llm::data::{Batch, Data, Order, Prompt, Sequence};
 use crate::support::llm::open;
 use crate::support::llm::sample::{Sampling, answer};
 use crate::support::llm::tokenizer::Text;
-use crate::support::llm::train::{StepOptions, Trainer};
+use crate::support::llm::train::{StepOptions, Team, Trainer};
 use crate::support::llm::weights::Weights;
 use crate::support::{files, memory, pages, progress};
 use crate::{Flags, MethodName, draw, merged};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::Device;
 use candle_doft::file::save_tensors;
+use candle_doft::train::parallel::{Processes, agree, any, check_replicas, lead};
 use candle_doft::train::{AdamW, Checkpoint, Schedule};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -29,10 +33,46 @@ struct Curves {
     held_out: Vec<(u64, f64)>,
 }
 
-pub(crate) fn run(flags: &Flags) -> Result<()> {
-    let device = Device::Cpu;
-    files::make_folder(&flags.out)?;
-    let weights = Weights::open(&open::locate(&flags.model)?, flags.dequantize, &device)?;
+pub(crate) fn run(flags: &Flags, group: &dyn Processes) -> Result<()> {
+    lead(group, || files::make_folder(&flags.out))?;
+    // The first one downloads what is on the hub.
+    lead(group, || open::locate(&flags.model).map(drop))?;
+    let (weights, text, data) = agree(group, read(flags))?;
+    let session = Session::new(flags, group, weights, text, data);
+    let mut session = agree(group, session)?;
+    check_same(group, flags, &session.weights, &session.data)?;
+    note_shares(group, flags);
+    if let Some(optimizer) = &session.trainer.optimizer {
+        check_replicas(group, optimizer)?;
+    }
+    if group.rank() == 0 {
+        warn_of_another_run(flags, &session.checkpoint());
+    }
+    let prompt = match &flags.prompt {
+        Some(prompt) => Prompt::new(prompt, &session.text),
+        None => session.data.prompt(&session.text),
+    };
+    let prompt = agree(group, prompt)?;
+    if session.step == 0 {
+        session.show("before:", &prompt)?;
+    }
+    session.train()?;
+    if session.stopped {
+        if group.rank() == 0 {
+            match session.step {
+                0 => eprintln!("stopped before the first step; nothing was saved"),
+                step => eprintln!("stopped after step {step}; --resume goes on from here"),
+            }
+        }
+        return Ok(());
+    }
+    session.show("now:", &prompt)?;
+    lead(group, || session.finish())
+}
+
+/// What a run is made of.
+fn read(flags: &Flags) -> Result<(Weights, Text, Data)> {
+    let weights = Weights::open(&open::locate(&flags.model)?, flags.dequantize, &Device::Cpu)?;
     let text = Text::open(&weights)?;
     if let Some(folder) = &flags.merge_to {
         merged::check(folder, &weights)?;
@@ -45,25 +85,7 @@ pub(crate) fn run(flags: &Flags) -> Result<()> {
     );
     let data = Data::open(flags.data.as_deref(), &text, flags.seq, flags.seed)?;
     check_memory(flags, &weights.config, &data)?;
-    let mut session = Session::new(flags, weights, text, data, device)?;
-    warn_of_another_run(flags, &session.checkpoint());
-    let prompt = match &flags.prompt {
-        Some(prompt) => Prompt::new(prompt, &session.text)?,
-        None => session.data.prompt(&session.text)?,
-    };
-    if session.step == 0 {
-        session.show("before:", &prompt)?;
-    }
-    session.train()?;
-    if session.stopped() {
-        match session.step {
-            0 => eprintln!("stopped before the first step; nothing was saved"),
-            step => eprintln!("stopped after step {step}; --resume goes on from here"),
-        }
-        return Ok(());
-    }
-    session.show("now:", &prompt)?;
-    session.finish()
+    Ok((weights, text, data))
 }
 
 /// Milliseconds for which freed pages are kept: with more a step is faster, and the peak higher.
@@ -78,6 +100,7 @@ const TOLD: u64 = 10;
 
 struct Session<'a> {
     flags: &'a Flags,
+    group: &'a dyn Processes,
     weights: Weights,
     text: Text,
     data: Data,
@@ -88,17 +111,25 @@ struct Session<'a> {
     step: u64,
     losses: Vec<(u64, f64)>,
     held_out: Vec<(u64, f64)>,
-    stopped: Arc<AtomicBool>,
+    /// Whether this process was asked to stop, and whether all know that one was.
+    stop: Arc<AtomicBool>,
+    stopped: bool,
 }
 
 impl<'a> Session<'a> {
     fn new(
         flags: &'a Flags,
+        group: &'a dyn Processes,
         weights: Weights,
         text: Text,
         data: Data,
-        device: Device,
     ) -> Result<Self> {
+        let device = Device::Cpu;
+        ensure!(
+            flags.method != MethodName::None || group.size() == 1,
+            "--method none trains nothing that {} processes could share; start one",
+            group.size()
+        );
         let targets = targets(flags);
         let mut trainer = Trainer::new(&weights, method(flags), flags.seed, &targets, &device)?;
         if let (Some(optimizer), MethodName::Doft) = (&mut trainer.optimizer, flags.method) {
@@ -113,6 +144,7 @@ impl<'a> Session<'a> {
         };
         let mut session = Self {
             flags,
+            group,
             trainer,
             schedule,
             weights,
@@ -122,7 +154,8 @@ impl<'a> Session<'a> {
             step: 0,
             losses: Vec::new(),
             held_out: Vec::new(),
-            stopped: Arc::default(),
+            stop: Arc::default(),
+            stopped: false,
         };
         if flags.resume {
             session.resume()?;
@@ -167,10 +200,16 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
+    /// By the first process, when all hold the same.
     fn save(&self) -> Result<()> {
         let Some(optimizer) = &self.trainer.optimizer else {
             return Ok(());
         };
+        check_replicas(self.group, optimizer)?;
+        lead(self.group, || self.write(optimizer))
+    }
+
+    fn write(&self, optimizer: &AdamW) -> Result<()> {
         let identity = identity(self.flags, &self.weights, &self.data)?;
         let state = Curves {
             losses: self.losses.clone(),
@@ -196,22 +235,30 @@ impl<'a> Session<'a> {
     }
 
     fn train(&mut self) -> Result<()> {
+        let group = self.group;
         let end = self.flags.stop_after.unwrap_or(self.flags.steps) as u64;
-        self.stopped = stop()?;
-        let mut metrics = self.metrics()?;
+        self.stop = agree(group, stop())?;
+        let mut metrics = agree(group, self.metrics())?;
         if self.step == 0 {
-            self.announce()?;
+            if group.rank() == 0 {
+                self.announce();
+            }
             self.validate(&mut metrics)?;
         }
-        let bar = progress::bar(end as usize, "finetune");
+        let bar = match group.rank() {
+            0 => progress::bar(end as usize, "finetune"),
+            _ => progress::none(),
+        };
         bar.set_position(self.step);
         let mut order = Order::new(self.flags.seed, self.data.train.len());
         // Not before: what loading left goes back.
         pages::keep(KEPT);
-        while self.step < end && !self.stopped() {
+        self.look_for_a_stop()?;
+        while self.step < end && !self.stopped {
             let made = self.one_step(&mut order, &mut metrics)?;
             bar.set_position(self.step);
-            if bar.is_hidden() && self.step.is_multiple_of(TOLD) {
+            let told = group.rank() == 0 && self.step.is_multiple_of(TOLD);
+            if bar.is_hidden() && told {
                 eprintln!("step {} of {end}: {made}", self.step);
             }
             bar.set_message(made.to_string());
@@ -219,11 +266,13 @@ impl<'a> Session<'a> {
             if due {
                 self.validate(&mut metrics)?;
                 self.save()?;
+                self.look_for_a_stop()?;
             }
         }
         bar.finish_and_clear();
+        self.look_for_a_stop()?;
         // Who stops a run does not want to wait for another look at the held-out text.
-        if !self.stopped() {
+        if !self.stopped {
             self.validate(&mut metrics)?;
         }
         // Who stops before the first step may have meant to resume: what is in --out stays.
@@ -231,16 +280,20 @@ impl<'a> Session<'a> {
             return Ok(());
         }
         self.save()?;
-        let title = format!("{:?}, {}", self.flags.method, name(&self.weights.path));
-        let picture = draw::picture(&self.losses, &self.held_out, title)?;
-        files::replace(&self.flags.out.join("loss.svg"), picture.as_bytes())
+        lead(group, || {
+            let title = format!("{:?}, {}", self.flags.method, name(&self.weights.path));
+            let picture = draw::picture(&self.losses, &self.held_out, title)?;
+            files::replace(&self.flags.out.join("loss.svg"), picture.as_bytes())
+        })
     }
 
-    fn stopped(&self) -> bool {
-        self.stopped.load(Ordering::SeqCst)
+    /// Whether a process was asked to stop; between steps, which look themselves.
+    fn look_for_a_stop(&mut self) -> Result<()> {
+        self.stopped |= any(self.group, self.stop.load(Ordering::SeqCst))?;
+        Ok(())
     }
 
-    fn announce(&self) -> Result<()> {
+    fn announce(&self) {
         let trainable = self.trainer.tuner.trainable();
         eprintln!(
             "{} layers, weights of {} MB; {trainable} parameters train; {} sequences, {} held out",
@@ -252,11 +305,13 @@ impl<'a> Session<'a> {
         for note in &self.data.notes {
             eprintln!("note: {note}");
         }
-        Ok(())
     }
 
-    /// The file of metrics; a resumed run keeps the lines up to its step.
-    fn metrics(&self) -> Result<std::fs::File> {
+    /// The file of metrics, of the first process; a resumed run keeps the lines up to its step.
+    fn metrics(&self) -> Result<Metrics> {
+        if self.group.rank() > 0 {
+            return Ok(Metrics(None));
+        }
         let file = self.flags.out.join("metrics.jsonl");
         let kept: Vec<String> = match (self.flags.resume, std::fs::read_to_string(&file)) {
             (true, Ok(text)) => {
@@ -273,10 +328,12 @@ impl<'a> Session<'a> {
         };
         files::replace(&file, kept.concat().as_bytes())?;
         let open = std::fs::OpenOptions::new().append(true).open(&file);
-        open.with_context(|| file.display().to_string())
+        Ok(Metrics(Some(
+            open.with_context(|| file.display().to_string())?,
+        )))
     }
 
-    fn one_step(&mut self, order: &mut Order, metrics: &mut std::fs::File) -> Result<Made> {
+    fn one_step(&mut self, order: &mut Order, metrics: &mut Metrics) -> Result<Made> {
         let start = Instant::now();
         let mut batches = Vec::new();
         let drawn = (self.flags.batch * self.flags.accumulate) as u64;
@@ -296,12 +353,17 @@ impl<'a> Session<'a> {
             clip: self.flags.clip,
             again: self.flags.checkpoint_activations,
         };
-        let total = self.trainer.step(&batches, options)?;
+        let team = Team {
+            group: self.group,
+            stop: &self.stop,
+        };
+        let step = self.trainer.step(team, &batches, options)?;
+        self.stopped |= step.stop;
         self.step += 1;
-        self.losses.push((self.step, total));
+        self.losses.push((self.step, step.loss));
         let seconds = start.elapsed().as_secs_f64();
         let made = Made {
-            loss: total,
+            loss: step.loss,
             rate,
             tokens_per_second: read as f64 / seconds,
         };
@@ -313,12 +375,12 @@ impl<'a> Session<'a> {
             "tokens_per_second": made.tokens_per_second,
             "peak_rss_bytes": memory::peak_bytes(),
         });
-        writeln!(metrics, "{line}").context("metrics.jsonl")?;
+        lead(self.group, || metrics.write(&line))?;
         Ok(made)
     }
 
     /// The perplexity of the held-out text, once for each step.
-    fn validate(&mut self, metrics: &mut std::fs::File) -> Result<()> {
+    fn validate(&mut self, metrics: &mut Metrics) -> Result<()> {
         if self
             .held_out
             .last()
@@ -328,20 +390,23 @@ impl<'a> Session<'a> {
         }
         let held = &self.data.validation;
         let held = &held[..held.len().min(self.flags.held_out)];
-        let measured = self.trainer.held_out(held, self.flags.batch)?;
+        let measured = self.trainer.held_out(self.group, held, self.flags.batch)?;
         self.held_out.push((self.step, measured));
         let line = json!({"step": self.step, "validation_perplexity": measured.exp()});
-        writeln!(metrics, "{line}").context("metrics.jsonl")?;
-        eprintln!(
-            "step {}: held-out perplexity {:.3}",
-            self.step,
-            measured.exp()
-        );
-        Ok(())
+        lead(self.group, || {
+            metrics.write(&line)?;
+            let perplexity = measured.exp();
+            eprintln!("step {}: held-out perplexity {perplexity:.3}", self.step);
+            Ok(())
+        })
     }
 
     /// Prints what the model makes of a prompt.
     fn show(&self, when: &str, prompt: &Prompt) -> Result<()> {
+        lead(self.group, || self.answer(when, prompt))
+    }
+
+    fn answer(&self, when: &str, prompt: &Prompt) -> Result<()> {
         if self.flags.sample_tokens == 0 {
             return Ok(());
         }
@@ -369,6 +434,18 @@ impl<'a> Session<'a> {
         }
         say(format_args!("{}", self.flags.out.display()));
         Ok(())
+    }
+}
+
+/// The file of metrics, which the first process writes.
+struct Metrics(Option<std::fs::File>);
+
+impl Metrics {
+    fn write(&mut self, line: &Value) -> Result<()> {
+        match &mut self.0 {
+            Some(file) => writeln!(file, "{line}").context("metrics.jsonl"),
+            None => Ok(()),
+        }
     }
 }
 

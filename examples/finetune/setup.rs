@@ -9,6 +9,7 @@ use crate::support::methods::Method;
 use crate::{Flags, MethodName};
 use anyhow::{Result, ensure};
 use candle_doft::train::Checkpoint;
+use candle_doft::train::parallel::{Processes, same};
 use candle_doft::{DoftConfig, Pattern, Targets};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -74,6 +75,49 @@ pub(crate) fn identity(flags: &Flags, weights: &Weights, data: &Data) -> Result<
         "sequences": data.train.len(),
         "data_checksum": data.checksum(),
     }))
+}
+
+/// Refuses processes that were started on other files or with other flags, and other threads: products then
+/// round otherwise.
+pub(crate) fn check_same(
+    group: &dyn Processes,
+    flags: &Flags,
+    weights: &Weights,
+    data: &Data,
+) -> Result<()> {
+    let run = json!({
+        "identity": identity(flags, weights, data)?,
+        "stop_after": flags.stop_after,
+        "every": flags.every,
+        "held_out": flags.held_out,
+        "sample_tokens": flags.sample_tokens,
+        "checkpoint_activations": flags.checkpoint_activations,
+        "resume": flags.resume,
+        "merge": flags.merge_to.is_some(),
+    });
+    same(group, "the run", &run.to_string())?;
+    let threads = rayon::current_num_threads().to_string();
+    Ok(same(group, "threads (RAYON_NUM_THREADS)", &threads)?)
+}
+
+/// Tells of processes that have nothing to do, or that end with other bits than one would.
+pub(crate) fn note_shares(group: &dyn Processes, flags: &Flags) {
+    let (size, all) = (group.size(), flags.accumulate);
+    if group.rank() > 0 || size == 1 {
+        return;
+    }
+    if all < size {
+        let idle = size - all;
+        eprintln!(
+            "note: --accumulate {all} makes {all} micro-batches a step, so {idle} of {size} processes have \
+             nothing to do; give {size} or a multiple of it"
+        );
+    } else if !size.is_power_of_two() || all % size != 0 {
+        eprintln!(
+            "note: --accumulate {all} over {size} processes ends near the bytes of one process and not at \
+             them, as a power of two that divides it would"
+        );
+    }
 }
 
 pub(crate) fn targets(flags: &Flags) -> Vec<Pattern> {

@@ -6,6 +6,7 @@ use candle_core::Device;
 use candle_doft::Map;
 use candle_doft::file::{Divisor, LoadOptions, components, is_component};
 use candle_doft::merge::NameTable;
+use candle_doft::train::parallel::{self, Processes};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -163,6 +164,25 @@ pub fn stop() -> anyhow::Result<Arc<AtomicBool>> {
 pub fn wrong_arguments(what: &str) -> ExitCode {
     eprintln!("error: {what}");
     ExitCode::from(2)
+}
+
+/// Runs an example in the processes that the launcher started. An error on one ends them all; each tells its
+/// own, and the first also those of others.
+pub fn run_in_group(main: impl FnOnce(&dyn Processes) -> anyhow::Result<()>) -> ExitCode {
+    let group = match parallel::open() {
+        Ok(group) => group,
+        Err(error) => return run(|| Err(error.into())),
+    };
+    match main(&*group) {
+        Ok(()) => run(|| Ok(group.finish()?)),
+        Err(error) => {
+            let others = matches!(error.downcast_ref(), Some(candle_doft::Error::Rank { .. }));
+            if group.rank() == 0 || !others {
+                eprintln!("error: {}", one_line(&error));
+            }
+            ExitCode::FAILURE
+        }
+    }
 }
 
 /// Runs an example; an error becomes one line on standard error.

@@ -10,3 +10,8 @@ pub fn bar(length: usize, what: &'static str) -> ProgressBar {
         .with_style(style.progress_chars("=> "))
         .with_prefix(what)
 }
+
+/// For a process that shows nothing.
+pub fn none() -> ProgressBar {
+    ProgressBar::hidden()
+}

@@ -351,6 +351,15 @@ pub enum Error {
         expected: String,
     },
 
+    /// What another process of a run met, or what it has that this one has not; no process goes on.
+    #[error("rank {rank}: {reason}")]
+    Rank {
+        /// The number of that process.
+        rank: usize,
+        /// What it said, or what differs.
+        reason: String,
+    },
+
     /// A strength that the adapter cannot be applied with.
     #[error("strength {strength}: {reason}")]
     Strength {

@@ -3,7 +3,7 @@
 use super::optimizer::wide_dtype;
 use crate::error::{Error, GradientReport, Result};
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var, WithDType};
 
 /// The gradients of one optimizer step, one sum for each variable, in f32 for one of half precision.
 ///
@@ -132,6 +132,113 @@ impl Gradients {
         match sum.is_finite() {
             true => Ok(()),
             false => self.diverged(&what(), sum),
+        }
+    }
+
+    /// All numbers in the order of [`AdamW::named_vars`](super::AdamW::named_vars), as `f32` or `f64`; 0 where
+    /// there is no gradient. For an exchange of one's own; [`parallel`](super::parallel) has one.
+    ///
+    /// # Errors
+    ///
+    /// Those of candle's copies.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor, Var};
+    /// # use candle_doft::train::{AdamW, Group};
+    /// let var = Var::new(&[1f32, 2.], &Device::Cpu)?;
+    /// let groups = vec![Group::new(vec![("a".to_string(), var.clone())])];
+    /// let optimizer = AdamW::new(groups, Default::default())?;
+    /// let mut gradients = optimizer.gradients();
+    /// gradients.backward(&var.sqr()?.sum_all()?, 1.)?;
+    /// let mut flat: Vec<f32> = gradients.flat()?;
+    /// assert_eq!(flat, [2., 4.]);
+    /// flat[0] = 3.;
+    /// gradients.set_flat(&flat)?;
+    /// assert_eq!(gradients.norm()?, 5.);
+    /// # Ok::<(), candle_doft::Error>(())
+    /// ```
+    pub fn flat<T: WithDType>(&self) -> Result<Vec<T>> {
+        let mut flat = Vec::with_capacity(self.vars.iter().map(|(_, v)| v.elem_count()).sum());
+        for ((_, var), sum) in self.vars.iter().zip(&self.sums) {
+            match sum {
+                Some(sum) => {
+                    let host = sum.to_device(&Device::Cpu)?.to_dtype(T::DTYPE)?;
+                    flat.extend(host.flatten_all()?.to_vec1::<T>()?);
+                }
+                None => flat.resize(flat.len() + var.elem_count(), T::zero()),
+            }
+        }
+        Ok(flat)
+    }
+
+    /// Takes the numbers of [`Gradients::flat`] for all variables.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Argument`] for another number of them.
+    pub fn set_flat<T: WithDType>(&mut self, flat: &[T]) -> Result<()> {
+        let there = vec![true; self.vars.len()];
+        self.set(flat, &there)
+    }
+
+    /// The same, for the variables that are there.
+    pub(super) fn set<T: WithDType>(&mut self, flat: &[T], there: &[bool]) -> Result<()> {
+        let count: usize = self.vars.iter().map(|(_, var)| var.elem_count()).sum();
+        if flat.len() != count {
+            return Err(Error::argument(
+                "Gradients::set_flat",
+                "the number of values",
+                flat.len().to_string(),
+                format!("{count}, those of all variables"),
+            ));
+        }
+        let mut rest = flat;
+        let mut sums = Vec::with_capacity(self.vars.len());
+        for ((_, var), there) in self.vars.iter().zip(there) {
+            let (values, after) = rest.split_at(var.elem_count());
+            rest = after;
+            sums.push(match there {
+                true => {
+                    let host = Tensor::from_slice(values, var.shape(), &Device::Cpu)?;
+                    let wide = host.to_dtype(wide_dtype(var))?;
+                    Some(wide.to_device(var.device())?)
+                }
+                false => None,
+            });
+        }
+        self.sums = sums;
+        Ok(())
+    }
+
+    /// No sums, of the same step and variables.
+    pub(super) fn empty(&self) -> Self {
+        Self::new(self.step, self.vars.clone())
+    }
+
+    /// Adds the sums of another part of the step.
+    pub(super) fn append(&mut self, right: Self) -> Result<()> {
+        for (sum, right) in self.sums.iter_mut().zip(right.sums) {
+            *sum = match (sum.take(), right) {
+                (Some(left), Some(right)) => Some((left + right)?),
+                (left, right) => left.or(right),
+            };
+        }
+        Ok(())
+    }
+
+    /// Which variables have a gradient.
+    pub(super) fn there(&self) -> Vec<bool> {
+        self.sums.iter().map(Option::is_some).collect()
+    }
+
+    /// The dtype that holds all sums.
+    pub(super) fn dtype(&self) -> DType {
+        let wide = self.vars.iter().map(|(_, var)| wide_dtype(var));
+        match wide.into_iter().any(|dtype| dtype == DType::F64) {
+            true => DType::F64,
+            false => DType::F32,
         }
     }
 

@@ -1,6 +1,6 @@
 //! What candle lacks for a real run: gradients summed over micro-batches and clipped together, AdamW
 //! with groups and a state that can be saved, schedules, checkpoints, and activations that are made again
-//! instead of kept.
+//! instead of kept. [`parallel`] shares the micro-batches of a step among several processes.
 //!
 //! # Examples
 //!
@@ -42,6 +42,7 @@
 mod checkpoint;
 mod gradients;
 mod optimizer;
+pub mod parallel;
 mod recomputed;
 mod schedule;
 

@@ -1,6 +1,8 @@
-//! The shape of `compare.json`, where one is named by `CANDLE_DOFT_COMPARE`.
+//! A sweep in parts; and the shape of `compare.json`, where one is named by `CANDLE_DOFT_COMPARE`.
 
+use crate::common::programs::example;
 use serde_json::Value;
+use std::path::Path;
 
 fn number(run: &Value, key: &str) -> f64 {
     let value = run[key].as_f64();
@@ -81,4 +83,62 @@ fn compare_json_has_its_shape() {
         let svg = std::fs::read_to_string(folder.join(picture)).unwrap();
         assert!(svg.starts_with("<svg") && !svg.contains("NaN"), "{picture}");
     }
+}
+
+/// The runs of a folder but for their times, in one order.
+fn runs(folder: &Path) -> Vec<String> {
+    let text = std::fs::read_to_string(folder.join("runs-turned.jsonl")).unwrap();
+    let run = |line: &str| {
+        let mut run: Value = serde_json::from_str(line).unwrap();
+        run["seconds_per_step"] = Value::Null;
+        run.to_string()
+    };
+    let mut runs: Vec<String> = text.lines().skip(1).map(run).collect();
+    runs.sort();
+    runs
+}
+
+#[test]
+fn parts_of_a_sweep_join_to_the_runs_of_the_whole_one() {
+    let home = tempfile::tempdir().unwrap();
+    let folder = |name: &str| home.path().join(name);
+    let run = |more: &[&str]| -> Option<String> {
+        let common = "--quick --task turned --methods oft:16 lora:2 --steps 4";
+        let mut command = example("compare")?;
+        let done = command.args(common.split(' ')).args(more).output().unwrap();
+        assert!(done.status.success(), "{more:?}: {done:?}");
+        Some(String::from_utf8(done.stdout).unwrap())
+    };
+    let at = |name: &str| folder(name).display().to_string();
+    let Some(out) = run(&["--shard", "1/1", "--out", &at("whole")]) else {
+        return;
+    };
+    assert_eq!(out, "turned: runs of part 1/1: 12\n");
+    for part in ["1", "2", "3"] {
+        let shard = format!("{part}/3");
+        run(&["--shard", &shard, "--out", &at(part)]);
+    }
+    let merge = |parts: &[&str]| {
+        let folders: Vec<String> = parts.iter().map(|part| at(part)).collect();
+        let out = at("joined");
+        let mut flags = vec!["--out", out.as_str(), "--merge"];
+        flags.extend(folders.iter().map(String::as_str));
+        run(&flags).unwrap()
+    };
+    let lacking = merge(&["1", "3"]);
+    assert!(lacking.contains("runs taken in: 8\n"), "{lacking}");
+    for method in ["OFT b16", "LoRA r2"] {
+        let line = format!("turned: {method} lacks runs: --lrs 0.016\n");
+        assert!(lacking.contains(&line), "{lacking}");
+    }
+    // After so few steps the highest rate is the best.
+    let whole = merge(&["1", "2"]);
+    assert!(whole.contains("runs taken in: 4\n"), "{whole}");
+    let line = "turned: the best rate of OFT b16 lies at an end: --lrs 0.256\n";
+    assert!(whole.contains(line), "{whole}");
+    assert_eq!(runs(&folder("joined")), runs(&folder("whole")));
+
+    run(&["--shard", "1/1", "--lrs", "0.256", "--out", &at("more")]);
+    let further = merge(&["more"]);
+    assert!(!further.contains(line), "{further}");
 }

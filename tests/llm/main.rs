@@ -14,6 +14,7 @@ mod memory;
 mod model;
 mod places;
 mod programs;
+mod ranks;
 mod readers;
 mod real;
 mod refusals;

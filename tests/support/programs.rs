@@ -15,6 +15,23 @@ pub fn example(name: &str) -> Option<Command> {
     Some(Command::new(program))
 }
 
+/// `mpirun` (`CANDLE_DOFT_MPIRUN`, of the MPI that the tests are linked to), with threads that run on any
+/// core and more processes than there are cores; says so where there is none.
+pub fn mpirun() -> Option<Command> {
+    let program = std::env::var("CANDLE_DOFT_MPIRUN").unwrap_or_else(|_| "mpirun".into());
+    if Command::new(&program).arg("--version").output().is_err() {
+        println!("SKIPPED: there is no {program}");
+        return None;
+    }
+    let mut command = Command::new(program);
+    command
+        .args(["--bind-to", "none"])
+        .env("OMPI_ALLOW_RUN_AS_ROOT", "1")
+        .env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
+        .env("OMPI_MCA_rmaps_base_oversubscribe", "1");
+    Some(command)
+}
+
 /// Python (`CANDLE_DOFT_PYTHON`, else `python3`), where it can import these modules.
 pub fn python(modules: &str) -> Option<Command> {
     let python = std::env::var("CANDLE_DOFT_PYTHON").unwrap_or_else(|_| "python3".into());

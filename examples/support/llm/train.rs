@@ -7,8 +7,10 @@ use super::weights::Weights;
 use anyhow::{Result, ensure};
 use candle_core::{Device, Tensor, Var};
 use candle_doft::Pattern;
-use candle_doft::train::AdamW;
+use candle_doft::train::parallel::{Processes, each, reduce};
+use candle_doft::train::{AdamW, Gradients};
 use candle_nn::ParamsAdamW;
+use std::sync::atomic::AtomicBool;
 
 pub struct Trainer {
     pub tuner: Tuner,
@@ -28,6 +30,22 @@ pub struct StepOptions {
     pub clip: f64,
     /// Makes the activations of a block again in the backward pass.
     pub again: bool,
+}
+
+/// Who makes a step together, and whether this process was asked to stop.
+#[derive(Clone, Copy)]
+pub struct Team<'a> {
+    pub group: &'a dyn Processes,
+    pub stop: &'a AtomicBool,
+}
+
+/// What a step came to, on all processes.
+#[derive(Clone, Copy, Debug)]
+pub struct Step {
+    /// The mean loss of a token before it.
+    pub loss: f64,
+    /// Whether a process was asked to stop.
+    pub stop: bool,
 }
 
 impl Trainer {
@@ -65,67 +83,94 @@ impl Trainer {
         Ok(self.model.loss(&hidden, &batch.targets)?)
     }
 
-    /// One step over micro-batches; the mean loss of a token before it. An adapter's first step
-    /// checks that every parameter got a gradient.
-    pub fn step(&mut self, batches: &[Batch], options: StepOptions) -> Result<f64> {
+    /// One step over micro-batches, of which each process makes its share. An adapter's first step checks
+    /// that every parameter got a gradient.
+    pub fn step(&mut self, team: Team, batches: &[Batch], options: StepOptions) -> Result<Step> {
         let learned: usize = batches.iter().map(|batch| batch.tokens).sum();
-        if let Some(adapter) = self.tuner.adapter() {
-            adapter.set_step(options.step);
-        }
-        let mut gradients = self.optimizer.as_ref().map(AdamW::gradients);
-        let mut total = 0.;
-        for batch in batches {
-            let mut embedded = self.model.embed(&batch.ids)?;
-            if self.optimizer.is_none() {
-                embedded = Var::from_tensor(&embedded)?.as_tensor().clone();
+        let share = |batch: &Batch| batch.tokens as f64 / learned as f64;
+        let Some(optimizer) = &self.optimizer else {
+            return self.untrained(batches, share, options.again);
+        };
+        let micro_batch = |gradients: &mut Gradients, key: u64, batch: &Batch| -> Result<f64> {
+            if let Some(adapter) = self.tuner.adapter() {
+                adapter.set_step(key);
             }
-            let loss = self.loss(batch, &embedded, options.again)?;
-            let share = batch.tokens as f64 / learned as f64;
-            total += share * f64::from(loss.to_scalar::<f32>()?);
-            match &mut gradients {
-                Some(gradients) => {
-                    let grads = gradients.backward(&loss, share)?;
-                    if let (Some(adapter), 0) = (self.tuner.adapter(), options.step) {
-                        let report = adapter.check_gradients(&grads)?;
-                        if !report.zero.is_empty() {
-                            eprintln!("note: {report}");
-                        }
-                    }
-                }
-                None => {
-                    let grads = loss.backward()?;
-                    ensure!(
-                        grads.get(&embedded).is_some(),
-                        "no gradient reached the tokens"
-                    );
+            let loss = self.loss(batch, &self.model.embed(&batch.ids)?, options.again)?;
+            let grads = gradients.backward(&loss, share(batch))?;
+            if let (Some(adapter), 0) = (self.tuner.adapter(), options.step) {
+                let report = adapter.check_gradients(&grads)?;
+                if !report.zero.is_empty() && team.group.rank() == 0 {
+                    eprintln!("note: {report}");
                 }
             }
-        }
+            Ok(share(batch) * f64::from(loss.to_scalar::<f32>()?))
+        };
+        let Team { group, stop } = team;
+        let count = batches.len();
+        let made = reduce(group, optimizer.gradients(), count, stop, |sums, micro| {
+            micro_batch(sums, micro.key, &batches[micro.index])
+        })?;
+        let step = options.step + 1;
         ensure!(
-            total.is_finite(),
-            "step {}: the loss is {total}",
-            options.step + 1
+            made.loss.is_finite(),
+            "step {step}: the loss is {}",
+            made.loss
         );
-        if let (Some(optimizer), Some(mut gradients)) = (&mut self.optimizer, gradients) {
-            gradients.clip(options.clip)?;
+        let mut gradients = made.gradients;
+        gradients.clip(options.clip)?;
+        if let Some(optimizer) = &mut self.optimizer {
             optimizer.set_rate(options.rate);
             optimizer.step(&gradients)?;
         }
-        Ok(total)
+        Ok(Step {
+            loss: made.loss,
+            stop: made.stop,
+        })
     }
 
-    /// The mean loss of a token of some sequences, `batch` of them at a time.
-    pub fn held_out(&self, sequences: &[Sequence], batch: usize) -> Result<f64> {
+    /// The passes of a step in which nothing moves, in this process alone.
+    fn untrained(
+        &self,
+        batches: &[Batch],
+        share: impl Fn(&Batch) -> f64,
+        again: bool,
+    ) -> Result<Step> {
+        let mut total = 0.;
+        for batch in batches {
+            let embedded = Var::from_tensor(&self.model.embed(&batch.ids)?)?;
+            let loss = self.loss(batch, embedded.as_tensor(), again)?;
+            total += share(batch) * f64::from(loss.to_scalar::<f32>()?);
+            let grads = loss.backward()?;
+            ensure!(
+                grads.get(&embedded).is_some(),
+                "no gradient reached the tokens"
+            );
+        }
+        Ok(Step {
+            loss: total,
+            stop: false,
+        })
+    }
+
+    /// The mean loss of a token of some sequences, `batch` of them at a time, of which each process takes
+    /// its share.
+    pub fn held_out(
+        &self,
+        group: &dyn Processes,
+        sequences: &[Sequence],
+        batch: usize,
+    ) -> Result<f64> {
+        let learned = |s: &Sequence| s.learned.iter().skip(1).filter(|learned| **learned).count();
+        let tokens: usize = sequences.iter().map(learned).sum();
+        let sequences: Vec<&Sequence> = sequences.iter().collect();
+        let chunks: Vec<&[&Sequence]> = sequences.chunks(batch).collect();
         self.tuner.eval(|| {
-            let (mut total, mut tokens) = (0., 0);
-            let sequences: Vec<&Sequence> = sequences.iter().collect();
-            for chunk in sequences.chunks(batch) {
-                let batch = Batch::new(chunk, &self.device)?;
+            let losses = each(group, chunks.len(), |chunk| -> Result<f64> {
+                let batch = Batch::new(chunks[chunk], &self.device)?;
                 let loss = self.loss(&batch, &self.model.embed(&batch.ids)?, false)?;
-                total += f64::from(loss.to_scalar::<f32>()?) * batch.tokens as f64;
-                tokens += batch.tokens;
-            }
-            Ok(total / tokens as f64)
+                Ok(f64::from(loss.to_scalar::<f32>()?) * batch.tokens as f64)
+            })?;
+            Ok(losses.iter().sum::<f64>() / tokens as f64)
         })
     }
 }
