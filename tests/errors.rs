@@ -13,7 +13,7 @@ use support::tensors::{CPU, linear};
 fn a_layer_without_an_adapter_has_no_rotation() -> candle_doft::Result<()> {
     let builder = Adapter::builder(DoftConfig::default().with_targets(["q"]), &CPU)?;
     let plain = builder.wrap("k", linear(4, 32, false, DType::F32)?)?;
-    let expected = "layer `k` is not adapted: it is outside the targets, so it has no rotation";
+    let expected = "layer `k` has no rotation: it is outside the targets, or has low-rank matrices";
     assert_eq!(plain.rotation().unwrap_err().to_string(), expected);
     assert_eq!(plain.magnitude().unwrap_err().to_string(), expected);
     assert_eq!(plain.angles().unwrap_err().to_string(), expected);
@@ -104,4 +104,37 @@ fn a_divisor_is_one_of_four() {
         "config: `divisor` is `half`, expected none, 2sqrt, sqrt or sqrtn"
     );
     assert_eq!("sqrtn".parse::<Divisor>().unwrap().value(8), 28f64.sqrt());
+}
+
+/// What `main` and `unwrap` print is what a reader can act on, as with candle's own error.
+#[test]
+fn an_error_is_shown_by_its_text() {
+    let error = Adapter::load("/no/such/adapter", &CPU).unwrap_err();
+    assert_eq!(format!("{error:?}"), error.to_string());
+}
+
+/// A checkpoint that was forgotten is zeros throughout.
+#[test]
+fn a_base_of_zeros_is_another_base_and_one_that_is_allowed_is_told() -> candle_doft::Result<()> {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("adapter.safetensors");
+    let builder = Adapter::builder(DoftConfig::default(), &CPU)?;
+    builder.wrap("k", linear(4, 32, false, DType::F32)?)?;
+    builder.finish()?.save(&file)?;
+    let zeros = || candle_nn::Linear::new(Tensor::zeros((4, 32), DType::F32, &CPU).unwrap(), None);
+    let error = Adapter::load(&file, &CPU)?.wrap("k", zeros()).unwrap_err();
+    let error = error.to_string();
+    assert!(
+        error.contains("not the base weight it was trained on"),
+        "{error}"
+    );
+    let options = candle_doft::file::LoadOptions::default().with_allow_changed_base(true);
+    let builder = Adapter::load_with(&file, &CPU, &options)?;
+    builder.wrap("k", zeros())?;
+    let warnings = builder.finish()?.warnings();
+    assert!(
+        warnings.len() == 1 && warnings[0].subject == "k",
+        "{warnings:?}"
+    );
+    Ok(())
 }

@@ -51,7 +51,7 @@ pub use set::{Adapters, Pinned};
 pub(crate) use settings::Settings;
 pub use state::{Average, State};
 pub use stored::Warning;
-pub(crate) use stored::{NORMS_DIFFER, Stored, StoredLayer, StoredLowRank};
+pub(crate) use stored::{NORMS_DIFFER, OTHER_BASE, Stored, StoredLayer, StoredLowRank};
 pub use wrap::{WeightSource, Wrap};
 
 use crate::config::{DoftConfig, LayerKind};

@@ -13,7 +13,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 /// ([`Targets::None`](crate::Targets::None)). Others are added, loaded, replaced and removed while the
 /// program runs; block sizes, maps, magnitudes and targets may differ. One acts at a time
 /// ([`Adapters::activate`]), or each row of a batch runs under its own ([`Adapters::rows`]). Each is an
-/// [`Adapter`] like any other: it is trained, checked, saved and merged by the methods that it has.
+/// [`Adapter`] like any other: it is trained, checked, saved and merged by the methods that it has. Methods of a layer,
+/// such as [`Doft::merge`](crate::layer::Doft::merge) and `is_adapted`, are about the first one alone;
+/// [`Adapter::merged`] merges any.
 ///
 /// Clones share everything.
 ///

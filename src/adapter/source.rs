@@ -3,7 +3,7 @@
 
 use super::asked::Asked;
 use super::fingerprint::fingerprint;
-use super::stored::{NORMS_DIFFER, Stored, StoredLayer, StoredLowRank, Warning};
+use super::stored::{NORMS_DIFFER, OTHER_BASE, Stored, StoredLayer, StoredLowRank, Warning};
 use super::{Adapter, AdapterBuilder, locked};
 use crate::config::{DoftConfig, LayerKind, Magnitude};
 use crate::error::{Error, Result};
@@ -64,6 +64,9 @@ impl Source {
     fn compare_base(&self, path: &str, layer: &StoredLayer, norms: &Tensor) -> Result<()> {
         if layer.norms_differ(norms)? {
             locked(&self.warnings).push(Warning::new(path, NORMS_DIFFER));
+        }
+        if self.stored.allow_changed_base && layer.is_other_base(norms)? {
+            locked(&self.warnings).push(Warning::new(path, OTHER_BASE));
         }
         layer.check_base(&self.stored, path, norms, self.stored.allow_changed_base)
     }

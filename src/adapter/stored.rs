@@ -34,6 +34,9 @@ impl std::fmt::Display for Warning {
     }
 }
 
+/// What to say where a base is used that is not the one of the training.
+pub(crate) const OTHER_BASE: &str = "the base weight is not the one that it was trained on, by its row norms; it is used all the same";
+
 /// What to say where the norms of a file are not those of the weight at hand.
 pub(crate) const NORMS_DIFFER: &str =
     "its `initial_norm` is more than 1 % off the row norms of the base; the file's own counts";
@@ -208,6 +211,15 @@ impl StoredLayer {
             .any(|(s, n)| (s - n).abs() > 0.01 * n))
     }
 
+    /// Whether the layer was trained on another base weight, by its row norms: one of zeros is another too.
+    pub(crate) fn is_other_base(&self, norms: &Tensor) -> Result<bool> {
+        Ok(match (self.base, fingerprint(norms)?) {
+            (None, _) => false,
+            (Some(_), None) => true,
+            (Some(trained), Some(found)) => differs(&trained, &found),
+        })
+    }
+
     /// Returns an error for another base weight than the layer was trained on, by its row norms.
     pub(crate) fn check_base(
         &self,
@@ -216,10 +228,7 @@ impl StoredLayer {
         norms: &Tensor,
         allow_changed: bool,
     ) -> Result<()> {
-        let (Some(trained), Some(found)) = (self.base, fingerprint(norms)?) else {
-            return Ok(());
-        };
-        if !differs(&trained, &found) || allow_changed {
+        if allow_changed || !self.is_other_base(norms)? {
             return Ok(());
         }
         let reason = format!(

@@ -31,6 +31,7 @@ use serde::{Deserialize, Serialize};
 /// | `max_norm` | none | cap on the spectral norm of `Q` | above 0 |
 /// | `magnitude` | [`Magnitude::Log`] | scale of each output channel | |
 /// | `embedding_magnitude` | [`Magnitude::None`] | the same for embeddings, one per token: vocabularies are large | |
+/// | `low_rank` | none | LoRA or DoRA in place of the rotation and its magnitude | [`LowRank`] |
 /// | `dropout` | 0 | chance that a block is the identity in a training step | `0 <= p < 1` |
 /// | `seed` | 0 | of the dropout masks | |
 /// | `indivisible` | [`Indivisible::Nearest`] | block size that does not divide a width | |
@@ -69,7 +70,7 @@ pub struct DoftConfig {
     /// magnitude sets this one, too.
     pub embedding_magnitude: Magnitude,
     /// Low-rank matrices in place of the rotation and its magnitude: LoRA or DoRA. The fields of rotations have no
-    /// effect then.
+    /// effect then, but a dropout above 0 is refused.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub low_rank: Option<LowRank>,
     /// Chance that a block becomes the identity, in training: the multiplicative dropout of

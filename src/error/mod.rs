@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 /// assert!(matches!(error, Error::Config { field: "block_size", .. }));
 /// assert_eq!(error.to_string(), "config: `block_size` is 0, expected at least 1");
 /// ```
-#[derive(Debug, thiserror::Error)]
+#[derive(thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// An error of candle itself: a shape, dtype or device that does not fit.
@@ -104,8 +104,8 @@ pub enum Error {
         expected: String,
     },
 
-    /// The layer has no adapter.
-    #[error("layer `{layer}` is not adapted: it is outside the targets, so it has no rotation")]
+    /// The layer has no rotation: it is not adapted, or LoRA or DoRA is what it has.
+    #[error("layer `{layer}` has no rotation: it is outside the targets, or has low-rank matrices")]
     NotAdapted {
         /// Path of the layer.
         layer: String,
@@ -372,6 +372,13 @@ pub enum Error {
 
 /// The result type of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// The text that a reader can act on, as candle's own error has it: `main` and `unwrap` print this one.
+impl std::fmt::Debug for Error {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Display::fmt(self, f)
+    }
+}
 
 impl Error {
     /// For `map_err`: what the operating system said of a file or folder.

@@ -56,8 +56,7 @@ impl std::str::FromStr for Divisor {
 /// part of a weight: [`NameTable`](crate::merge::NameTable).
 pub type Rename = Arc<dyn Fn(&str) -> Option<String> + Send + Sync>;
 
-/// What a reader decides where a file of another tool leaves it open. Canonical files leave nothing
-/// open but names.
+/// What a reader decides where a file leaves it open. The first two are for files of other tools.
 ///
 /// | field | default | purpose |
 /// |---|---|---|
@@ -67,6 +66,8 @@ pub type Rename = Arc<dyn Fn(&str) -> Option<String> + Send + Sync>;
 /// | `rename` | none | from module to path, before the rules for names |
 /// | `allow_partial` | false | modules that match no layer warn instead of failing |
 /// | `allow_unknown` | false | keys of no known role warn instead of failing |
+/// | `allow_changed_base` | false | layers over another base weight than in training warn instead of failing |
+/// | `dropout` | from the file | dropout in training |
 ///
 /// # Examples
 ///

@@ -173,7 +173,8 @@ impl<F: Adaptable> Doft<F> {
     }
 
     /// The weight with the adapter in it, in the shape and dtype of the base; computed in f32 or wider.
-    /// The mode has no effect on it. A plain frozen layer returns its own weight.
+    /// The adapter is the one that the model was built with, whatever acts: see
+    /// [`Adapters`](crate::Adapters) for others. A plain frozen layer returns its own weight.
     ///
     /// # Errors
     ///
@@ -190,7 +191,9 @@ impl<F: Adaptable> Doft<F> {
         }
     }
 
-    /// candle's layer over [`Doft::effective_weight`], for inference without this crate.
+    /// candle's layer over [`Doft::effective_weight`], for inference without this crate. As there, the adapter is the
+    /// one that the model was built with; another of the model is merged by
+    /// [`Adapter::merged`](crate::Adapter::merged).
     ///
     /// # Errors
     ///

@@ -4,8 +4,8 @@ use super::header::Shapes;
 use super::target::Index;
 use super::{Strength, StrengthMode};
 use crate::adapter::{
-    Asked, NORMS_DIFFER, Stored, StoredLayer, StoredLowRank, TRANSLATED, Warning, locked,
-    translated,
+    Asked, NORMS_DIFFER, OTHER_BASE, Stored, StoredLayer, StoredLowRank, TRANSLATED, Warning,
+    locked, translated,
 };
 use crate::config::{LayerKind, Pattern, Strengths};
 use crate::error::{Error, Result, shown};
@@ -179,6 +179,9 @@ impl Part {
             self.warn(path, NORMS_DIFFER);
         }
         let allowed = allow_changed_base || self.stored.allow_changed_base;
+        if allowed && layer.is_other_base(norms)? {
+            self.warn(path, OTHER_BASE);
+        }
         layer.check_base(&self.stored, path, norms, allowed)
     }
 

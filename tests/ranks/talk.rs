@@ -21,7 +21,7 @@ fn a_phase_succeeds_on_all_ranks_or_on_none() {
     });
     let own = |rank| {
         format!(
-            "layer `of {rank}` is not adapted: it is outside the targets, so it has no rotation"
+            "layer `of {rank}` has no rotation: it is outside the targets, or has low-rank matrices"
         )
     };
     // Each that failed tells its own, the others that of the first.
