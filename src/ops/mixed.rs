@@ -9,7 +9,7 @@
 use super::Weight;
 use super::adapted::bias_values;
 use super::blocks::{Blocks, ROWS, rotate_rows};
-use super::gemm::{Mat, MatMut, filled, multiply_small};
+use super::gemm::{Mat, MatMut, filled, multiply, multiply_dots};
 use super::linear::{Product, decodes};
 use super::real::{Real, by_dtype, elements, not_on_cpu, tensor_as, with_elements};
 use candle_core::{Layout, Result, Storage, Tensor};
@@ -25,13 +25,8 @@ pub(crate) type Part<'a> = (&'a [u32], Option<(&'a Tensor, Option<&'a Tensor>)>)
 /// takes more than half the time of eight products of one row.
 const FEW: usize = 16;
 
-/// Rows of few are filled up to a multiple of this.
-const LANES: usize = 8;
-
-/// Outputs of a task, and terms that are summed before they are added to others: x of so many stays in cache, and sums
-/// are more exact than in one go.
+/// Outputs of a task of few rows.
 const OUTPUTS: usize = 64;
-const DEPTH: usize = 256;
 
 /// Outputs below which waking other threads costs more than they save.
 const ALONE: usize = 1 << 15;
@@ -131,32 +126,26 @@ impl Mixed<'_> {
         tensor_as(y, shape, x.dtype())
     }
 
-    /// `x . W^T` of a few rows, as `W . x^T`: the weight is read once, as it lies, and no part of it is packed.
+    /// `x . W^T` of a few rows: the weight is read once, as it lies, and no part of it is packed.
     fn of_few<T: Real>(&self, x: &[T], rows: usize) -> Result<Vec<T>> {
         let (width, out) = (self.weight.in_dim(), self.weight.out_dim());
-        // Rows of zeros fill the registers.
-        let lanes = rows.next_multiple_of(LANES);
-        let mut columns = vec![T::zero(); width * lanes];
-        for (k, column) in columns.chunks_exact_mut(lanes).enumerate() {
-            let values = x.iter().skip(k).step_by(width);
-            column.iter_mut().zip(values).for_each(|(to, x)| *to = *x);
-        }
-        let mut y = vec![T::zero(); out * lanes];
+        let x = Mat::row_major(x, rows, width);
+        // Outputs first, so that a task has its own.
+        let mut y = vec![T::zero(); out * rows];
         self.weight.panels::<T>(0..out, |start, panel| {
-            let y = &mut y[start * lanes..][..panel.rows() * lanes];
-            let tasks = y.par_chunks_mut(OUTPUTS * lanes).enumerate();
+            let y = &mut y[start * rows..][..panel.rows() * rows];
+            let tasks = y.par_chunks_mut(OUTPUTS * rows).enumerate();
             tasks.for_each(|(task, y)| {
-                let count = y.len() / lanes;
-                for k in (0..width).step_by(DEPTH) {
-                    let depth = DEPTH.min(width - k);
-                    let weight = panel.part((task * OUTPUTS, count), (k, depth));
-                    let x = Mat::row_major(&columns[k * lanes..][..depth * lanes], depth, lanes);
-                    let y = &mut MatMut::new(y, (count, lanes), lanes);
-                    multiply_small(y, weight, x, k > 0);
+                let count = y.len() / rows;
+                let weight = panel.part((task * OUTPUTS, count), (0, width));
+                let mut y = MatMut::new(y, (count, rows), rows);
+                match weight.has_whole_rows() {
+                    true => multiply_dots(&mut y, weight, x),
+                    false => multiply(y, weight, x.t(), false),
                 }
             });
         })?;
-        let row = |row: usize| y.iter().skip(row).step_by(lanes).copied();
+        let row = |row: usize| y.iter().skip(row).step_by(rows).copied();
         Ok((0..rows).flat_map(row).collect())
     }
 }

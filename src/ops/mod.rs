@@ -15,6 +15,7 @@ mod magnitude;
 pub(crate) mod maps;
 pub(crate) mod mixed;
 pub(crate) mod norm;
+mod packs;
 pub(crate) mod pointwise;
 pub(crate) mod real;
 pub(crate) mod rotary;

@@ -1,5 +1,6 @@
 //! [`Real`]: the two dtypes that kernels compute in, and the way of the half types in and out.
 
+use super::packs::Packs;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, DType, Device, Error, Layout, Result, Storage, Tensor, WithDType};
 use half::slice::HalfFloatSliceExt;
@@ -10,7 +11,7 @@ use std::borrow::Cow;
 const PIECE: usize = 1 << 14;
 
 /// f32 or f64.
-pub(crate) trait Real: WithDType + Send + Sync {
+pub(crate) trait Real: WithDType + Packs + Send + Sync {
     /// Sums of squares between these two have lost nothing to the ends of the range.
     const SQUARES: (f64, f64);
 

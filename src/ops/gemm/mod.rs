@@ -1,7 +1,24 @@
 //! Products of strided views, their bounds checked: large ones by the `gemm` crate, small ones here.
 
+/// A loop over the rows or columns of a tile, written out: the compiler unrolls none over so many sums, and would
+/// keep sums that are indexed in memory.
+macro_rules! unrolled {
+    ($m:ident < $count:ident, $body:expr) => {
+        unrolled!(@ $m, $count, $body, 0 1 2 3 4 5 6 7)
+    };
+    (@ $m:ident, $count:ident, $body:expr, $($at:literal)*) => {$(
+        if $at < $count {
+            // Never another value; the remainder is for tiles that this row is not in.
+            let $m = $at % $count;
+            $body
+        }
+    )*};
+}
+
+mod dots;
 mod small;
 
+pub(crate) use dots::multiply_dots;
 pub(crate) use small::multiply_small;
 
 use super::real::Real;
@@ -94,6 +111,11 @@ impl<'a, T: Real> Mat<'a, T> {
         }
     }
 
+    /// Whether the elements of a row follow each other.
+    pub(crate) fn has_whole_rows(&self) -> bool {
+        self.col_stride == 1
+    }
+
     /// One element.
     pub(crate) fn at(&self, row: usize, col: usize) -> T {
         self.data[row * self.row_stride + col * self.col_stride]
@@ -169,6 +191,21 @@ fn check_product<T: Real>(dst: &MatMut<T>, lhs: Mat<T>, rhs: Mat<T>, accumulate:
         !(accumulate && dst.unset),
         "nothing is there to be added to"
     );
+}
+
+/// Writes some sums, or adds them to what is there; [`check_product`] has seen that something is.
+#[inline(always)]
+fn store<T: Real, const N: usize>(to: &mut [MaybeUninit<T>], sums: [T; N], add: bool) {
+    for (to, sum) in to.iter_mut().zip(sums) {
+        #[allow(unsafe_code, reason = "a matrix that is added to has values")]
+        // SAFETY: as above.
+        match add {
+            true => unsafe { *to.assume_init_mut() += sum },
+            false => {
+                to.write(sum);
+            }
+        }
+    }
 }
 
 fn run<T: Real>(

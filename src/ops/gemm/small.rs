@@ -1,6 +1,6 @@
 //! Products of the size of a block, kept in registers: packing would cost `gemm` more than they do.
 
-use super::{Mat, MatMut, check_product};
+use super::{Mat, MatMut, check_product, store};
 use crate::ops::real::Real;
 use crate::ops::vectorized::{Vectors, vectors};
 
@@ -116,21 +116,6 @@ impl<const BYTES: usize> Accumulators<BYTES> {
     }
 }
 
-/// A loop over the rows of a tile, written out: the compiler unrolls none over so many sums, and would
-/// keep sums that are indexed in memory.
-macro_rules! rows {
-    ($m:ident < $count:ident, $body:expr) => {
-        rows!(@ $m, $count, $body, 0 1 2 3 4 5 6 7)
-    };
-    (@ $m:ident, $count:ident, $body:expr, $($at:literal)*) => {$(
-        if $at < $count {
-            // Never another value; the remainder is for tiles that this row is not in.
-            let $m = $at % $count;
-            $body
-        }
-    )*};
-}
-
 #[inline(always)]
 fn tile<T: Real, const M: usize, const N: usize, const FMA: bool>(
     dst: &mut MatMut<T>,
@@ -157,7 +142,7 @@ fn tile<T: Real, const M: usize, const N: usize, const FMA: bool>(
                 std::array::from_fn(|m| *a.add(m * lhs.row_stride)),
             )
         };
-        rows!(
+        unrolled!(
             m < M,
             for (sum, b) in sums[m].iter_mut().zip(b) {
                 *sum = if FMA {
@@ -168,18 +153,9 @@ fn tile<T: Real, const M: usize, const N: usize, const FMA: bool>(
             }
         );
     }
-    rows!(m < M, {
+    unrolled!(m < M, {
         let to = &mut dst.data[(row + m) * dst.row_stride + col..][..N];
-        match accumulate {
-            #[allow(unsafe_code, reason = "a matrix that is added to has values")]
-            // SAFETY: `check_product` has seen that a matrix that may be unset is not added to.
-            true => to.iter_mut().zip(sums[m]).for_each(|(to, sum)| unsafe {
-                *to.assume_init_mut() += sum;
-            }),
-            false => to.iter_mut().zip(sums[m]).for_each(|(to, sum)| {
-                to.write(sum);
-            }),
-        }
+        store(to, sums[m], accumulate);
     });
 }
 
