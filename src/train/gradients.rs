@@ -28,7 +28,7 @@ impl Gradients {
     /// Runs the backward pass of a micro-batch and adds `weight` times its gradients. Weights of a
     /// step usually sum to 1, each the share of tokens or examples of its micro-batch.
     ///
-    /// Answers all gradients, for [`Adapter::check_gradients`](crate::Adapter::check_gradients).
+    /// Returns all gradients, for [`Adapter::check_gradients`](crate::Adapter::check_gradients).
     ///
     /// # Errors
     ///
@@ -87,7 +87,7 @@ impl Gradients {
         Ok(total.sqrt())
     }
 
-    /// Scales everything so that the norm is at most `max_norm`; answers the norm before.
+    /// Scales everything so that the norm is at most `max_norm`; returns the norm before.
     ///
     /// # Errors
     ///
