@@ -1,14 +1,18 @@
 //! A model to copy: a BERT encoder whose layers are built through an [`AdapterBuilder`], trained on a few
 //! lines of text, saved, and loaded into candle-transformers' unmodified `BertModel`.
 
+#[path = "support/mod.rs"]
+mod support;
+
 use anyhow::{Error, Result, anyhow, ensure};
-use candle_core::{DType, Device, Tensor, safetensors};
+use candle_core::{DType, Tensor, safetensors};
 use candle_doft::merge::{Merge, Strength};
 use candle_doft::{Adapter, AdapterBuilder, DoftConfig, DoftEmbedding, DoftLinear, Mode, frozen};
 use candle_nn::{AdamW, Module, Optimizer, VarBuilder};
 use candle_transformers::models::bert::{BertModel, Config};
 use clap::Parser;
 use std::path::PathBuf;
+use support::device::DeviceName;
 
 const WEATHER: [&str; 2] = ["rain falls on the hills", "a cold wind from the sea"];
 const MONEY: [&str; 2] = ["shares fell after the report", "a loan with low interest"];
@@ -22,6 +26,9 @@ struct Flags {
     /// The adapter that is written.
     #[arg(long, default_value = "target/bert.safetensors")]
     out: PathBuf,
+    /// Where to compute: cpu, cuda, cuda:N or metal
+    #[arg(long, default_value_t, value_name = "DEVICE")]
+    device: DeviceName,
 }
 
 struct Block {
@@ -108,7 +115,8 @@ fn pooled(x: &Tensor, keep: &Tensor) -> candle_core::Result<Tensor> {
 }
 
 fn main() -> Result<()> {
-    let (flags, device) = (Flags::parse(), Device::Cpu);
+    let flags = Flags::parse();
+    let device = flags.device.open()?;
     let path = |name| flags.model.join(name);
     let file = path("config.json");
     let text = std::fs::read(&file).map_err(|e| anyhow!("{}: {e}", file.display()))?;

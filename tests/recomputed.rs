@@ -314,7 +314,7 @@ fn a_second_run_that_differs_is_refused() -> candle_doft::Result<()> {
     let random = |x: &Tensor| candle_nn::ops::dropout(x, 0.5);
     refused(
         recomputed(&x, random),
-        &["`recomputed`: the second answer", "no random numbers"],
+        &["`recomputed`: the second output", "no random numbers"],
     );
 
     let (a, b) = (
@@ -369,7 +369,7 @@ fn a_second_run_that_differs_is_refused() -> candle_doft::Result<()> {
         let run = || dropping.forward(x);
         std::thread::scope(|threads| threads.spawn(run).join().unwrap())
     });
-    refused(elsewhere, &["the second answer of the block is off by"]);
+    refused(elsewhere, &["the second output of the block is off by"]);
 
     // A mode that is set between the two changes nothing: the second run is like the first.
     let y = recomputed(&x, move |x| layer.forward(x))?;

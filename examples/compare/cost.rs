@@ -8,9 +8,9 @@ use crate::support::memory;
 use crate::support::network::{BATCH, Net};
 use crate::support::progress;
 use crate::support::stats::{Interval, interval, mean, median};
-use crate::task::DigitsTask;
+use crate::task::{DigitsTask, Task};
 use anyhow::{Context, Result, ensure};
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use candle_doft::rng::SplitMix64;
 use serde::{Deserialize, Serialize};
 use std::process::Command;
@@ -41,14 +41,14 @@ pub struct Cost {
 /// The part of a child: some steps on a network that was never trained, which takes as long.
 pub fn probe(task: &DigitsTask, entry: Entry, steps: usize) -> Result<()> {
     let widths = task.widths();
-    let base = Net::new(widths, 0, &Device::Cpu)?.0.frozen();
+    let base = Net::new(widths, 0, &task.device)?.0.frozen();
     let mut rng = SplitMix64::new(1);
     let pixels: Vec<f32> = (0..BATCH * widths[0])
         .map(|_| rng.uniform() as f32)
         .collect();
     let labels: Vec<u32> = (0..BATCH).map(|_| rng.below(widths[3]) as u32).collect();
-    let images = Tensor::from_vec(pixels, (BATCH, widths[0]), &Device::Cpu)?;
-    let labels = Tensor::from_vec(labels, BATCH, &Device::Cpu)?;
+    let images = Tensor::from_vec(pixels, (BATCH, widths[0]), &task.device)?;
+    let labels = Tensor::from_vec(labels, BATCH, &task.device)?;
     let mut adapted = Adapted::new(&base, &Job::new(entry, 1e-4, 0))?;
     let mut seconds = Vec::new();
     for _ in 0..WARM + steps {
@@ -66,14 +66,22 @@ pub fn probe(task: &DigitsTask, entry: Entry, steps: usize) -> Result<()> {
 }
 
 /// Measures every method, one process at a time, in `rounds` rounds.
-pub fn measure(task: &str, entries: &[Entry], rounds: usize, steps: usize) -> Result<Vec<Cost>> {
+pub fn measure(
+    task: &DigitsTask,
+    entries: &[Entry],
+    rounds: usize,
+    steps: usize,
+) -> Result<Vec<Cost>> {
+    let (task, place) = (task.name(), task.place.to_string());
     let program = std::env::current_exe().context("where this program lies")?;
     let mut found: Vec<Vec<Found>> = vec![Vec::new(); entries.len()];
     let bar = progress::bar(rounds * entries.len(), "time, memory");
     for _ in 0..rounds {
         for (entry, found) in entries.iter().zip(&mut found) {
             let probe = serde_json::to_string(&(task, entry, steps))?;
-            let output = Command::new(&program).args(["--probe", &probe]).output();
+            let output = Command::new(&program)
+                .args(["--probe", &probe, "--device", &place])
+                .output();
             let output = output.context("cannot start a process to measure")?;
             ensure!(
                 output.status.success(),

@@ -31,6 +31,7 @@ use std::path::PathBuf;
 use summary::TaskSummary;
 use support::cli::positive;
 use support::cli::say;
+use support::device::DeviceName;
 use support::files;
 use sweep::{Bench, Plan};
 use task::{DigitsTask, Kind, Length, Task};
@@ -95,6 +96,9 @@ struct Flags {
     /// Takes in the runs of the --out of each shard, and says which rates the sweep lacks
     #[arg(long, num_args = 1.., value_name = "DIR")]
     merge: Vec<PathBuf>,
+    /// Where to compute: cpu, cuda, cuda:N or metal. The runs of an --out are all of one device
+    #[arg(long, default_value_t, value_name = "DEVICE")]
+    device: DeviceName,
     /// Times one method in this process
     #[arg(long, hide = true)]
     probe: Option<String>,
@@ -156,7 +160,7 @@ fn digits(flags: &Flags, name: &str) -> Result<DigitsTask> {
         "pairs" => Kind::Pairs,
         other => bail!("there is no task `{other}` on digits"),
     };
-    Ok(DigitsTask::new(kind, length(flags, kind)))
+    DigitsTask::new(kind, length(flags, kind), flags.device)
 }
 
 /// How wide to look, where the flags do not say it.
@@ -264,7 +268,7 @@ fn part(flags: &Flags, name: TaskName) -> Result<()> {
         TaskName::Pairs => Kind::Pairs,
         TaskName::Text => return work(&text(flags)?, &text_plan(flags)?, &text_entries(flags)),
     };
-    let task = DigitsTask::new(kind, length(flags, kind));
+    let task = DigitsTask::new(kind, length(flags, kind), flags.device)?;
     work(&task, &digits_plan(flags)?, &entries(flags, &task))
 }
 
@@ -276,7 +280,7 @@ fn bench<'a>(flags: &Flags, task: &'a dyn Task, plan: &'a Plan) -> Result<Bench<
 fn text(flags: &Flags) -> Result<text::TextTask> {
     let model = flags.model.as_deref().context("text has no --model")?;
     let steps = flags.steps.map_or(60, |steps| steps as usize);
-    text::TextTask::new(model, steps, if flags.quick { 4 } else { 24 })
+    text::TextTask::new(model, steps, if flags.quick { 4 } else { 24 }, flags.device)
 }
 
 fn text_plan(flags: &Flags) -> Result<Plan> {
@@ -314,7 +318,7 @@ fn digits_plan(flags: &Flags) -> Result<Plan> {
 }
 
 fn on_digits(flags: &Flags, kind: Kind) -> Result<(Vec<Run>, TaskSummary)> {
-    let task = &DigitsTask::new(kind, length(flags, kind));
+    let task = &DigitsTask::new(kind, length(flags, kind), flags.device)?;
     let plan = digits_plan(flags)?;
     let bench = bench(flags, task, &plan)?;
     let entries = entries(flags, task);
@@ -331,6 +335,6 @@ fn on_digits(flags: &Flags, kind: Kind) -> Result<(Vec<Run>, TaskSummary)> {
         summary.orthogonality = studies::orthogonality(&bench, doft.best_rate())?;
     }
     let (rounds, steps) = if flags.quick { (2, 10) } else { (7, 40) };
-    summary.costs = cost::measure(task.name(), &entries, rounds, steps)?;
+    summary.costs = cost::measure(task, &entries, rounds, steps)?;
     Ok((bench.store.runs(), summary))
 }

@@ -22,7 +22,12 @@ pub struct Adapted {
 impl Adapted {
     pub fn new(base: &Net<Linear>, job: &Job) -> Result<Self> {
         let method = job.entry.method(job.seed);
-        let builder = TunerBuilder::new(method, job.seed, &Device::Cpu)?;
+        let device = base
+            .layers()
+            .next()
+            .map(|(_, layer)| layer.weight().device());
+        let device = device.context("a network without layers")?;
+        let builder = TunerBuilder::new(method, job.seed, device)?;
         let net = base.each(|name, layer| builder.wrap_linear(name, layer.clone()))?;
         let tuner = builder.finish()?;
         let params = ParamsAdamW {
@@ -128,7 +133,9 @@ fn diverged(losses: &[f64], steps: usize, quality: &Quality, frozen: &Quality) -
 /// `||W_eff - W|| / ||W||` over all layers.
 fn weight_change(prepared: &Prepared, net: &Net<Tuned>) -> Result<f64> {
     let square = |x: &Tensor| -> Result<f64> {
-        let sum = x.to_dtype(DType::F64)?.sqr()?.sum_all()?;
+        // To the host first: Metal has no f64.
+        let x = x.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
+        let sum = x.sqr()?.sum_all()?;
         Ok(sum.to_scalar()?)
     };
     let (mut change, mut whole) = (0., 0.);
@@ -167,6 +174,9 @@ pub fn look(net: &Net<Tuned>, step: usize) -> Result<Option<Look>> {
 fn norm_drifts(layer: &DoftLinear) -> Result<Vec<f64>> {
     let norms = candle_doft::params::row_norms(&layer.effective_weight()?)?;
     let said = layer.magnitude()?;
-    let drift = (norms.div(&said)? - 1.)?.abs()?.to_dtype(DType::F64)?;
+    let drift = (norms.div(&said)? - 1.)?
+        .abs()?
+        .to_device(&Device::Cpu)?
+        .to_dtype(DType::F64)?;
     drift.to_vec1().context("the norms of the rows")
 }

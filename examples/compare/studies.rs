@@ -137,13 +137,21 @@ fn first_step(task: &DigitsTask, job: &Job) -> Result<(f64, f64)> {
         let crate::support::methods::Tuned::Adapted(layer) = layer else {
             continue;
         };
-        let r = layer.rotation()?.to_dtype(DType::F64)?;
+        let r = layer
+            .rotation()?
+            .to_device(&Device::Cpu)?
+            .to_dtype(DType::F64)?;
         let identity = Tensor::eye(r.dim(1)?, DType::F64, &Device::Cpu)?;
         let turned = r.broadcast_sub(&identity)?.sqr()?.sum(2)?.sqrt()?;
         turns.extend(turned.flatten_all()?.to_vec1::<f64>()?);
         let n0 = candle_doft::params::row_norms(base.weight())?;
         let change = (layer.magnitude()?.div(&n0)? - 1.)?.abs()?;
-        changes.extend(change.to_dtype(DType::F64)?.to_vec1::<f64>()?);
+        changes.extend(
+            change
+                .to_device(&Device::Cpu)?
+                .to_dtype(DType::F64)?
+                .to_vec1::<f64>()?,
+        );
     }
     Ok((
         crate::support::stats::mean(&turns),

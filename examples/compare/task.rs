@@ -1,6 +1,7 @@
 //! What is adapted to what: digits turned, and pairs of digits turned, mirrored, noisy and covered.
 
 use crate::record::{Job, Quality, Run};
+use crate::support::device::DeviceName;
 use crate::support::digits::{Digits, Examples, SIDE, Split};
 use crate::support::network::{BATCH, Net, accuracy};
 use anyhow::Result;
@@ -37,6 +38,15 @@ pub trait Task: Sync {
     fn batch(&self) -> usize;
 }
 
+/// Settings with the device, for runs of two are not the same to the bit. Those on a CPU are told by none:
+/// folders of runs were written before there was a choice.
+pub fn with_device(mut settings: Value, place: DeviceName) -> Value {
+    if place != DeviceName::Cpu {
+        settings["device"] = json!(place.to_string());
+    }
+    settings
+}
+
 /// The two tasks on digits.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Kind {
@@ -70,6 +80,8 @@ type Slot = Arc<Mutex<Option<Arc<Prepared>>>>;
 pub struct DigitsTask {
     pub kind: Kind,
     pub length: Length,
+    pub place: DeviceName,
+    pub device: Device,
     prepared: Mutex<BTreeMap<u64, Slot>>,
 }
 
@@ -83,12 +95,14 @@ const TRAIN_PAIRS: usize = 4096;
 const HELD_PAIRS: usize = 400;
 
 impl DigitsTask {
-    pub fn new(kind: Kind, length: Length) -> Self {
-        Self {
+    pub fn new(kind: Kind, length: Length, place: DeviceName) -> Result<Self> {
+        Ok(Self {
             kind,
             length,
+            place,
+            device: place.open()?,
             prepared: Mutex::default(),
-        }
+        })
     }
 
     pub fn widths(&self) -> [usize; 4] {
@@ -116,8 +130,8 @@ impl DigitsTask {
     fn make(&self, seed: u64) -> Result<Prepared> {
         let split = Digits::load()?.split(seed);
         let (upright, original, data) = match self.kind {
-            Kind::Turned => turned(&split)?,
-            Kind::Pairs => pairs(&split, seed)?,
+            Kind::Turned => turned(&split, &self.device)?,
+            Kind::Pairs => pairs(&split, seed, &self.device)?,
         };
         let [train, validation, test] = data;
         let steps = self.length.base_steps;
@@ -148,7 +162,7 @@ impl Task for DigitsTask {
     }
 
     fn settings(&self) -> Value {
-        json!({
+        let settings = json!({
             "version": env!("CARGO_PKG_VERSION"),
             "task": self.name(),
             "steps": self.length.steps,
@@ -156,7 +170,8 @@ impl Task for DigitsTask {
             "base_steps": self.length.base_steps,
             "batch": BATCH,
             "target": self.target(),
-        })
+        });
+        with_device(settings, self.place)
     }
 
     fn prepare(&self, seed: u64) -> Result<()> {
@@ -206,8 +221,8 @@ impl Prepared {
 /// What the network learns first, the test of that, and the splits to adapt to.
 type Parts = (Examples, Examples, [Examples; 3]);
 
-fn turned(split: &Split) -> Result<Parts> {
-    let of = |digits: &Digits| digits.examples(&Device::Cpu);
+fn turned(split: &Split, device: &Device) -> Result<Parts> {
+    let of = |digits: &Digits| digits.examples(device);
     let to = split.turned();
     Ok((
         of(&split.train)?,
@@ -216,13 +231,14 @@ fn turned(split: &Split) -> Result<Parts> {
     ))
 }
 
-fn pairs(split: &Split, seed: u64) -> Result<Parts> {
+fn pairs(split: &Split, seed: u64, device: &Device) -> Result<Parts> {
     let draw = |digits: &Digits, count: usize, stream: u64, shifted: bool| {
         pair_up(
             digits,
             count,
             seed.wrapping_mul(16).wrapping_add(stream),
             shifted,
+            device,
         )
     };
     Ok((
@@ -237,7 +253,13 @@ fn pairs(split: &Split, seed: u64) -> Result<Parts> {
 }
 
 /// `count` images of two digits of one split, side by side.
-fn pair_up(digits: &Digits, count: usize, seed: u64, shifted: bool) -> Result<Examples> {
+fn pair_up(
+    digits: &Digits,
+    count: usize,
+    seed: u64,
+    shifted: bool,
+    device: &Device,
+) -> Result<Examples> {
     let mut rng = SplitMix64::new(seed ^ 0x70_6169_7273);
     let seen = if shifted {
         digits.turned()
@@ -271,5 +293,5 @@ fn pair_up(digits: &Digits, count: usize, seed: u64, shifted: bool) -> Result<Ex
         pixels.extend(image);
         labels.push(digits.labels[two[0]] * 10 + digits.labels[two[1]]);
     }
-    Ok(Examples::new(pixels, labels, &Device::Cpu)?)
+    Ok(Examples::new(pixels, labels, device)?)
 }

@@ -1,12 +1,13 @@
 //! The task on a language model: *The Devil's Dictionary*, through the code of `finetune`.
 
 use crate::record::{Job, Quality, Run};
+use crate::support::device::DeviceName;
 use crate::support::llm::data::{Batch, Data, Order, Sequence};
 use crate::support::llm::open;
 use crate::support::llm::tokenizer::Text;
 use crate::support::llm::train::{StepOptions, Team, Trainer};
 use crate::support::llm::weights::Weights;
-use crate::task::Task;
+use crate::task::{Task, with_device};
 use anyhow::{Result, ensure};
 use candle_core::Device;
 use candle_doft::train::Schedule;
@@ -41,12 +42,15 @@ pub struct TextTask {
     frozen: Quality,
     steps: usize,
     held_out: usize,
+    place: DeviceName,
+    device: Device,
 }
 
 impl TextTask {
     /// Half of the held-out text chooses, the other half reports; `held_out` sequences of each.
-    pub fn new(model: &str, steps: usize, held_out: usize) -> Result<Self> {
-        let weights = Weights::open(&open::locate(model)?, false, &Device::Cpu)?;
+    pub fn new(model: &str, steps: usize, held_out: usize, place: DeviceName) -> Result<Self> {
+        let device = place.open()?;
+        let weights = Weights::open(&open::locate(model)?, false, &device)?;
         ensure!(
             LENGTH <= weights.config.context,
             "the model's context of {} is less than {LENGTH} tokens; choose another --model",
@@ -81,9 +85,11 @@ impl TextTask {
             },
             steps,
             held_out,
+            place,
+            device,
         };
         let nothing = crate::support::methods::Method::Frozen;
-        let frozen = Trainer::new(&task.weights, nothing, 0, &[], &Device::Cpu)?;
+        let frozen = Trainer::new(&task.weights, nothing, 0, &[], &task.device)?;
         task.frozen = task.quality(&frozen)?;
         Ok(task)
     }
@@ -112,7 +118,7 @@ impl Task for TextTask {
     }
 
     fn settings(&self) -> Value {
-        json!({
+        let settings = json!({
             "version": env!("CARGO_PKG_VERSION"),
             "task": self.name(),
             "model": self.name,
@@ -121,7 +127,8 @@ impl Task for TextTask {
             "batch": BATCH,
             "length": LENGTH,
             "held_out": self.held_out,
-        })
+        });
+        with_device(settings, self.place)
     }
 
     fn prepare(&self, _seed: u64) -> Result<()> {
@@ -134,7 +141,7 @@ impl Task for TextTask {
             "text knows no studies of the rotation"
         );
         let method = job.entry.method(job.seed);
-        let mut trainer = Trainer::new(&self.weights, method, job.seed, &[], &Device::Cpu)?;
+        let mut trainer = Trainer::new(&self.weights, method, job.seed, &[], &self.device)?;
         let schedule = Schedule::cosine(self.steps as u64 / 20, self.steps as u64);
         let mut order = Order::new(job.seed, self.train.len());
         let mut curve = vec![(0, self.frozen.validation, self.frozen.test)];
@@ -155,7 +162,7 @@ impl Task for TextTask {
                 clip: CLIP,
                 again: false,
             };
-            let batch = Batch::new(&chosen, &Device::Cpu)?;
+            let batch = Batch::new(&chosen, &self.device)?;
             match trainer.step(team, &[batch], options) {
                 Ok(_) => made += 1,
                 Err(error) if is_divergence(&error) => break,

@@ -18,6 +18,7 @@ use clap::Parser;
 use serde::Serialize;
 use std::path::PathBuf;
 use support::cli::positive;
+use support::device::DeviceName;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -90,6 +91,9 @@ pub(crate) struct Flags {
     /// A GGUF file, a folder in Hugging Face layout, or a name on the hub (owner/model)
     #[arg(long)]
     pub(crate) model: String,
+    /// Where to compute: cpu, cuda, cuda:N or metal
+    #[arg(long, default_value_t, value_name = "DEVICE")]
+    pub(crate) device: DeviceName,
     /// Folder for adapter.safetensors, checkpoint.safetensors, metrics.jsonl and loss.svg
     #[arg(long)]
     pub(crate) out: PathBuf,

@@ -127,19 +127,22 @@ pub(crate) fn write(
         .with_context(|| format!("cannot write {}", file.display()))
 }
 
-/// Every tensor by its Hugging Face name: what was dense in its own dtype, what was quantized in f32.
+/// Every tensor by its Hugging Face name, on the host: what was dense in its own dtype, what was quantized in f32.
 fn tensors(weights: &Weights, model: &Model) -> Result<BTreeMap<String, Tensor>> {
     let bar = progress::bar(weights.names().len(), "merge");
     let mut all = BTreeMap::new();
     for name in weights.names() {
-        all.insert(name.to_string(), weights.stored(name)?);
+        all.insert(
+            name.to_string(),
+            weights.stored(name)?.to_device(&Device::Cpu)?,
+        );
         bar.inc(1);
     }
     for (path, layer) in model.linears() {
         let name = format!("{path}.weight");
-        let merged = layer.merge()?;
+        let merged = layer.merge()?.weight().to_device(&Device::Cpu)?;
         let dtype = all.get(&name).map_or(DType::F32, Tensor::dtype);
-        all.insert(name, merged.weight().to_dtype(dtype)?.contiguous()?);
+        all.insert(name, merged.to_dtype(dtype)?.contiguous()?);
     }
     bar.finish_and_clear();
     Ok(all)

@@ -37,8 +37,8 @@ pub(crate) fn run(flags: &Flags, group: &dyn Processes) -> Result<()> {
     lead(group, || files::make_folder(&flags.out))?;
     // The first one downloads what is on the hub.
     lead(group, || open::locate(&flags.model).map(drop))?;
-    let (weights, text, data) = agree(group, read(flags))?;
-    let session = Session::new(flags, group, weights, text, data);
+    let read = agree(group, read(flags))?;
+    let session = Session::new(flags, group, read);
     let mut session = agree(group, session)?;
     check_same(group, flags, &session.weights, &session.data)?;
     note_shares(group, flags);
@@ -71,8 +71,9 @@ pub(crate) fn run(flags: &Flags, group: &dyn Processes) -> Result<()> {
 }
 
 /// What a run is made of.
-fn read(flags: &Flags) -> Result<(Weights, Text, Data)> {
-    let weights = Weights::open(&open::locate(&flags.model)?, flags.dequantize, &Device::Cpu)?;
+fn read(flags: &Flags) -> Result<(Weights, Text, Data, Device)> {
+    let device = flags.device.open()?;
+    let weights = Weights::open(&open::locate(&flags.model)?, flags.dequantize, &device)?;
     let text = Text::open(&weights)?;
     if let Some(folder) = &flags.merge_to {
         merged::check(folder, &weights)?;
@@ -85,7 +86,7 @@ fn read(flags: &Flags) -> Result<(Weights, Text, Data)> {
     );
     let data = Data::open(flags.data.as_deref(), &text, flags.seq, flags.seed)?;
     check_memory(flags, &weights.config, &data)?;
-    Ok((weights, text, data))
+    Ok((weights, text, data, device))
 }
 
 /// Milliseconds for which freed pages are kept: with more a step is faster, and the peak higher.
@@ -120,11 +121,8 @@ impl<'a> Session<'a> {
     fn new(
         flags: &'a Flags,
         group: &'a dyn Processes,
-        weights: Weights,
-        text: Text,
-        data: Data,
+        (weights, text, data, device): (Weights, Text, Data, Device),
     ) -> Result<Self> {
-        let device = Device::Cpu;
         ensure!(
             flags.method != MethodName::None || group.size() == 1,
             "--method none trains nothing that {} processes could share; start one",

@@ -11,7 +11,6 @@ mod prompts;
 mod support;
 
 use anyhow::{Context, Result};
-use candle_core::Device;
 use candle_doft::merge::{Merge, Strength};
 use candle_doft::{Adapter, Adapters, DoftConfig, Mode, Targets};
 use clap::Parser;
@@ -22,6 +21,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 use support::cli::{print, say};
+use support::device::DeviceName;
 use support::llm::model::Model;
 use support::llm::open;
 use support::llm::sample::{Pass, Sampling, answer, answers, check};
@@ -77,6 +77,9 @@ struct Flags {
     /// Expands quantized and half weights to f32
     #[arg(long)]
     dequantize: bool,
+    /// Where to compute: cpu, cuda, cuda:N or metal
+    #[arg(long, default_value_t, value_name = "DEVICE")]
+    device: DeviceName,
     /// Merges the adapter before it runs
     #[arg(long, requires = "adapter")]
     merge: bool,
@@ -134,7 +137,7 @@ fn run(flags: &Flags) -> Result<()> {
 
 /// One prompt, under no adapter or one.
 fn one(flags: &Flags, prompt: &str) -> Result<()> {
-    let device = Device::Cpu;
+    let device = flags.device.open()?;
     let mut weights = Weights::open(&open::locate(&flags.model)?, flags.dequantize, &device)?;
     let text = Text::open(&weights)?;
     let builder = match flags.adapter.first().map(|adapter| &adapter.file) {
@@ -191,7 +194,7 @@ struct Served {
 
 impl Served {
     fn open(flags: &Flags) -> Result<Self> {
-        let device = Device::Cpu;
+        let device = flags.device.open()?;
         let weights = Weights::open(&open::locate(&flags.model)?, flags.dequantize, &device)?;
         let text = Text::open(&weights)?;
         let nothing = DoftConfig::default().with_targets(Targets::None);

@@ -15,8 +15,8 @@ use clap::Parser;
 use serde::Serialize;
 use std::path::PathBuf;
 use std::time::Instant;
-use support::cli::DeviceName;
 use support::cli::say;
+use support::device::DeviceName;
 use support::digits::{Batches, Digits, Split};
 use support::network::{BATCH, Net, accuracy, max_abs_diff, predictions};
 use support::{files, progress};
@@ -43,8 +43,8 @@ struct Flags {
     /// chosen on the validation split
     #[arg(long, default_value_t = 0.1, value_parser = support::cli::positive)]
     lr: f64,
-    /// Where to compute
-    #[arg(long, value_enum, default_value_t = DeviceName::Cpu)]
+    /// Where to compute: cpu, cuda, cuda:N or metal
+    #[arg(long, default_value_t, value_name = "DEVICE")]
     device: DeviceName,
 }
 

@@ -1,8 +1,7 @@
-//! What command lines have in common: devices, numbers, flags to read an adapter by, and exit codes: 0 done,
+//! What command lines have in common: numbers, flags to read an adapter by, and exit codes: 0 done,
 //! 1 an error of data or files, 2 wrong arguments (clap's own).
 
 use anyhow::Context;
-use candle_core::Device;
 use candle_doft::Map;
 use candle_doft::file::{Divisor, LoadOptions, components, is_component};
 use candle_doft::merge::NameTable;
@@ -12,24 +11,6 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-
-/// Where to compute.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum DeviceName {
-    Cpu,
-    Cuda,
-    Metal,
-}
-
-impl DeviceName {
-    pub fn open(self) -> candle_core::Result<Device> {
-        match self {
-            Self::Cpu => Ok(Device::Cpu),
-            Self::Cuda => Device::new_cuda(0),
-            Self::Metal => Device::new_metal(0),
-        }
-    }
-}
 
 /// What an adapter file is read by, whatever it says itself.
 #[derive(clap::Args, Clone, Debug)]

@@ -4,6 +4,7 @@
 
 pub mod cli;
 pub mod context;
+pub mod device;
 pub mod digits;
 pub mod files;
 pub mod llm;

@@ -33,7 +33,7 @@ use std::collections::{BTreeMap, HashSet};
 /// # Ok::<(), candle_doft::Error>(())
 /// ```
 #[derive(Clone, Debug)]
-#[must_use = "each `with_` answers the changed group"]
+#[must_use = "each `with_` returns the changed group"]
 pub struct Group {
     vars: Vec<(String, Var)>,
     rate: f64,

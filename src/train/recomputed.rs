@@ -8,12 +8,12 @@ use std::collections::HashSet;
 
 const NAME: &str = "recomputed";
 
-/// Runs `block(x)` and keeps `x` and the answer alone. The backward pass runs the block again to have its
+/// Runs `block(x)` and keeps `x` and its output alone. The backward pass runs the block again to have its
 /// activations: a second forward pass, paid for the memory of one block instead of all.
 ///
 /// Gradients are those of `block(x)` without it: to `x`, and to every trainable tensor that the block uses, of any
 /// number of adapters and layers of your own. The graph of the first run says which they are. Their values are
-/// copied once per call, beside the answer.
+/// copied once per call, beside the output.
 ///
 /// The second run is like the first: dropout of adapted layers draws the same masks, each layer runs under the adapter
 /// and [`Mode`](crate::Mode) that it ran under, whatever scope or thread the backward pass is in, and blocks may be
@@ -30,8 +30,8 @@ const NAME: &str = "recomputed";
 ///
 /// Those of the block; in the backward pass also [`Error::Argument`]:
 ///
-/// * if the second run differs from the first: it ran other layers, used other trainable tensors, or gave another
-///   answer, as with random numbers of its own or an optimizer step in between;
+/// * if the second run differs from the first: it ran other layers, used other trainable tensors, or returned another
+///   output, as with random numbers of its own or an optimizer step in between;
 /// * if no gradient reaches `x`, or one of the trainable tensors: some operation of the block cuts the graph.
 ///
 /// # Examples
@@ -62,17 +62,17 @@ pub fn recomputed<F>(x: &Tensor, block: F) -> Result<Tensor>
 where
     F: Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
 {
-    let (answer, log) = recorded(|| block(&x.detach()));
-    let answer = answer?;
-    let used = variables(&answer);
-    let answer = answer.detach();
+    let (output, log) = recorded(|| block(&x.detach()));
+    let output = output?;
+    let used = variables(&output);
+    let output = output.detach();
     if used.is_empty() && !x.track_op() {
-        return Ok(answer);
+        return Ok(output);
     }
     let others = joined(&used, x)?;
     let again = Again { block, log, used };
-    let back = move |x: &Tensor, answer: &Tensor, dy: &Tensor| again.gradients(x, answer, dy);
-    graft::grafted(x, &others, answer, Box::new(back))
+    let back = move |x: &Tensor, output: &Tensor, dy: &Tensor| again.gradients(x, output, dy);
+    graft::grafted(x, &others, output, Box::new(back))
 }
 
 /// The trainable tensors that a value depends on, in an order that the graph sets.
@@ -122,7 +122,7 @@ impl<F: Fn(&Tensor) -> Result<Tensor>> Again<F> {
     fn gradients(
         &self,
         x: &Tensor,
-        answer: &Tensor,
+        output: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let detached = x.detach();
@@ -133,7 +133,7 @@ impl<F: Fn(&Tensor) -> Result<Tensor>> Again<F> {
         let x = input.as_ref().map_or(&detached, Var::as_tensor);
         let (y, same) = replayed(&self.log, || (self.block)(x));
         let y = y?;
-        self.check(x, &y, answer, same)?;
+        self.check(x, &y, output, same)?;
         let grads = graft::upstream(&y, dy)?.backward()?;
         let dx = match &input {
             None => None,
@@ -161,7 +161,7 @@ impl<F: Fn(&Tensor) -> Result<Tensor>> Again<F> {
     }
 
     /// Returns an error if the second run was not like the first.
-    fn check(&self, x: &Tensor, y: &Tensor, answer: &Tensor, same: bool) -> Result<()> {
+    fn check(&self, x: &Tensor, y: &Tensor, output: &Tensor, same: bool) -> Result<()> {
         let first: HashSet<_> = self.used.iter().map(Tensor::id).collect();
         let again = variables(y).into_iter().map(|one| one.id());
         let again: HashSet<_> = again.filter(|id| *id != x.id()).collect();
@@ -177,20 +177,20 @@ impl<F: Fn(&Tensor) -> Result<Tensor>> Again<F> {
             return differs("the second run of the block", found, &expected);
         }
         let described = |of: &Tensor| format!("{:?} of {:?}", of.dims(), of.dtype());
-        if y.dims() != answer.dims() || y.dtype() != answer.dtype() {
+        if y.dims() != output.dims() || y.dtype() != output.dtype() {
             return differs(
-                "the second answer of the block",
+                "the second output of the block",
                 described(y),
-                &described(answer),
+                &described(output),
             );
         }
-        let (off, largest) = (largest(&(y.detach() - answer.detach())?)?, largest(answer)?);
+        let (off, largest) = (largest(&(y.detach() - output.detach())?)?, largest(output)?);
         // Rounding may differ where sums are made in no fixed order; what was drawn anew is further off.
         if off > rounding(y.dtype()) * largest {
             let found = format!("off by {off:.1e} where the largest value is {largest:.1e}");
             let expected = "the first: no random numbers but the dropout of adapted layers, no step of an \
                             optimizer in between";
-            return differs("the second answer of the block", found, expected);
+            return differs("the second output of the block", found, expected);
         }
         Ok(())
     }

@@ -231,3 +231,39 @@ fn a_folder_that_cannot_be_written_to_is_told_before_the_work() {
         "{said}"
     );
 }
+
+#[test]
+fn a_device_is_refused_in_plain_words_before_anything_is_read() {
+    let home = tempfile::tempdir().unwrap();
+    let out = home.path().join("out");
+    let programs: [(&str, &[&str]); 5] = [
+        ("quickstart", &["--out", path(&out)]),
+        ("finetune", &["--model", "none.gguf", "--out", path(&out)]),
+        ("generate", &["--model", "none.gguf", "--prompt", "?"]),
+        ("compare", &["--out", path(&out)]),
+        ("bert", &["--model", "none"]),
+    ];
+    let mut refused = vec![
+        ("tpu", "expected cpu, cuda, cuda:N or metal"),
+        ("cuda:", "expected the number of a card after `cuda:`"),
+        ("cuda:+1", "as in cuda:1, and found `+1`"),
+        ("cpu:1", "expected cpu, cuda, cuda:N or metal"),
+    ];
+    if !cfg!(feature = "cuda") {
+        refused.push(("cuda:1", "cargo build --release --features cuda --examples"));
+    }
+    if !cfg!(feature = "metal") {
+        refused.push(("metal", "without the feature `metal`"));
+    }
+    for (name, arguments) in programs {
+        for (device, expected) in &refused {
+            let Some(run) = run(name, &[arguments, &["--device", device]].concat()) else {
+                return;
+            };
+            let told = String::from_utf8_lossy(&run.stderr);
+            assert_eq!(run.status.code(), Some(2), "{name} {device}: {told}");
+            assert!(told.contains(expected), "{name} {device}: {told}");
+            assert!(!out.exists(), "{name} {device}");
+        }
+    }
+}

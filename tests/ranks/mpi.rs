@@ -2,8 +2,11 @@
 
 use crate::common::programs::mpirun;
 use crate::run::{Fault, Plan, train};
+use crate::sharded::compare;
 use candle_doft::train::parallel::{Alone, open};
+use candle_doft::{DoftConfig, Magnitude};
 use std::io::Read;
+use std::path::Path;
 use std::process::{Child, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -30,11 +33,15 @@ fn ended(child: &mut Child, patience: Duration) -> ExitStatus {
 /// Runs `child` on this many ranks: exit code, all that was printed, and how long the end took after the
 /// fault.
 fn run(ranks: usize, settings: &str) -> Option<(Option<i32>, String, Duration)> {
+    run_child(ranks, "mpi::child", settings)
+}
+
+fn run_child(ranks: usize, child: &str, settings: &str) -> Option<(Option<i32>, String, Duration)> {
     let mut command = mpirun()?;
     let mut child = command
         .args(["-n", &ranks.to_string()])
         .arg(std::env::current_exe().unwrap())
-        .args(["--exact", "mpi::child", "--ignored", "--nocapture"])
+        .args(["--exact", child, "--ignored", "--nocapture"])
         .env("CANDLE_DOFT_RANKS", settings)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -166,4 +173,31 @@ fn who_is_asked_to_stop_stops_all_processes_after_the_step() {
     };
     assert_eq!(code, Some(0), "{out}");
     assert_eq!(out.matches("made 3 steps").count(), 4, "{out}");
+}
+
+/// One rank of the test below.
+#[test]
+#[ignore = "it is run by another"]
+fn sharded_child() {
+    let Ok(file) = std::env::var("CANDLE_DOFT_RANKS") else {
+        return;
+    };
+    // MPI is opened once in a process.
+    let config = DoftConfig::default()
+        .with_block_size(8)
+        .with_magnitude(Magnitude::Absolute);
+    compare(open().unwrap(), &config, Path::new(&file)).unwrap();
+    println!("THE SAME");
+}
+
+#[test]
+fn processes_with_parts_of_the_layers_compute_what_one_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("adapter.safetensors");
+    let Some((code, out, _)) = run_child(2, "mpi::sharded_child", file.to_str().unwrap()) else {
+        return;
+    };
+    assert_eq!(code, Some(0), "{out}");
+    assert_eq!(out.matches("THE SAME").count(), 2, "{out}");
+    assert!(file.exists());
 }

@@ -1,76 +1,19 @@
-//! Layers of which each rank has a part: what has to travel so that two ranks compute what one does. The page
-//! of `train::parallel` has the table.
+//! Layers of which each rank holds a part compute what whole layers do in one process: forward, every gradient, and
+//! the adapter file.
 
-use crate::common::tensors::{CPU, disturb, named, seeded, wrapped};
-use crate::threads::{Rank, on_ranks};
-use candle_core::{CpuStorage, CustomOp1, DType, Layout, Module, Result, Shape, Tensor, Var};
-use candle_doft::DoftConfig;
-use candle_doft::train::parallel::Processes;
-use candle_nn::Linear;
+use crate::common::tensors::{CPU, disturb, named, seeded};
+use crate::threads::on_ranks;
+use candle_core::{DType, Tensor, Var};
+use candle_doft::train::parallel::{
+    self, ColumnParallel, DoftColumnParallel, DoftRowParallel, Exchange, Processes, RowParallel,
+};
+use candle_doft::{Adapter, DoftConfig, DoftLinear, Error, Magnitude, Result, frozen};
+use candle_nn::{Linear, Module, VarBuilder, VarMap};
 use std::collections::BTreeMap;
+use std::path::Path;
 
-const RANKS: usize = 2;
 const WIDTHS: [usize; 3] = [32, 48, 40];
-
-/// Over ranks, in their order.
-fn summed(rank: &Rank, values: &[f64]) -> Vec<f64> {
-    let send: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-    let mut received = vec![0; send.len() * rank.size()];
-    rank.all_gather(&send, &mut received).unwrap();
-    let mut sum = vec![0.; values.len()];
-    for row in received.chunks_exact(send.len()) {
-        for (sum, bytes) in sum.iter_mut().zip(row.chunks_exact(8)) {
-            *sum += f64::from_le_bytes(bytes.try_into().unwrap());
-        }
-    }
-    sum
-}
-
-fn sum(rank: &Rank, x: &Tensor) -> Result<Tensor> {
-    let values = x.flatten_all()?.to_vec1::<f64>()?;
-    Tensor::from_vec(summed(rank, &values), x.shape(), &CPU)
-}
-
-fn held<'a>(storage: &'a CpuStorage, layout: &Layout) -> &'a [f64] {
-    let (start, end) = layout.contiguous_offsets().unwrap();
-    &storage.as_slice::<f64>().unwrap()[start..end]
-}
-
-/// Before layers that are split by their outputs: the input is whole, its gradient a sum.
-struct Enter(Rank);
-
-impl CustomOp1 for Enter {
-    fn name(&self) -> &'static str {
-        "enter"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let same = held(x, layout).to_vec();
-        Ok((CpuStorage::F64(same), layout.shape().clone()))
-    }
-
-    fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        sum(&self.0, grad).map(Some)
-    }
-}
-
-/// Behind layers that are split by their inputs: the output is a sum, its gradient whole.
-struct Leave(Rank);
-
-impl CustomOp1 for Leave {
-    fn name(&self) -> &'static str {
-        "leave"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let all = summed(&self.0, held(x, layout));
-        Ok((CpuStorage::F64(all), layout.shape().clone()))
-    }
-
-    fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        Ok(Some(grad.clone()))
-    }
-}
+const PATHS: [&str; 2] = ["up", "down"];
 
 fn weights() -> Result<[Linear; 2]> {
     let layer = |i: usize| -> Result<Linear> {
@@ -81,52 +24,37 @@ fn weights() -> Result<[Linear; 2]> {
     Ok([layer(0)?, layer(1)?])
 }
 
-/// Gradients by layer and name, and of the input.
+fn part(x: &Tensor, dim: usize, group: &Exchange) -> Result<Tensor> {
+    let part = x.dim(dim)? / group.size();
+    Ok(x.narrow(dim, group.rank() * part, part)?.contiguous()?)
+}
+
+/// Rows of the first layer with their bias, columns of the last with all of it.
+fn parts(group: &Exchange) -> Result<[Linear; 2]> {
+    let [up, down] = weights()?;
+    let bias = up.bias().map(|bias| part(bias, 0, group)).transpose()?;
+    let up = Linear::new(part(up.weight(), 0, group)?, bias);
+    let down = Linear::new(part(down.weight(), 1, group)?, down.bias().cloned());
+    Ok([up, down])
+}
+
+/// What came out of two layers: output, gradient of the input, and of each parameter by its name.
 struct Pass {
     output: Tensor,
-    input: Tensor,
-    grads: [BTreeMap<String, Tensor>; 2],
+    grads: BTreeMap<String, Tensor>,
 }
 
-/// Two layers, with what is around them; `part` cuts a parameter of a layer to what the layers have.
-fn pass(
-    layers: [Linear; 2],
-    part: impl Fn(usize, &str, &Tensor) -> Result<Tensor>,
-    enter: impl Fn(&Tensor) -> Result<Tensor>,
-    leave: impl Fn(&Tensor) -> Result<Tensor>,
-) -> Result<Pass> {
-    let config = DoftConfig::default().with_block_size(8);
-    let (mut doft, mut vars) = (Vec::new(), Vec::new());
-    for (i, (whole, mine)) in weights()?.into_iter().zip(layers).enumerate() {
-        // Parameters away from the start, the same on all ranks.
-        let (_, all) = wrapped(&whole, &config)?;
-        disturb(&all, 0.2)?;
-        let (layer, map) = wrapped(&mine, &config)?;
-        let all: BTreeMap<String, Var> = named(&all, []).into_iter().collect();
-        for (name, var) in named(&map, []) {
-            var.set(&part(i, &name, all[&name].as_tensor())?.contiguous()?)?;
-        }
-        doft.push(layer);
-        vars.push(named(&map, []));
-    }
-    let x = Var::from_tensor(&seeded((5, WIDTHS[0]), 30))?;
-    let hidden = doft[0].forward(&enter(x.as_tensor())?)?.tanh()?;
-    let output = leave(&doft[1].forward(&hidden)?)?;
+fn pass(up: &dyn Module, down: &dyn Module, varmap: &VarMap) -> Result<Pass> {
+    let x = Var::from_tensor(&seeded((2, 3, WIDTHS[0]), 30))?;
+    let output = down.forward(&up.forward(x.as_tensor())?.tanh()?)?;
     let uneven = seeded(output.dims(), 31);
     let store = (&output * uneven)?.sum_all()?.backward()?;
-    let of = |vars: &[(String, Var)]| -> BTreeMap<String, Tensor> {
-        let grad = |(name, var): &(String, Var)| (name.clone(), store.get(var).unwrap().clone());
-        vars.iter().map(grad).collect()
-    };
+    let vars = named(varmap, [("the input", &x)]).into_iter();
+    let grads = vars.map(|(name, var)| (name, store.get(&var).unwrap().clone()));
     Ok(Pass {
-        input: store.get(&x).unwrap().clone(),
-        grads: [of(&vars[0]), of(&vars[1])],
+        grads: grads.collect(),
         output: output.detach(),
     })
-}
-
-fn is_rotation(name: &str) -> bool {
-    name.contains("oft_R")
 }
 
 fn assert_same(what: &str, found: &Tensor, expected: &Tensor) -> Result<()> {
@@ -138,47 +66,223 @@ fn assert_same(what: &str, found: &Tensor, expected: &Tensor) -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn two_ranks_with_halves_of_the_layers_compute_what_one_does() -> Result<()> {
-    let whole = |_: usize, _: &str, all: &Tensor| Ok(all.clone());
-    let copy = |x: &Tensor| Ok(x.clone());
-    let one = pass(weights()?, whole, copy, copy)?;
-    assert_eq!(one.output.dtype(), DType::F64);
-    let half = |x: &Tensor, dim: usize, rank: usize| {
-        let part = x.dim(dim)? / RANKS;
-        x.narrow(dim, rank * part, part)
-    };
-    let work = |rank: &Rank| -> Result<Pass> {
-        let [first, last] = weights()?;
-        let me = rank.rank();
-        // Outputs of the first, inputs of the last; its bias on one rank.
-        let bias = first.bias().map(|bias| half(bias, 0, me)).transpose()?;
-        let column = Linear::new(half(first.weight(), 0, me)?.contiguous()?, bias);
-        let bias = last.bias().filter(|_| me == 0).cloned();
-        let row = Linear::new(half(last.weight(), 1, me)?.contiguous()?, bias);
-        let part = |layer: usize, name: &str, all: &Tensor| match (layer, is_rotation(name)) {
-            (0, false) | (1, true) => half(all, 0, me),
-            _ => Ok(all.clone()),
-        };
-        let enter = |x: &Tensor| x.contiguous()?.apply_op1(Enter(rank.clone()));
-        let leave = |x: &Tensor| x.contiguous()?.apply_op1(Leave(rank.clone()));
-        pass([column, row], part, enter, leave)
-    };
-    let ranks: Vec<Pass> = on_ranks(RANKS, work).0.into_iter().collect::<Result<_>>()?;
-    for rank in &ranks {
-        assert_same("the output", &rank.output, &one.output)?;
-        assert_same("the gradient of the input", &rank.input, &one.input)?;
+/// What a rank has of a parameter, or of its gradient.
+fn mine(name: &str, whole: &Tensor, shared: bool, group: &Exchange) -> Result<Tensor> {
+    match (name.starts_with("up"), name.contains("oft_R")) {
+        (true, false) => part(whole, 0, group),
+        (false, true) if name != "the input" && !shared => part(whole, 0, group),
+        _ => Ok(whole.clone()),
     }
-    for (layer, expected) in one.grads.iter().enumerate() {
-        assert_eq!(expected.len(), 2, "{:?}", expected.keys());
-        for (name, expected) in expected {
-            let parts = [0, 1].map(|rank: usize| &ranks[rank].grads[layer][name]);
-            let joined = match (layer, is_rotation(name)) {
-                (0, false) | (1, true) => Tensor::cat(&parts, 0)?,
-                _ => (parts[0] + parts[1])?,
-            };
-            assert_same(&format!("layer {layer}: {name}"), &joined, expected)?;
+}
+
+/// The layers in one process, their parameters away from the start.
+fn whole(config: &DoftConfig) -> Result<([DoftLinear; 2], VarMap)> {
+    let varmap = VarMap::new();
+    let vb = VarBuilder::from_varmap(&varmap, DType::F64, &CPU);
+    let [up, down] = weights()?;
+    let up = DoftLinear::new(up, config, vb.pp(PATHS[0]))?;
+    let down = DoftLinear::new(down, config, vb.pp(PATHS[1]))?;
+    disturb(&varmap, 0.2)?;
+    Ok(([up, down], varmap))
+}
+
+/// One rank of the comparison, under any engine. `file` is one that all ranks can reach.
+pub fn compare(group: Box<dyn Processes>, config: &DoftConfig, file: &Path) -> Result<()> {
+    let group = Exchange::new(group);
+    let (layers, all) = whole(config)?;
+    let one = pass(&layers[0], &layers[1], &all)?;
+    assert_eq!(one.output.dtype(), DType::F64);
+
+    let varmap = VarMap::new();
+    let vb = VarBuilder::from_varmap(&varmap, DType::F64, &CPU);
+    let [up, down] = parts(&group)?;
+    let up = DoftColumnParallel::new(up, config, &group, vb.pp(PATHS[0]))?;
+    let down = DoftRowParallel::new(down, config, &group, vb.pp(PATHS[1]))?;
+    let norms = down.params().norms();
+    let [_, base] = weights()?;
+    let expected = candle_doft::params::row_norms(base.weight())?;
+    assert_same("the norms", norms, &expected)?;
+    let all: BTreeMap<String, Var> = named(&all, []).into_iter().collect();
+    let vars = named(&varmap, []);
+    assert_eq!(vars.len(), all.len());
+    for (name, var) in vars {
+        let value = all[&name].as_tensor();
+        var.set(&mine(&name, value, config.block_share, &group)?)?;
+    }
+
+    let found = pass(&up, &down, &varmap)?;
+    assert_same("the output", &found.output, &one.output)?;
+    assert_eq!(found.grads.len(), one.grads.len());
+    for (name, expected) in &one.grads {
+        let expected = mine(name, expected, config.block_share, &group)?;
+        assert_same(name, &found.grads[name], &expected)?;
+    }
+
+    let merged = [&layers[0], &layers[1]].map(DoftLinear::effective_weight);
+    let [of_up, of_down] = merged;
+    let (of_up, of_down) = (of_up?, of_down?);
+    assert_same("rows", &up.effective_weight()?, &part(&of_up, 0, &group)?)?;
+    let columns = part(&of_down, 1, &group)?;
+    assert_same("columns", &down.effective_weight()?, &columns)?;
+
+    parallel::save(&group, file, &[&up, &down])?;
+    let builder = Adapter::load(file, &CPU)?;
+    let mut loaded = Vec::new();
+    for (base, path) in weights()?.into_iter().zip(PATHS) {
+        loaded.push(builder.wrap(path, base)?);
+    }
+    let adapter = builder.finish()?;
+    assert!(adapter.warnings().is_empty(), "{:?}", adapter.warnings());
+    let expected = [of_up, of_down];
+    for (layer, expected) in loaded.iter().zip(expected) {
+        let merged = layer.merge()?;
+        assert_same("the merged weight", merged.weight(), &expected)?;
+    }
+    Box::new(group).finish()
+}
+
+/// What every engine has to show.
+pub fn configs() -> Vec<DoftConfig> {
+    let config = DoftConfig::default().with_block_size(8);
+    let kinds = [
+        Magnitude::Log,
+        Magnitude::Factor,
+        Magnitude::Absolute,
+        Magnitude::None,
+    ];
+    let kinds = kinds.map(|kind| config.clone().with_magnitude(kind));
+    let shared = config.with_block_share(true);
+    kinds.into_iter().chain([shared]).collect()
+}
+
+#[test]
+fn ranks_with_parts_of_the_layers_compute_what_one_does() -> Result<()> {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("adapter.safetensors");
+    for size in [1, 2, 3] {
+        for config in configs() {
+            let work =
+                |rank: &crate::threads::Rank| compare(Box::new(rank.clone()), &config, &file);
+            on_ranks(size, work).0.into_iter().collect::<Result<()>>()?;
         }
     }
     Ok(())
+}
+
+#[test]
+fn frozen_parts_compute_what_the_whole_does() -> Result<()> {
+    let [up, down] = weights()?.map(frozen::Linear::from);
+    let one = pass(&up, &down, &VarMap::new())?;
+    let work = |rank: &crate::threads::Rank| -> Result<()> {
+        let group = Exchange::new(Box::new(rank.clone()));
+        let [up, down] = parts(&group)?;
+        let up = ColumnParallel::new(up, &group)?;
+        let down = RowParallel::new(down, &group)?;
+        let found = pass(&up, &down, &VarMap::new())?;
+        assert_same("the output", &found.output, &one.output)?;
+        let input = "the input";
+        assert_same(input, &found.grads[input], &one.grads[input])
+    };
+    for size in [1, 2, 4] {
+        on_ranks(size, work).0.into_iter().collect::<Result<()>>()?;
+    }
+    Ok(())
+}
+
+/// The errors of two ranks, for layers that rank 1 builds as `odd` says.
+fn errors(config: &DoftConfig, odd: bool) -> Vec<String> {
+    let work = |rank: &crate::threads::Rank| -> Result<String> {
+        let group = Exchange::new(Box::new(rank.clone()));
+        let varmap = VarMap::new();
+        let vb = VarBuilder::from_varmap(&varmap, DType::F64, &CPU).pp("down");
+        let rows = if odd && group.rank() == 1 { 7 } else { 8 };
+        let base = Linear::new(seeded((rows, 24), 1), None);
+        let made = DoftRowParallel::new(base, config, &group, vb);
+        let error = made.map(drop).unwrap_err();
+        assert!(varmap.all_vars().is_empty());
+        Ok(error.to_string())
+    };
+    on_ranks(2, work)
+        .0
+        .into_iter()
+        .map(Result::unwrap)
+        .collect()
+}
+
+#[test]
+fn what_cannot_be_split_is_refused_on_all_ranks() {
+    let config = DoftConfig::default().with_block_size(16);
+    for (config, odd, expected) in [
+        (config.clone(), true, "rank 1: the part of `down`: "),
+        (
+            config,
+            false,
+            "24 of `down`, which cuts a block, expected a multiple of the block size 16",
+        ),
+        (
+            DoftConfig::default().with_dropout(0.1),
+            false,
+            "the dropout is 0.1, expected 0",
+        ),
+        (
+            DoftConfig::lora(2, 2.),
+            false,
+            "the adapter is low-rank matrices, expected a rotation",
+        ),
+    ] {
+        for error in errors(&config, odd) {
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+}
+
+#[test]
+fn copies_that_drift_apart_are_not_saved() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("adapter.safetensors");
+    let config = DoftConfig::default().with_block_size(8);
+    let work = |rank: &crate::threads::Rank| -> Result<[String; 2]> {
+        let group = Exchange::new(Box::new(rank.clone()));
+        let varmap = VarMap::new();
+        let vb = VarBuilder::from_varmap(&varmap, DType::F64, &CPU);
+        let [up, _] = parts(&group)?;
+        let up = DoftColumnParallel::new(up, &config, &group, vb.pp("up"))?;
+        let none = parallel::save(&group, &file, &[]).unwrap_err();
+        assert!(matches!(none, Error::NoLayers));
+        let twice = parallel::save(&group, &file, &[&up, &up]).unwrap_err();
+        let (_, var) = named(&varmap, [])
+            .into_iter()
+            .find(|(name, _)| name.contains("oft_R"))
+            .unwrap();
+        var.set(&(var.as_tensor() + 1e-9 * group.rank() as f64)?)?;
+        let drifted = parallel::save(&group, &file, &[&up]).unwrap_err();
+        Ok([twice, drifted].map(|error| error.to_string()))
+    };
+    for errors in on_ranks(2, work).0 {
+        let [twice, drifted] = errors.unwrap();
+        assert!(twice.contains("`up` twice"), "{twice}");
+        let expected = "rank 1: its `up.oft_R.weight` is not that of rank 0";
+        assert!(drifted.starts_with(expected), "{drifted}");
+    }
+    assert!(!file.exists());
+}
+
+#[test]
+fn a_layer_whose_group_is_gone_or_elsewhere_says_so() -> Result<()> {
+    let work = |rank: &crate::threads::Rank| -> Result<()> {
+        let group = Exchange::new(Box::new(rank.clone()));
+        let down = RowParallel::new(parts(&group)?[1].clone(), &group)?;
+        let x = part(&seeded((2, WIDTHS[1]), 5), 1, &group)?;
+        down.forward(&x)?;
+        let elsewhere = || std::thread::scope(|s| s.spawn(|| down.forward(&x)).join().unwrap());
+        let text = elsewhere().unwrap_err().to_string();
+        assert!(
+            text.contains("one without the group of the layer"),
+            "{text}"
+        );
+        Box::new(group).finish()?;
+        assert_eq!(down.forward(&x).unwrap_err().to_string(), text);
+        Ok(())
+    };
+    on_ranks(2, work).0.into_iter().collect()
 }

@@ -7,7 +7,7 @@ use std::fmt::Display;
 /// Bytes of an error's text that other ranks are told.
 const TEXT: usize = 512;
 
-/// Answers `result` where every rank has one, else an error on every rank: its own, or that of the first
+/// Returns `result` where every rank has one, else an error on every rank: its own, or that of the first
 /// rank that has one. For the end of each phase before the first step, such as reading a file: a rank that
 /// returned alone would leave the others waiting.
 ///

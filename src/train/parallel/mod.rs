@@ -6,12 +6,16 @@ mod mpi;
 mod open;
 mod reduce;
 mod replicas;
+mod sharded;
 mod tree;
 
 pub use agree::{agree, any, each, lead, same};
 pub use open::open;
 pub use reduce::{Micro, Reduced, reduce};
 pub use replicas::check_replicas;
+pub use sharded::{
+    ColumnParallel, DoftColumnParallel, DoftRowParallel, Exchange, RowParallel, Sharded, save,
+};
 
 use crate::error::Result;
 use std::ops::Range;
@@ -20,7 +24,7 @@ use std::ops::Range;
 /// depend on how many processes there are, so an engine moves bytes alone.
 ///
 /// Every function but `abort` is called by all ranks, in the same order and with buffers of the same length.
-/// [`open`] answers the engine that the program was started under, [`Alone`] where that is none.
+/// [`open`] returns the engine that the program was started under, or [`Alone`].
 pub trait Processes {
     /// The number of this process, from 0.
     fn rank(&self) -> usize;

@@ -27,7 +27,7 @@ pub struct Micro {
 pub struct Reduced {
     /// Their sum, to be clipped and given to [`AdamW::step`](crate::train::AdamW::step).
     pub gradients: Gradients,
-    /// The sum of what the micro-batches answered.
+    /// The sum of what the micro-batches returned.
     pub loss: f64,
     /// Whether a rank was asked to stop: all end after this step.
     pub stop: bool,
@@ -36,7 +36,7 @@ pub struct Reduced {
 /// Runs the micro-batches of a step, each on one rank, and sums their gradients on all.
 ///
 /// `gradients` are new ones of [`AdamW::gradients`](crate::train::AdamW::gradients). `micro` makes one
-/// micro-batch, adds its gradients to those that it is handed, and answers its part of the loss; with
+/// micro-batch, adds its gradients to those that it is handed, and returns its part of the loss; with
 /// [`Gradients::backward`] and weights that are shares of the tokens of all micro-batches. `stop` is looked
 /// at once.
 ///
@@ -178,7 +178,7 @@ enum Exchanged {
 }
 
 /// A number as it is sent.
-trait Wire: WithDType + std::ops::Add<Output = Self> {
+pub(super) trait Wire: WithDType + std::ops::Add<Output = Self> {
     fn put(self, out: &mut Vec<u8>);
     fn get(bytes: &[u8]) -> Self;
 }
@@ -204,7 +204,7 @@ wire!(f64);
 
 /// Numbers that go out at once: buffers stay small beside the gradients, and counts of bytes within what an
 /// engine counts with.
-const BLOCK: usize = 1 << 22;
+pub(super) const BLOCK: usize = 1 << 22;
 
 /// Sums over ranks: each receives a part of every rank's numbers, sums it in the order of the tree, and
 /// sends the sum to all.
@@ -269,11 +269,11 @@ fn exchange<T: Wire>(group: &dyn Processes, mut sum: Gradients, said: Said) -> R
     }))
 }
 
-fn numbers<T: Wire>(bytes: &[u8]) -> Vec<T> {
+pub(super) fn numbers<T: Wire>(bytes: &[u8]) -> Vec<T> {
     bytes.chunks_exact(size_of::<T>()).map(T::get).collect()
 }
 
-fn over_ranks<T>(
+pub(super) fn over_ranks<T>(
     ranks: usize,
     items: impl Iterator<Item = T>,
     mut add: impl FnMut(T, T) -> T,
