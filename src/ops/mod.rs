@@ -5,6 +5,7 @@ mod adapted;
 pub(crate) mod attention;
 mod blocks;
 pub(crate) mod composed;
+mod constants;
 pub(crate) mod conv;
 pub(crate) mod embedding;
 mod gemm;

@@ -74,9 +74,11 @@ impl Gradients {
     /// [`Error::Diverged`] with the first variable whose gradient is not finite.
     pub fn norm(&self) -> Result<f64> {
         let mut total = 0.;
-        for ((name, _), sum) in self.vars.iter().zip(&self.sums) {
-            let Some(sum) = sum else { continue };
-            let square: f64 = wide(sum)?.sqr()?.sum_all()?.to_scalar()?;
+        let found = self.vars.iter().zip(&self.sums);
+        let found = found.filter_map(|((name, _), sum)| Some((name, sum.as_ref()?)));
+        let (names, sums): (Vec<_>, Vec<_>) = found.unzip();
+        let squares = each_number(&sums, |sum| sum.sqr()?.sum_all())?;
+        for (name, square) in names.into_iter().zip(squares) {
             if !square.is_finite() {
                 return self.diverged(&format!("the squared gradient of `{name}`"), square);
             }
@@ -275,6 +277,35 @@ impl Gradients {
             found,
         })
     }
+}
+
+/// A number in f64 of each tensor. Each GPU computes its own and is waited for once; Metal has no f64.
+fn each_number(
+    tensors: &[&Tensor],
+    number: impl Fn(&Tensor) -> candle_core::Result<Tensor>,
+) -> Result<Vec<f64>> {
+    let (mut all, mut there) = (vec![0.; tensors.len()], Vec::new());
+    for (place, tensor) in tensors.iter().enumerate() {
+        match tensor.device() {
+            // Nothing is launched over nothing; its sum is 0.
+            Device::Cuda(_) if tensor.elem_count() == 0 => {}
+            Device::Cuda(_) => there.push((place, number(&tensor.to_dtype(DType::F64)?)?)),
+            _ => all[place] = number(&wide(tensor)?)?.to_scalar()?,
+        }
+    }
+    while let Some((_, first)) = there.first() {
+        let device = first.device().clone();
+        let (here, others): (Vec<_>, Vec<_>) = there
+            .into_iter()
+            .partition(|(_, number)| number.device().same_device(&device));
+        let numbers: Vec<&Tensor> = here.iter().map(|(_, number)| number).collect();
+        let numbers = Tensor::stack(&numbers, 0)?.to_vec1::<f64>()?;
+        for ((place, _), number) in here.iter().zip(numbers) {
+            all[*place] = number;
+        }
+        there = others;
+    }
+    Ok(all)
 }
 
 /// In f64, on the host, for Metal has none, and squares of f32 leave its range.

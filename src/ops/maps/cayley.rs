@@ -1,6 +1,6 @@
 //! The Cayley transform: `R = 2A - I`, `A = (I - Q)^-1`, and `dL/dQ = 2 A^T G A^T`.
 
-use super::composed::{on_host, squared_norm};
+use super::composed::{LARGEST, Steps, on_host, refused_above, squared_norm};
 use super::dense::{add_diagonal, add_scaled, multiply, store, transposed};
 use super::{Blockwise, Real};
 use crate::ops::vectorized::vectorized;
@@ -33,27 +33,40 @@ impl Blockwise for Cayley {
         out.iter_mut().for_each(|v| *v = half * *v);
     }
 
-    /// Newton and Schulz' iteration `X <- X (2 I - M X)` for the inverse of `M = I - Q`.
-    ///
-    /// From `X = 2 M^T / (2 + g)` with `g >= ||Q||^2` the rest `I - M X` has norm below `g / (2 + g)`,
-    /// and each step squares it. The steps run outside the graph; the last one, taken inside it, has
-    /// the derivative `A dQ A` of the inverse.
     fn composed(&self, q: &Tensor, b: usize) -> Result<Tensor> {
-        let eye = Tensor::eye(b, q.dtype(), q.device())?.unsqueeze(0)?;
-        let m = eye.broadcast_sub(q)?;
-        let fixed = m.detach();
-        let g = squared_norm(q)?;
-        let start = (g.affine(0.5, 1.)?).recip()?;
-        let mut x = fixed.transpose(1, 2)?.contiguous()?.broadcast_mul(&start)?;
-        let two = (eye.clone() * 2.)?;
-        let newton = |x: &Tensor, m: &Tensor| x.matmul(&two.broadcast_sub(&m.matmul(x)?)?);
-        // A block that has gone wrong must not keep the others from their steps.
-        let finite = on_host(&g)?.into_iter().filter(|g| g.is_finite());
-        for _ in 0..newton_steps(finite.fold(0., f64::max), q.dtype()) {
-            x = newton(&x, &fixed)?.detach();
-        }
-        (newton(&x, &m)? * 2.)?.broadcast_sub(&eye)
+        composed_in(q, b, Steps::on(q.device()))
     }
+}
+
+/// Newton and Schulz' iteration `X <- X (2 I - M X)` for the inverse of `M = I - Q`.
+///
+/// From `X = 2 M^T / (2 + g)` with `g >= ||Q||^2` the rest `I - M X` has norm below `g / (2 + g)`,
+/// and each step squares it. The steps run outside the graph; the last one, taken inside it, has
+/// the derivative `A dQ A` of the inverse.
+pub(super) fn composed_in(q: &Tensor, b: usize, steps: Steps) -> Result<Tensor> {
+    let eye = Tensor::eye(b, q.dtype(), q.device())?.unsqueeze(0)?;
+    let m = eye.broadcast_sub(q)?;
+    let fixed = m.detach();
+    let g = squared_norm(q)?;
+    let mut start = (g.affine(0.5, 1.)?).recip()?;
+    let largest = match steps {
+        // A block that has gone wrong must not keep the others from their steps.
+        Steps::Read => {
+            let finite = on_host(&g)?.into_iter().filter(|g| g.is_finite());
+            finite.fold(0., f64::max)
+        }
+        Steps::Fixed => {
+            start = refused_above(&start, &g)?;
+            LARGEST * LARGEST
+        }
+    };
+    let mut x = fixed.transpose(1, 2)?.contiguous()?.broadcast_mul(&start)?;
+    let two = (eye.clone() * 2.)?;
+    let newton = |x: &Tensor, m: &Tensor| x.matmul(&two.broadcast_sub(&m.matmul(x)?)?);
+    for _ in 0..newton_steps(largest, q.dtype()) {
+        x = newton(&x, &fixed)?.detach();
+    }
+    (newton(&x, &m)? * 2.)?.broadcast_sub(&eye)
 }
 
 /// The skew `Q` of which an orthogonal `R` without half turns is the transform: `I - 2 (I + R)^-1`. Not

@@ -13,7 +13,7 @@
 //! Higham, "Functions of Matrices", SIAM 2008, chapter 10: scaling and squaring, and section 10.6 for
 //! its derivative.
 
-use super::composed::{on_host, squared_norm};
+use super::composed::{LARGEST, on_host, refused_above, squared_norm};
 use super::dense::{add_diagonal, add_scaled, multiply, store, transposed, widened};
 use super::{Blockwise, Real};
 use candle_core::{DType, Device, Result, Tensor};
@@ -45,9 +45,43 @@ impl Blockwise for Exponential {
     fn composed(&self, q: &Tensor, b: usize) -> Result<Tensor> {
         match q.device() {
             Device::Metal(_) => composed_in(q, b, q.dtype()),
-            _ => composed_in(q, b, DType::F64),
+            Device::Cuda(_) => without_a_look(q, b),
+            Device::Cpu => composed_in(q, b, DType::F64),
         }
     }
+}
+
+/// The same as [`composed_in`] in f64, squared as often for every block as one of norm [`LARGEST`] needs.
+/// What that rounds away is `2^-53 2^s`, below 1e-12.
+pub(super) fn without_a_look(q: &Tensor, b: usize) -> Result<Tensor> {
+    let dtype = q.dtype();
+    let q = q.to_dtype(DType::F64)?;
+    let squarings = (LARGEST * 8.).log2().ceil();
+    let g = squared_norm(&q)?;
+    let scale = refused_above(&(g.ones_like()? * (-squarings).exp2())?, &g)?;
+    let q = q.broadcast_mul(&scale)?;
+    let eye = Tensor::eye(b, DType::F64, q.device())?.unsqueeze(0)?;
+    let mut r = composed_taylor(&q, &eye)?;
+    for _ in 0..squarings as usize {
+        r = r.matmul(&r)?;
+    }
+    straightened(&r, &eye)?.to_dtype(dtype)
+}
+
+/// Taylor's polynomial of degree 12; the remainder at a norm of 1/8 is 0.125^13 / 13! = 3e-22.
+fn composed_taylor(q: &Tensor, eye: &Tensor) -> Result<Tensor> {
+    let mut r = eye.broadcast_as(q.shape())?.contiguous()?;
+    for k in (1..=12).rev() {
+        r = (q.matmul(&r)? / f64::from(k))?.broadcast_add(eye)?;
+    }
+    Ok(r)
+}
+
+/// One step towards orthogonal.
+fn straightened(r: &Tensor, eye: &Tensor) -> Result<Tensor> {
+    let square = r.transpose(1, 2)?.contiguous()?.matmul(r)?;
+    let rest = eye.broadcast_sub(&square)?;
+    r + (r.matmul(&rest)? * 0.5)?
 }
 
 /// Taylor's polynomial of degree 12 of `Q / 2^s`, squared `s` times, then one step towards orthogonal.
@@ -59,7 +93,6 @@ pub(super) fn composed_in(q: &Tensor, b: usize, wide: DType) -> Result<Tensor> {
         let values = Tensor::from_vec(values, (q.dim(0)?, 1, 1), &Device::Cpu)?;
         values.to_dtype(wide)?.to_device(q.device())
     };
-    // The remainder at 1/8 is 0.125^13 / 13! = 3e-22.
     let squarings = |square: f64| match square.is_finite() {
         true => (square.sqrt() * 8.).log2().ceil().max(0.),
         false => 0.,
@@ -71,10 +104,7 @@ pub(super) fn composed_in(q: &Tensor, b: usize, wide: DType) -> Result<Tensor> {
     let scales = squarings.iter().map(|s| (-s).exp2()).collect();
     let q = q.broadcast_mul(&of_blocks(scales)?)?;
     let eye = Tensor::eye(b, wide, q.device())?.unsqueeze(0)?;
-    let mut r = eye.broadcast_as(q.shape())?.contiguous()?;
-    for k in (1..=12).rev() {
-        r = (q.matmul(&r)? / f64::from(k))?.broadcast_add(&eye)?;
-    }
+    let mut r = composed_taylor(&q, &eye)?;
     let most = squarings.iter().copied().fold(0., f64::max);
     for step in 0..most as usize {
         let more = |s: &f64| f64::from(u8::from(*s > step as f64));
@@ -82,9 +112,7 @@ pub(super) fn composed_in(q: &Tensor, b: usize, wide: DType) -> Result<Tensor> {
         let more = more.gt(0.)?.broadcast_as(r.shape())?;
         r = more.where_cond(&r.matmul(&r)?, &r)?;
     }
-    let square = r.transpose(1, 2)?.contiguous()?.matmul(&r)?;
-    let rest = eye.broadcast_sub(&square)?;
-    (&r + (r.matmul(&rest)? * 0.5)?)?.to_dtype(dtype)
+    straightened(&r, &eye)?.to_dtype(dtype)
 }
 
 /// A matrix and, where asked for, its derivative in one direction.

@@ -1,6 +1,8 @@
 //! Packed rows to skew-symmetric blocks, and to rotations in one operation.
 
 use super::{Blockwise, Clip, apply};
+use crate::ops::constants::Constant;
+use crate::ops::graft::grafted;
 use crate::ops::real::Real;
 use candle_core::{Result, Tensor};
 
@@ -38,26 +40,26 @@ impl Blockwise for Skew {
         fold(grad, b, T::one(), out);
     }
 
-    /// Each entry is looked up among `theta`, `-theta` and a 0.
+    /// Each entry is looked up among `theta`, `-theta` and a 0; backward each packed entry looks up its two
+    /// places. The sum over places that candle's own backward makes of a look-up is serial on a GPU.
     fn composed(&self, theta: &Tensor, b: usize) -> Result<Tensor> {
         let (blocks, n) = theta.dims2()?;
-        if n == 0 {
+        if n == 0 || blocks == 0 {
             return Tensor::zeros((blocks, b, b), theta.dtype(), theta.device());
         }
-        let mut index = vec![2 * n as u32; b * b];
-        let mut entry = 0;
-        for i in 0..b {
-            for j in i + 1..b {
-                index[i * b + j] = entry;
-                index[j * b + i] = n as u32 + entry;
-                entry += 1;
-            }
-        }
-        let index = Tensor::from_vec(index, b * b, theta.device())?;
+        let fixed = theta.detach();
         let zero = Tensor::zeros((blocks, 1), theta.dtype(), theta.device())?;
         // `0 - v` keeps the sign of a zero.
-        let values = Tensor::cat(&[theta, &theta.zeros_like()?.sub(theta)?, &zero], 1)?;
-        values.index_select(&index, 1)?.reshape((blocks, b, b))
+        let values = Tensor::cat(&[&fixed, &fixed.zeros_like()?.sub(&fixed)?, &zero], 1)?;
+        let places = Constant::SkewEntries(b).on(theta.device())?;
+        let q = values.index_select(&places, 1)?.reshape((blocks, b, b))?;
+        let back = move |_: &Tensor, _: &Tensor, dq: &Tensor| {
+            let dq = dq.contiguous()?.reshape((blocks, b * b))?;
+            let above = dq.index_select(&Constant::Above(b).on(dq.device())?, 1)?;
+            let below = dq.index_select(&Constant::Below(b).on(dq.device())?, 1)?;
+            Ok((Some((above - below)?), None))
+        };
+        grafted(theta, &fixed, q, Box::new(back))
     }
 }
 

@@ -1,7 +1,9 @@
 //! Kernels against their composed twins, and one operation against the steps that it stands for.
 
+use super::cayley;
 use super::clip::spectral_norm;
-use super::exponential::composed_in;
+use super::composed::{LARGEST, Steps};
+use super::exponential::{composed_in, without_a_look};
 use super::packed::{Capped, Rotation};
 use super::{Blockwise, Cayley, Clip, Exponential, Series, Skew, apply, rotation};
 use crate::ops::tests::{assert_near_from, seeded};
@@ -147,4 +149,92 @@ fn composed_maps_are_orthogonal_in_f32_up_to_norm_100() -> Result<()> {
     }
     // An angle of 100 radians is off by 100 roundings, and by some more from the squarings.
     assert_near("exp in f32", &narrow, &Exponential.composed(&q, 32)?, 5e-4)
+}
+
+/// What a GPU computes without a look at the values, on CPU.
+struct Unseen<F>(F, fn(&Tensor, usize) -> Result<Tensor>);
+
+impl<F: Blockwise> Blockwise for Unseen<F> {
+    const NAME: &'static str = F::NAME;
+    const KEEPS_RESULT: bool = F::KEEPS_RESULT;
+
+    fn forward<T: super::Real>(&self, arg: &[T], b: usize, out: &mut [T]) {
+        self.0.forward(arg, b, out);
+    }
+
+    fn backward<T: super::Real>(&self, kept: &[T], grad: &[T], b: usize, out: &mut [T]) {
+        self.0.backward(kept, grad, b, out);
+    }
+
+    fn composed(&self, q: &Tensor, b: usize) -> Result<Tensor> {
+        self.1(q, b)
+    }
+}
+
+const UNSEEN: fn() -> Unseen<Cayley> =
+    || Unseen(Cayley, |q, b| cayley::composed_in(q, b, Steps::Fixed));
+
+#[test]
+fn maps_that_look_at_no_value_meet_the_kernels() -> Result<()> {
+    for (dtype, tolerance) in [(DType::F64, 1e-11), (DType::F32, 2e-5)] {
+        meets_its_twin(dtype, tolerance, UNSEEN)?;
+        meets_its_twin(dtype, tolerance, || Unseen(Exponential, without_a_look))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn maps_that_look_at_no_value_refuse_what_is_too_large_block_by_block() -> Result<()> {
+    for map in [UNSEEN().1, without_a_look] {
+        let theta = Tensor::new(
+            &[[LARGEST * 0.999], [LARGEST * 1.001], [f64::NAN], [0.]],
+            &Device::Cpu,
+        )?;
+        let r = map(&Skew.composed(&theta, 2)?, 2)?;
+        let square = r.matmul(&r.transpose(1, 2)?.contiguous()?)?;
+        let found = square.flatten_from(1)?.to_vec2::<f64>()?;
+        for (block, row) in found.iter().enumerate() {
+            for (entry, v) in row.iter().enumerate() {
+                let expected = f64::from(u8::from(entry % 3 == 0));
+                match block {
+                    0 | 3 => assert!((v - expected).abs() < 1e-9, "block {block}: {row:?}"),
+                    _ => assert!(v.is_nan(), "block {block}: {row:?}"),
+                }
+            }
+        }
+        // No rotation where there is no angle, to the bit.
+        let start = r.get(3)?.flatten_all()?.to_vec1::<f64>()?;
+        assert_eq!(start, [1., 0., 0., 1.]);
+    }
+    Ok(())
+}
+
+#[test]
+fn the_fixed_steps_of_cayley_are_orthogonal_in_f32_up_to_norm_100() -> Result<()> {
+    let q = Skew.composed(&normal((1, 496), 1., 3, DType::F64)?, 32)?;
+    let norm = spectral_norm(&q.flatten_all()?.to_vec1::<f64>()?, 32);
+    let eye = Tensor::eye(32, DType::F64, &Device::Cpu)?.unsqueeze(0)?;
+    for size in [0.01, 1., 100.] {
+        let q = (&q * (size / norm))?.to_dtype(DType::F32)?;
+        let r = cayley::composed_in(&q, 32, Steps::Fixed)?.to_dtype(DType::F64)?;
+        let square = r.matmul(&r.transpose(1, 2)?.contiguous()?)?;
+        assert_near(&format!("norm {size}"), &square, &eye, 1e-5)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn the_composed_skew_and_its_slope_are_the_kernel_s_to_the_bit() -> Result<()> {
+    for (blocks, b) in [(3, 2), (2, 5), (4, 32)] {
+        let theta = Var::from_tensor(&normal((blocks, b * (b - 1) / 2), 1., 9, DType::F32)?)?;
+        let (ours, theirs) = (Skew.composed(&theta, b)?, apply(&theta, b, Skew)?);
+        let upstream = normal((blocks, b, b), 1., 10, DType::F32)?;
+        let all = |q: &Tensor| -> Result<Vec<Vec<f32>>> {
+            let slopes = (q * &upstream)?.sum_all()?.backward()?;
+            let both = [q.clone(), slopes.get(&theta).unwrap().clone()];
+            both.iter().map(|t| t.flatten_all()?.to_vec1()).collect()
+        };
+        assert_eq!(all(&ours)?, all(&theirs)?, "{blocks} blocks of {b}");
+    }
+    Ok(())
 }
