@@ -23,3 +23,4 @@ mod serving;
 mod small;
 mod text;
 mod texts;
+mod tune;
