@@ -1,7 +1,7 @@
 //! A BERT encoder under any method, its embeddings frozen: one vector of length 1 for each text.
 
 use crate::support::methods::{Tuned, TunerBuilder};
-use anyhow::{Error, Result, anyhow};
+use anyhow::{Context, Error, Result, anyhow};
 use candle_core::{DType, Device, Tensor, safetensors};
 use candle_doft::frozen;
 use candle_nn::{Embedding, Module, VarBuilder};
@@ -33,9 +33,12 @@ impl Files {
         };
         let text = std::fs::read(&file).map_err(|e| wrong(&e))?;
         let config = serde_json::from_slice(&text).map_err(|e| wrong(&e))?;
-        let tensors = safetensors::load(folder.join("model.safetensors"), &Device::Cpu)?;
-        let mut tokenizer =
-            Tokenizer::from_file(folder.join("tokenizer.json")).map_err(Error::msg)?;
+        let file = folder.join("model.safetensors");
+        let tensors = safetensors::load(&file, &Device::Cpu);
+        let tensors = tensors.with_context(|| file.display().to_string())?;
+        let file = folder.join("tokenizer.json");
+        let tokenizer = Tokenizer::from_file(&file).map_err(Error::msg);
+        let mut tokenizer = tokenizer.with_context(|| file.display().to_string())?;
         let cut = TruncationParams {
             max_length: length,
             ..Default::default()
