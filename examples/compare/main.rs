@@ -11,6 +11,7 @@ mod method;
 mod pool;
 mod record;
 mod run;
+mod senses;
 mod shard;
 mod studies;
 mod summary;
@@ -47,6 +48,8 @@ enum TaskName {
     Pairs,
     /// The Devil's Dictionary, on the language model of --model
     Text,
+    /// Which of WordNet's 26 noun files a gloss belongs to, on the encoder of --model
+    Senses,
 }
 
 /// Adapts frozen networks with LoRA, DoRA, OFT, DOFT and full fine-tuning: the same data, batches and
@@ -80,7 +83,7 @@ struct Flags {
     #[arg(long, value_enum, num_args = 1..)]
     task: Vec<TaskName>,
     /// The language model for text: a GGUF file, a folder in Hugging Face layout, or a name on the
-    /// hub. Takes many hours on a laptop
+    /// hub. Takes many hours on a laptop. For senses: the folder of a BERT encoder
     #[arg(long)]
     model: Option<String>,
     /// Steps of a run [default: 200; 60 for text and with --quick]
@@ -108,6 +111,10 @@ fn main() -> std::process::ExitCode {
     let flags = Flags::parse();
     if flags.task.contains(&TaskName::Text) && flags.model.is_none() {
         let what = "--task text needs a language model; name it with --model";
+        return support::cli::wrong_arguments(what);
+    }
+    if flags.task.contains(&TaskName::Senses) && (flags.model.is_none() || flags.task.len() > 1) {
+        let what = "--task senses is run alone, on an encoder's folder; name it with --model";
         return support::cli::wrong_arguments(what);
     }
     support::cli::run(|| match one_thread()? {
@@ -233,6 +240,7 @@ fn run(flags: &Flags) -> Result<()> {
             TaskName::Turned => on_digits(flags, Kind::Turned)?,
             TaskName::Pairs => on_digits(flags, Kind::Pairs)?,
             TaskName::Text => on_text(flags)?,
+            TaskName::Senses => on_senses(flags)?,
         };
         runs.extend(made);
         summaries.push(summary);
@@ -267,6 +275,10 @@ fn part(flags: &Flags, name: TaskName) -> Result<()> {
         TaskName::Turned => Kind::Turned,
         TaskName::Pairs => Kind::Pairs,
         TaskName::Text => return work(&text(flags)?, &text_plan(flags)?, &text_entries(flags)),
+        TaskName::Senses => {
+            let task = senses(flags)?;
+            return work(&task, &senses_plan(flags)?, &text_entries(flags));
+        }
     };
     let task = DigitsTask::new(kind, length(flags, kind), flags.device)?;
     work(&task, &digits_plan(flags)?, &entries(flags, &task))
@@ -306,6 +318,28 @@ fn on_text(flags: &Flags) -> Result<(Vec<Run>, TaskSummary)> {
     let entries = text_entries(flags);
     let swept = bench.sweep("text", &entries)?;
     let summary = summary::summarise(&bench, "perplexity", &swept);
+    Ok((bench.store.runs(), summary))
+}
+
+fn senses(flags: &Flags) -> Result<senses::SensesTask> {
+    let model = flags.model.as_deref().context("senses has no --model")?;
+    let steps = flags.steps.unwrap_or(if flags.quick { 8 } else { 150 });
+    senses::SensesTask::new(model, steps as usize, if flags.quick { 8 } else { 1 })
+}
+
+fn senses_plan(flags: &Flags) -> Result<Plan> {
+    match flags.quick {
+        true => plan(flags, &[3e-4, 3e-3], 2, 2),
+        false => plan(flags, &[1e-4, 3e-4, 1e-3, 3e-3, 1e-2], 5, 5),
+    }
+}
+
+/// The methods on the encoder; each learns from the same glosses in the same order.
+fn on_senses(flags: &Flags) -> Result<(Vec<Run>, TaskSummary)> {
+    let (task, plan) = (senses(flags)?, senses_plan(flags)?);
+    let bench = bench(flags, &task, &plan)?;
+    let swept = bench.sweep("senses", &text_entries(flags))?;
+    let summary = summary::summarise(&bench, "accuracy", &swept);
     Ok((bench.store.runs(), summary))
 }
 

@@ -364,6 +364,7 @@ impl<'a> Session<'a> {
             loss: step.loss,
             rate,
             tokens_per_second: read as f64 / seconds,
+            reduction: step.reduction / seconds,
         };
         let line = json!({
             "step": self.step,
@@ -371,6 +372,7 @@ impl<'a> Session<'a> {
             "lr": made.rate,
             "seconds": seconds,
             "tokens_per_second": made.tokens_per_second,
+            "reduction_seconds": step.reduction,
             "peak_rss_bytes": memory::peak_bytes(),
         });
         lead(self.group, || metrics.write(&line))?;
@@ -452,6 +454,8 @@ struct Made {
     loss: f64,
     rate: f64,
     tokens_per_second: f64,
+    /// Share of the step that was the reduction over processes.
+    reduction: f64,
 }
 
 impl std::fmt::Display for Made {
@@ -460,12 +464,17 @@ impl std::fmt::Display for Made {
             loss,
             rate,
             tokens_per_second: speed,
+            reduction,
         } = self;
         let peak = memory::peak_bytes().unwrap_or(0) as f64 / 1e6;
         write!(
             f,
             "loss {loss:.3}, rate {rate:.1e}, {speed:.0} tokens/s, {peak:.0} MB"
-        )
+        )?;
+        match *reduction > 0. {
+            true => write!(f, ", {:.1} % of it reduction", 100. * reduction),
+            false => Ok(()),
+        }
     }
 }
 

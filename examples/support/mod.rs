@@ -6,6 +6,7 @@ pub mod cli;
 pub mod context;
 pub mod device;
 pub mod digits;
+pub mod encoder;
 pub mod files;
 pub mod llm;
 pub mod markdown;

@@ -113,6 +113,15 @@ mod mpi {
             assert_eq!(ended.code, Some(0), "{ranks}: {}", ended.err);
             assert!(home.adapter(&out) == home.adapter("plain"), "{ranks}");
             assert_eq!(losses(&out), losses("plain"), "{ranks}");
+            for line in home
+                .metrics(&out)
+                .iter()
+                .filter(|line| line["loss"].is_f64())
+            {
+                let seconds = line["reduction_seconds"].as_f64();
+                let there = seconds.is_some_and(|seconds| (seconds > 0.) == (ranks > 1));
+                assert!(there, "{ranks}: {line}");
+            }
             // Of one process alone.
             let told = ended.err.matches("step 6: held-out").count();
             assert_eq!(told, 1, "{ranks}: {}", ended.err);

@@ -8,6 +8,7 @@ use candle_doft::train::parallel::{Alone, Processes, reduce};
 use candle_doft::train::{AdamW, Gradients, Group};
 use candle_doft::{Error, Result};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 static NEVER: AtomicBool = AtomicBool::new(false);
 
@@ -197,6 +198,7 @@ fn a_rank_sends_two_parts_in_n_minus_one_of_n() -> Result<()> {
                 },
             )?;
             assert_eq!(made.gradients.step(), 1);
+            assert!(made.exchange > Duration::ZERO);
             Ok(())
         };
         let (answers, shared) = on(size, work);

@@ -46,6 +46,8 @@ pub struct Step {
     pub loss: f64,
     /// Whether a process was asked to stop.
     pub stop: bool,
+    /// Seconds of the reduction over processes: of the one that came last, which waited for no other.
+    pub reduction: f64,
 }
 
 impl Trainer {
@@ -110,6 +112,9 @@ impl Trainer {
         let made = reduce(group, optimizer.gradients(), count, stop, |sums, micro| {
             micro_batch(sums, micro.key, &batches[micro.index])
         })?;
+        let own = made.exchange.as_secs_f64();
+        let reduction = each(group, group.size(), |_| anyhow::Ok(own))?;
+        let reduction = reduction.into_iter().fold(f64::INFINITY, f64::min);
         let step = options.step + 1;
         ensure!(
             made.loss.is_finite(),
@@ -125,6 +130,7 @@ impl Trainer {
         Ok(Step {
             loss: made.loss,
             stop: made.stop,
+            reduction,
         })
     }
 
@@ -149,6 +155,7 @@ impl Trainer {
         Ok(Step {
             loss: total,
             stop: false,
+            reduction: 0.,
         })
     }
 

@@ -9,6 +9,7 @@ use candle_core::{DType, WithDType};
 use std::convert::Infallible;
 use std::fmt::Display;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 /// A micro-batch of a step, by its number among those of all ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +32,9 @@ pub struct Reduced {
     pub loss: f64,
     /// Whether a rank was asked to stop: all end after this step.
     pub stop: bool,
+    /// How long this rank was in the reduction, from the end of its micro-batches: that includes waiting for slower
+    /// ranks, so the least of all ranks is what the reduction itself takes. 0 in one process.
+    pub exchange: Duration,
 }
 
 /// Runs the micro-batches of a step, each on one rank, and sums their gradients on all.
@@ -115,6 +119,7 @@ pub fn reduce<E: From<Error> + Display>(
             gradients: sum,
             loss,
             stop,
+            exchange: Duration::ZERO,
         });
     }
     let said = Said {
@@ -123,12 +128,16 @@ pub fn reduce<E: From<Error> + Display>(
         step: sum.step(),
         loss,
     };
+    let start = Instant::now();
     let exchanged = match sum.dtype() {
         DType::F64 => exchange::<f64>(group, sum, said),
         _ => exchange::<f32>(group, sum, said),
     };
     match exchanged {
-        Ok(Exchanged::All(reduced)) => Ok(reduced),
+        Ok(Exchanged::All(reduced)) => Ok(Reduced {
+            exchange: start.elapsed(),
+            ..reduced
+        }),
         Ok(Exchanged::Failed(first)) => other(group, first, result),
         Err(error) => {
             // Its own error says more than that of an exchange which it had to break.
@@ -266,6 +275,7 @@ fn exchange<T: Wire>(group: &dyn Processes, mut sum: Gradients, said: Said) -> R
         gradients: sum,
         loss: losses.unwrap_or(0.),
         stop: all.iter().any(|said| said.stop),
+        exchange: Duration::ZERO,
     }))
 }
 
