@@ -6,6 +6,7 @@ mod common;
 #[path = "../../examples/support/mod.rs"]
 mod support;
 
+mod extracted;
 mod foreign;
 mod gguf;
 mod hostile;
